@@ -1,0 +1,1 @@
+"""The ground floor: errors, units, settings, overrides, console, devices, seeds, files."""

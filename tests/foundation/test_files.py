@@ -1,0 +1,73 @@
+"""Files are complete or absent, and a folder has one user."""
+
+import multiprocessing
+import os
+
+import pytest
+
+from qlora_lite.foundation.errors import RunError
+from qlora_lite.foundation.files import (
+    complete_directory,
+    lock,
+    require_free_space,
+    write_json,
+    write_text,
+)
+
+
+def test_a_file_is_replaced_at_once_and_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "a.json"
+    write_text(path, "old")
+    write_json(path, {"new": "ü"})
+    assert path.read_text(encoding="utf-8") == '{\n  "new": "ü"\n}\n'
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "step"
+    with pytest.raises(ValueError, match="half way"), complete_directory(target) as aside:
+        (aside / "one").write_text("1")
+        raise ValueError("half way")
+    assert os.listdir(tmp_path) == []
+    with complete_directory(target) as aside:
+        (aside / "one").write_text("1")
+        assert not target.exists()
+    assert (target / "one").read_text() == "1"
+    assert os.listdir(tmp_path) == ["step"]
+
+
+def test_an_existing_directory_is_replaced_and_old_debris_removed(tmp_path):
+    target = tmp_path / "step"
+    (tmp_path / ".step.writing").mkdir()
+    (tmp_path / ".step.writing" / "debris").write_text("x")
+    for content in "12":
+        with complete_directory(target) as aside:
+            (aside / content).write_text(content)
+    assert os.listdir(target) == ["2"]
+    assert os.listdir(tmp_path) == ["step"]
+
+
+def _hold(path, locked, release):
+    with lock(path):
+        locked.set()
+        release.wait(30)
+
+
+def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path):
+    context = multiprocessing.get_context("fork")
+    locked, release = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path, locked, release))
+    other.start()
+    assert locked.wait(30)
+    with pytest.raises(RunError, match=f"in use by process {other.pid}"), lock(tmp_path):
+        pass
+    release.set()
+    other.join()
+    with lock(tmp_path):
+        pass
+
+
+def test_too_little_space_is_said_before_anything_is_written(tmp_path):
+    require_free_space(tmp_path, 1, "a checkpoint")
+    with pytest.raises(RunError, match="a merged model needs"):
+        require_free_space(tmp_path, 10**18, "a merged model")

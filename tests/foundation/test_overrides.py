@@ -1,0 +1,89 @@
+"""`key=value` over a recipe: what it sets, what it keeps, and what it says about mistakes."""
+
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from qlora_lite.foundation.errors import RecipeError
+from qlora_lite.foundation.overrides import check, overlay
+from qlora_lite.foundation.settings import Settings
+
+
+class Circle(Settings):
+    kind: Literal["circle"] = "circle"
+    size: int = Field(1, ge=1)
+    smooth: bool = True
+
+
+class Square(Settings):
+    kind: Literal["square"] = "square"
+    size: int = 2
+    corner: Literal["sharp", "round"] = "sharp"
+
+
+class Inner(Settings):
+    rate: float = 0.1
+    names: list[str] = []
+
+
+class Outer(Settings):
+    shape: Annotated[Circle | Square, Field(discriminator="kind")] = Circle()
+    inner: Inner = Inner()
+    title: str | None = None
+
+
+def laid(values, *assignments):
+    return check(Outer, overlay(values, assignments, Outer)[0])
+
+
+def test_a_path_reaches_into_nested_settings():
+    assert laid({}, "inner.rate=1e-4").inner.rate == 1e-4
+    assert laid({"inner": {"rate": 0.5}}, 'inner.names=["a","b"]').inner.names == ["a", "b"]
+
+
+def test_text_that_is_no_json_is_text():
+    assert laid({}, "title=22GiB").title == "22GiB"
+    assert laid({"title": "x"}, "title=null").title is None
+    assert laid({}, "shape.smooth=False").shape == Circle(smooth=False)
+
+
+def test_a_bare_name_switches_the_kind_and_keeps_shared_fields():
+    values = {"shape": {"kind": "circle", "size": 7, "smooth": False}}
+    result, notes = overlay(values, ["shape=square", "shape.corner=round"], Outer)
+    assert check(Outer, result).shape == Square(size=7, corner="round")
+    assert notes == ["shape=square: kept size=7; the rest takes the defaults of square"]
+
+
+def test_a_field_of_the_default_kind_needs_no_kind():
+    assert laid({}, "shape.size=3").shape == Circle(size=3)
+
+
+def test_the_given_values_are_left_alone():
+    values = {"inner": {"rate": 0.5}}
+    overlay(values, ["inner.rate=1"], Outer)
+    assert values == {"inner": {"rate": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("inner.rte=1", ["inner.rte", "Did you mean 'rate'", "names"]),
+        ("shape=sqare", ["shape", "Did you mean 'square'", "circle"]),
+        ("shape.corner=round", ["shape.corner", "'corner'", "smooth"]),
+        ("inner.rate", ["key=value"]),
+        ("title.x=1", ["title", "single value"]),
+        ("inner.rate=fast", ["inner.rate", "'fast'", "number"]),
+        ("shape.size=0", ["shape.size", "greater than or equal to 1"]),
+    ],
+)
+def test_a_mistake_names_its_path_what_is_allowed_and_a_near_match(assignment, words):
+    with pytest.raises(RecipeError) as caught:
+        laid({}, assignment)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_wrong_choice_lists_the_choices():
+    with pytest.raises(RecipeError, match=r"shape\.corner.*Did you mean 'round'.*sharp"):
+        laid({"shape": {"kind": "square"}}, "shape.corner=rund")

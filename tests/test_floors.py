@@ -1,0 +1,74 @@
+"""Imports go to a lower floor, or stay inside their own package (architecture of the house)."""
+
+import ast
+from pathlib import Path
+
+import qlora_lite
+
+ROOT = Path(qlora_lite.__file__).parent
+
+FLOORS = {
+    "foundation": 0,
+    "shards": 1,
+    "kernels": 1,
+    "model": 2,
+    "adapters": 3,
+    "data": 3,
+    "memory": 4,
+    "export": 4,
+    "training": 5,
+    "evaluation": 5,
+    "recipe": 6,
+    "report": 6,
+    "run": 7,
+    "demo": 8,
+    "cli": 9,
+}
+
+
+def _imports(file: Path) -> list[tuple[int, str]]:
+    """Line and room of everything that a file imports from this package."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno} imports relatively"
+            names = [node.module or ""]
+            if node.module == "qlora_lite":
+                names = [f"qlora_lite.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found += [(node.lineno, n.split(".")[1]) for n in names if n.startswith("qlora_lite.")]
+    return found
+
+
+def _room(file: Path) -> str:
+    return file.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def test_every_room_has_a_floor():
+    rooms = {_room(file) for file in ROOT.rglob("*.py")}
+    assert rooms - {"__init__", "__main__"} == set(FLOORS)
+
+
+def test_imports_go_down_or_stay_in_their_room():
+    wrong = []
+    for file in sorted(ROOT.rglob("*.py")):
+        room = _room(file)
+        if room in ("__init__", "__main__"):
+            continue  # the front door names everything, lazily
+        for line, other in _imports(file):
+            if other != room and FLOORS.get(other, 99) >= FLOORS[room]:
+                wrong.append(f"{file.relative_to(ROOT)}:{line}: {room} imports {other}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_asked_for_runs_import_deepspeed():
+    wrong = [
+        f"{file.relative_to(ROOT)}"
+        for file in ROOT.rglob("*.py")
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Import | ast.ImportFrom) and "deepspeed" in ast.unparse(node)
+    ]
+    assert not wrong
