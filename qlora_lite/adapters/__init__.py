@@ -1,0 +1,1 @@
+"""What is trained: one small file a method, over one layer and one method interface."""

@@ -1,0 +1,245 @@
+"""Put a method's layers into a frozen model, and know afterwards what is trained.
+
+    attached = attach(model, method, specs, seed, dtype)
+
+The layers that are adapted are replaced in place; the model's own code runs on, unaware.
+"""
+
+import copy
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from qlora_lite.adapters.embedding import LoRAEmbedding
+from qlora_lite.adapters.layer import AdapterLayer, Role
+from qlora_lite.adapters.method import Method, ParameterGroup, check_ranks, scale_of
+from qlora_lite.foundation.errors import AdapterError
+from qlora_lite.foundation.seeds import generator
+from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear
+from qlora_lite.model.targets import LinearSpec, select
+
+ALWAYS_FP32 = (Role.GATE,)
+"""Roles whose updates are lost in bf16."""
+
+
+class TrainedLinear(nn.Module):
+    """A linear layer trained whole: the dense base weight as an fp32 parameter."""
+
+    def __init__(self, base: FrozenLinear) -> None:
+        super().__init__()
+        self.compute = base.compute
+        self.weight = nn.Parameter(base.dense().float())
+        self.bias = None if base.bias is None else nn.Parameter(base.bias.detach().float())
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.matmul(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class TrainedEmbedding(nn.Module):
+    """An embedding trained whole, as an fp32 parameter."""
+
+    def __init__(self, base: FrozenEmbedding) -> None:
+        super().__init__()
+        self.compute = base.compute
+        self.padding_idx = None
+        self.weight = nn.Parameter(base.dense().float())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.embedding(ids, self.weight).to(self.compute)
+
+
+@dataclass
+class Attached:
+    """What is trained in a model."""
+
+    model: nn.Module
+    method: Method
+    layers: dict[str, AdapterLayer] = field(default_factory=dict)
+    embeddings: dict[str, LoRAEmbedding] = field(default_factory=dict)
+    whole: dict[str, nn.Module] = field(default_factory=dict)
+    """Norms and modules that are trained whole, by path."""
+    bare: dict[str, nn.Module] = field(default_factory=dict)
+    """What the whole modules were before."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every trained parameter by `path.name`, in the model's order."""
+        found: dict[str, nn.Parameter] = {}
+        for path, layer in (self.layers | self.embeddings).items():
+            found |= {f"{path}.{name}": p for name, p in layer.trained().items()}
+        for path, module in self.whole.items():
+            found |= {f"{path}.{name}": p for name, p in module.named_parameters()}
+        return found
+
+    def groups(self) -> list[ParameterGroup]:
+        """The method's groups, then what is trained beside the adapters (without decay)."""
+        groups = self.method.groups()
+        known = {name for group in groups for name in group.names}
+        rest = {name: p for name, p in self.parameters().items() if name not in known}
+        if rest:
+            groups.append(ParameterGroup(tuple(rest), tuple(rest.values()), decays=False))
+        return groups
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters().values())
+
+    def train(self, mode: bool = True) -> None:
+        """Adapter dropout on or off. The frozen base is never in training mode: its own dropout,
+        where it has one, would make the adapted model start elsewhere than at the base."""
+        for layer in self.layers.values():
+            layer.train(mode)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The bare base, while the block runs."""
+        switched = [*self.layers.values(), *self.embeddings.values()]
+        for layer in switched:
+            layer.enabled = False
+        for path, module in self.bare.items():
+            replace(self.model, path, module)
+        try:
+            yield
+        finally:
+            for layer in switched:
+                layer.enabled = True
+            for path, module in self.whole.items():
+                replace(self.model, path, module)
+
+
+def choose(
+    specs: Sequence[LinearSpec], method: Method, whole: Sequence[str] = ()
+) -> list[LinearSpec]:
+    """The layers that a method adapts, planned: the targets less those of rank 0 and trained whole.
+
+    Raises:
+        AdapterError: if the targets or a rank pattern match nothing, or no layer is left.
+    """
+    settings = method.settings
+    chosen = [s for s in select(specs, settings.targets) if s.path not in whole]
+    check_ranks(chosen, settings.ranks)
+    method.plans = method.plan(chosen)
+    planned = [s for s in chosen if s.path in method.plans]
+    if not planned:
+        raise AdapterError(
+            f"adapter.ranks={settings.ranks} gives every target rank 0, so nothing would be "
+            "trained. Give some layers a rank of 1 or more"
+        )
+    return planned
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    specs: Sequence[LinearSpec],
+    seed: int,
+    dtype: torch.dtype,
+    starts: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> Attached:
+    """Build the layers of `method` on `model`, in place.
+
+    Args:
+        specs: all linear layers of the model.
+        seed: every layer draws from a stream of its own, by its path.
+        dtype: of the trained parameters at rest; gates and whole modules are fp32.
+        starts: what `method.split` found for the layers, by path.
+    """
+    settings = method.settings
+    attached = Attached(model, method)
+    whole = find_modules(model, settings.train_modules)
+    for spec in choose(specs, method, whole):
+        base = model.get_submodule(spec.path)
+        start = (starts or {}).get(spec.path)
+        layer = method.build(base, spec, start, generator(seed, "adapter", spec.path))
+        for name, parameter in layer.trained().items():
+            rests_in = torch.float32 if layer.roles[name] in ALWAYS_FP32 else dtype
+            parameter.data = parameter.data.to(base.weight.device, rests_in)
+        replace(model, spec.path, layer)
+        attached.layers[spec.path] = layer
+    method.adopt(attached.layers)
+    if settings.embedding_rank:
+        _attach_embedding(model, attached, seed, dtype)
+    _attach_whole(model, attached, whole)
+    return attached
+
+
+def replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at `path`."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def find_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Paths of the modules called `names`, by path, last name or glob.
+
+    Raises:
+        AdapterError: if a name matches nothing that can be trained whole.
+    """
+    kinds = (FrozenLinear, FrozenEmbedding, nn.LayerNorm)
+    paths = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, kinds) or _is_norm(module)
+    ]
+    found: list[str] = []
+    for name in names:
+        matches = [p for p in paths if fnmatch.fnmatch(p, name) or p.rpartition(".")[2] == name]
+        if not matches:
+            kinds_there = sorted({p.rpartition(".")[2] for p in paths})
+            raise AdapterError(
+                f"adapter.train_modules: {name!r} matches no module. There are "
+                f"{', '.join(kinds_there)}; paths and globs work too"
+            )
+        found += [m for m in matches if m not in found]
+    return found
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """A norm holds a vector or two of its own and no other module."""
+    own = list(module.parameters(recurse=False))
+    return bool(own) and not list(module.children()) and all(p.dim() == 1 for p in own)
+
+
+def _attach_embedding(model: nn.Module, attached: Attached, seed: int, dtype: torch.dtype) -> None:
+    path = next(
+        (p for p, m in model.named_modules() if m is model.get_input_embeddings()),  # type: ignore[operator]
+    )
+    settings = attached.method.settings
+    base = model.get_submodule(path)
+    if not isinstance(base, FrozenEmbedding):
+        raise AdapterError(
+            f"adapter.embedding_rank={settings.embedding_rank}: {path} is a "
+            f"{type(base).__name__}, not a plain embedding. Take embedding_rank=0"
+        )
+    scale = scale_of(settings.alpha, settings.embedding_rank, settings.scaling)
+    stream = generator(seed, "adapter", path)
+    layer = LoRAEmbedding.at_start(base, settings.embedding_rank, scale, stream)
+    layer.to(base.weight.device)
+    for parameter in layer.trained().values():
+        parameter.data = parameter.data.to(dtype)
+    replace(model, path, layer)
+    attached.embeddings[path] = layer
+
+
+def _attach_whole(model: nn.Module, attached: Attached, paths: Sequence[str]) -> None:
+    norms = [path for path, module in model.named_modules() if _is_norm(module)]
+    for path in [*paths, *(norms if attached.method.settings.train_norms else [])]:
+        module = model.get_submodule(path)
+        attached.bare[path] = module
+        attached.whole[path] = _trainable_twin(module).requires_grad_(True)
+        replace(model, path, attached.whole[path])
+
+
+def _trainable_twin(module: nn.Module) -> nn.Module:
+    if isinstance(module, FrozenLinear):
+        return TrainedLinear(module)
+    if isinstance(module, FrozenEmbedding):
+        return TrainedEmbedding(module)
+    return copy.deepcopy(module)

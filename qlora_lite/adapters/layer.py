@@ -1,0 +1,114 @@
+"""What an adapted layer computes.
+
+    y = combine(x, W x) + bias          combine defaults to  W x + update(x)
+
+A method from a paper subclasses `AdapterLayer` and says what `update` is, what it adds to the dense
+weight (`delta`), and how it leaves as a plain LoRA pair (`factors`). The base is asked for
+`matmul(x)` and `dense()`; how it is stored is its own business, so every method works on every
+precision.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from qlora_lite.foundation.errors import AdapterError
+from qlora_lite.model.frozen import FrozenLinear
+
+
+class Role(StrEnum):
+    """What a parameter is to its layer: optimizer groups are made by role."""
+
+    DOWN = "down"
+    """(rank, d_in): from the input into the low-rank space (LoRA's A)."""
+    UP = "up"
+    """(d_out, rank): back to the output (LoRA's B)."""
+    CORE = "core"
+    """A small matrix between the two."""
+    GATE = "gate"
+    """One number per rank component: fp32, no weight decay."""
+    MAGNITUDE = "magnitude"
+    """One number per output feature."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A folded LoRA pair: `delta == up @ down`, every scale inside `up`. fp32."""
+
+    down: Tensor
+    """(rank, d_in)"""
+    up: Tensor
+    """(d_out, rank)"""
+    relative_error: float = 0.0
+    """Frobenius norm of what the pair misses, relative to the delta; 0 where it is lossless."""
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+
+class AdapterLayer(nn.Module):
+    """A frozen linear layer and what is trained on top of it. Takes the place of the layer.
+
+    With `enabled = False` it is the bare base, bit for bit.
+    """
+
+    roles: ClassVar[dict[str, Role]] = {}
+    """Every trained parameter's name and role."""
+
+    def __init__(self, base: FrozenLinear) -> None:
+        super().__init__()
+        self.base = base
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) -> (..., d_out)"""
+        y = self.base.matmul(x)
+        if self.enabled:
+            y = self.combine(x, y)
+        return y if self.base.bias is None else y + self.base.bias.to(y.dtype)
+
+    def combine(self, x: Tensor, y_base: Tensor) -> Tensor:
+        """The adapted output, before the bias."""
+        return y_base + self.update(x)
+
+    def update(self, x: Tensor) -> Tensor:
+        """What is added to the base output, (..., d_in) -> (..., d_out)."""
+        raise NotImplementedError
+
+    def live_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Differentiable (down, up) with `up @ down == delta`; None where there is no such pair."""
+        return None
+
+    def delta(self) -> Tensor:
+        """What merging adds to the dense weight, (d_out, d_in) in fp32."""
+        raise NotImplementedError
+
+    def merged(self, dense: Tensor) -> Tensor:
+        """The dense weight (d_out, d_in) with what was trained, in fp32."""
+        return dense.float() + self.delta()
+
+    def factors(self, rank: int | None = None) -> Factors | None:
+        """The folded pair for export, cut to `rank` on request; None if there is none there."""
+        raise NotImplementedError
+
+    def begin_from(self, factors: Factors) -> None:
+        """Start at a trained LoRA pair instead of at the base.
+
+        Raises:
+            AdapterError: if this method has no such start, or the pair's rank is larger.
+        """
+        raise AdapterError(
+            f"{type(self).__name__} cannot begin from a plain LoRA adapter. Leave out "
+            "adapter.start, or give a run of the same method"
+        )
+
+    def trainable_count(self) -> int:
+        """How many numbers are trained, by the paper's formula."""
+        raise NotImplementedError
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name, without the base's."""
+        return {name: getattr(self, name) for name in self.roles}

@@ -1,0 +1,286 @@
+"""What a method does around a step.
+
+A method from a paper is one file: its settings, its layer, and a `Method` that overrides only the
+hooks that the paper changes. Every hook has an empty default, so the training loop calls them all
+and knows no method by name. The order inside one optimizer step:
+
+    begin_step -> forward and backward of every micro-batch (with `output_loss`), `penalty` once
+    -> before_step (gradients exist) -> clip -> optimizer -> after_step
+"""
+
+import fnmatch
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Flag, auto
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from qlora_lite.adapters.layer import AdapterLayer, Role
+from qlora_lite.foundation.errors import AdapterError
+from qlora_lite.foundation.settings import Settings
+from qlora_lite.model.frozen import FrozenLinear
+from qlora_lite.model.targets import LinearSpec
+
+
+class AdapterSettings(Settings):
+    """What every low-rank method has."""
+
+    kind: str
+
+    rank: int = Field(16, ge=1)
+    """Rank of the update; `ranks` may change it layer by layer."""
+
+    alpha: float = Field(32.0, gt=0)
+    """Numerator of the scale of the update."""
+
+    scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
+    """Scale of the update. With alpha/sqrt(r) high ranks keep learning (rsLoRA)."""
+
+    lr_ratio: float = Field(1.0, gt=0)
+    """Learning rate of the up factors relative to the down factors (LoRA+ takes 16)."""
+
+    targets: str | list[str] = "all-linear"
+    """`all-linear`, `attention`, `mlp`, or names and globs: `["q_proj", "*.mlp.*"]`."""
+
+    ranks: dict[str, int] = Field(default_factory=dict)
+    """Other ranks by block (`"0"`, `"0-7"`) or by glob of the path; the last match counts, 0 leaves
+    the layer alone. More rank in the lower layers: `{"0-7": 32}`."""
+
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of the trained parameters at rest; auto is the device rule's (bf16 as a rule)."""
+
+    embedding_rank: int = Field(0, ge=0)
+    """Rank of a LoRA on the input embedding; 0 is none."""
+
+    train_norms: bool = False
+    """Train the norms (scale and bias) as well."""
+
+    train_modules: list[str] = Field(default_factory=list)
+    """Modules trained whole, by path or last name: `["lm_head"]`. Kept in fp32."""
+
+    start: str | None = None
+    """A PEFT adapter directory, or a run's `adapter/`, to begin from."""
+
+    @field_validator("ranks")
+    @classmethod
+    def _no_negative_rank(cls, ranks: dict[str, int]) -> dict[str, int]:
+        for pattern, rank in ranks.items():
+            if rank < 0:
+                raise ValueError(f"rank of {pattern!r} is {rank}; it must be 0 or more")
+        return ranks
+
+
+class Need(Flag):
+    """What a method needs from those who carry it out."""
+
+    NONE = 0
+    TEACHER_OUTPUT = auto()
+    """The bare base's logits beside the adapted ones."""
+    LAYER_INPUTS = auto()
+    """Statistics of the layers' inputs, each token counted once under checkpointing."""
+    TOTAL_STEPS = auto()
+    """The number of optimizer steps, known before the first."""
+    ORIGINAL_WEIGHTS = auto()
+    """The weights before quantisation."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What is decided for one layer before it is built."""
+
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """Where training stands."""
+
+    step: int
+    """Of this optimizer step, from 0."""
+    total: int
+    lr: float
+    generator: torch.Generator
+    """Seeded by run and step: the same draws after a resume, and on every process."""
+    skipped: bool = False
+    """The optimizer did not move, because a scaled gradient overflowed."""
+
+
+@dataclass(frozen=True)
+class OutputChunk:
+    """Outputs at some trained tokens, (tokens, vocabulary) and (tokens,)."""
+
+    logits: Tensor
+    targets: Tensor
+    teacher_logits: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning rate and a weight decay."""
+
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+    lr_factor: float = 1.0
+    """Relative to the run's learning rate."""
+    decays: bool = True
+
+
+class Access(Protocol):
+    """How a method reads and writes what is trained: the same under every engine."""
+
+    def read(self, parameter: nn.Parameter) -> Tensor:
+        """The value that the optimizer keeps (its fp32 master where there is one)."""
+
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set the parameter, and its master."""
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None: ...
+
+    def set_gradient(self, parameter: nn.Parameter, value: Tensor) -> None: ...
+
+    def forget(self, parameter: nn.Parameter, where: Tensor | None = None) -> None:
+        """Clear the optimizer's state of a parameter, or of the part where a mask is true."""
+
+
+class Method:
+    """One adapter method in one run. Every hook does nothing unless a paper needs it."""
+
+    needs: ClassVar[Need] = Need.NONE
+
+    def __init__(self, settings: AdapterSettings) -> None:
+        self.settings = settings
+        self.plans: dict[str, LayerPlan] = {}
+        self.layers: dict[str, AdapterLayer] = {}
+
+    def plan(self, specs: Sequence[LinearSpec]) -> dict[str, LayerPlan]:
+        """Rank and scale of every layer, before anything is built; rank 0 is left out."""
+        ranks = {s.path: rank_of(s, self.settings.rank, self.settings.ranks) for s in specs}
+        alpha, scaling = self.settings.alpha, self.settings.scaling
+        return {
+            path: LayerPlan(rank, scale_of(alpha, rank, scaling))
+            for path, rank in ranks.items()
+            if rank > 0
+        }
+
+    def split(
+        self,
+        spec: LinearSpec,
+        dense: Tensor,
+        round_trip: Callable[[Tensor], Tensor],
+        generator: torch.Generator,
+        saved: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Before quantisation: the weight to quantise, and where the factors start.
+
+        Called for planned layers only if a method overrides it, since it needs the whole weight in
+        fp32. On resume, load and merge it replays `saved` and computes nothing.
+        """
+        return dense, None
+
+    def build(
+        self,
+        base: FrozenLinear,
+        spec: LinearSpec,
+        start: Mapping[str, Tensor] | None,
+        generator: torch.Generator,
+    ) -> AdapterLayer:
+        """The layer at its start. The generator is seeded by run and path."""
+        raise NotImplementedError
+
+    def adopt(self, layers: Mapping[str, AdapterLayer]) -> None:
+        """All layers are built and in place."""
+        self.layers = dict(layers)
+
+    def groups(self) -> list[ParameterGroup]:
+        """Groups by role: up factors at `lr_ratio` times the rate, gates without decay."""
+        by_kind: dict[tuple[float, bool], dict[str, nn.Parameter]] = {}
+        for path, layer in self.layers.items():
+            for name, parameter in layer.trained().items():
+                role = layer.roles[name]
+                factor = self.settings.lr_ratio if role is Role.UP else 1.0
+                decays = role not in (Role.GATE, Role.MAGNITUDE)
+                by_kind.setdefault((factor, decays), {})[f"{path}.{name}"] = parameter
+        return [
+            ParameterGroup(tuple(members), tuple(members.values()), factor, decays)
+            for (factor, decays), members in by_kind.items()
+        ]
+
+    def begin_step(self, step: StepInfo) -> None:
+        """Once per optimizer step, before the first forward (DyLoRA draws a rank)."""
+
+    def penalty(self) -> Tensor | None:
+        """A loss on the parameters, added once per optimizer step (AdaLoRA, RM-LoRA)."""
+        return None
+
+    def output_loss(self, chunk: OutputChunk) -> Tensor | None:
+        """A loss on the outputs, as a sum over the chunk's trained tokens (BA-LoRA)."""
+        return None
+
+    def active(self, step: StepInfo) -> Iterable[str]:
+        """Paths of the layers that train in this step (XGBLoRA draws a subset)."""
+        return self.layers
+
+    def before_step(self, access: Access, step: StepInfo) -> None:
+        """Gradients exist and are not clipped yet: read them, or set them."""
+
+    def after_step(self, access: Access, step: StepInfo) -> None:
+        """The optimizer has moved, the gradients still exist (prox, pruning, budgets, restarts)."""
+
+    def lr_scale(self, step: int) -> float:
+        """A factor on the learning rate: warm restarts as a pure function of the step."""
+        return 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the schedule needs to resume exactly: tensors, numbers and strings by name."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+
+
+def rank_of(spec: LinearSpec, rank: int, ranks: Mapping[str, int]) -> int:
+    """The rank of one layer: the last pattern of `ranks` that matches it, else `rank`."""
+    for pattern, other in ranks.items():
+        if _matches(spec, pattern):
+            rank = other
+    return rank
+
+
+def _matches(spec: LinearSpec, pattern: str) -> bool:
+    blocks = re.fullmatch(r"(\d+)(?:-(\d+))?", pattern)
+    if blocks is None:
+        return fnmatch.fnmatch(spec.path, pattern) or spec.name == pattern
+    if spec.block is None:
+        return False
+    return int(blocks[1]) <= spec.block <= int(blocks[2] or blocks[1])
+
+
+def check_ranks(specs: Sequence[LinearSpec], ranks: Mapping[str, int]) -> None:
+    """Every pattern must mean something.
+
+    Raises:
+        AdapterError: if a pattern matches none of the layers.
+    """
+    for pattern in ranks:
+        if not any(_matches(spec, pattern) for spec in specs):
+            names = sorted({spec.name for spec in specs})
+            last = max((spec.block or 0 for spec in specs), default=0)
+            raise AdapterError(
+                f"adapter.ranks: {pattern!r} matches no adapted layer. Write block numbers "
+                f'("0-{last}"), a name ({", ".join(names)}) or a glob of the path '
+                f'(such as "{specs[0].path}")'
+            )
+
+
+def scale_of(alpha: float, rank: int, scaling: str) -> float:
+    """alpha/r (LoRA) or alpha/sqrt(r) (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732)."""
+    return alpha / (math.sqrt(rank) if scaling == "alpha/sqrt(r)" else rank)

@@ -1,0 +1,274 @@
+"""Adapters as files: PEFT's directory, and our own state beside it.
+
+    adapter_config.json, adapter_model.safetensors   what PEFT, vLLM and llama.cpp read
+    native.safetensors                               every trained tensor as it is, in its own dtype
+    qlora_lite.json                                  what the others do not record
+
+PEFT, vLLM and llama.cpp compute the scale of an adapter differently as soon as ranks or scales vary
+between layers. So what is written is normalised: every scale is folded into B, `lora_alpha == r`,
+one rank (lower ones are padded with zeros), full paths, fp32. All consumers then agree.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from qlora_lite.adapters.attach import Attached
+from qlora_lite.adapters.layer import Factors
+from qlora_lite.adapters.method import AdapterSettings
+from qlora_lite.foundation.errors import AdapterError
+from qlora_lite.foundation.files import write_json
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+NATIVE = "native.safetensors"
+SIDECAR = "qlora_lite.json"
+_PREFIX = "base_model.model."
+
+
+def save_adapter(
+    directory: Path,
+    attached: Attached,
+    *,
+    base: str,
+    revision: str | None,
+    fan_in_fan_out: bool,
+    sidecar: dict[str, Any],
+) -> None:
+    """Write all files of an adapter into an existing, empty directory.
+
+    Args:
+        base: the base's hub id or absolute path, for the consumers.
+        fan_in_fan_out: the base keeps its weights as (d_in, d_out), as GPT-2 does.
+        sidecar: what the PEFT format does not record.
+    """
+    native = {n: p.detach().cpu().contiguous() for n, p in attached.parameters().items()}
+    save_file(native, directory / NATIVE, {"format": "pt"})
+    tensors, config = to_peft(attached)
+    if config:
+        settings = attached.method.settings
+        config |= {
+            "base_model_name_or_path": base,
+            "revision": revision,
+            "lora_dropout": settings.dropout,
+            "fan_in_fan_out": fan_in_fan_out,
+        }
+        save_file(tensors, directory / WEIGHTS, {"format": "pt"})
+        write_json(directory / CONFIG, config)
+    write_json(directory / SIDECAR, sidecar | {"peft": bool(config)})
+
+
+def to_peft(attached: Attached) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """PEFT's tensors and configuration; both empty if a layer has no lossless pair."""
+    pairs = {path: layer.factors() for path, layer in attached.layers.items()}
+    embeddings = {path: layer.factors() for path, layer in attached.embeddings.items()}
+    exact = [pair for pair in (pairs | embeddings).values() if pair and pair.relative_error == 0]
+    if len(exact) < len(pairs) + len(embeddings):
+        return {}, {}
+    rank = max(pair.rank for pair in exact)
+    tensors: dict[str, Tensor] = {}
+    for path, pair in pairs.items():
+        assert pair is not None
+        down, up = _padded(pair, rank)
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = down
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = up
+    for path, pair in embeddings.items():
+        down, up = _padded(pair, rank)
+        tensors[f"{_PREFIX}{path}.lora_embedding_A"] = down
+        tensors[f"{_PREFIX}{path}.lora_embedding_B"] = up
+    for path, module in attached.whole.items():
+        for name, parameter in module.named_parameters():
+            tensors[f"{_PREFIX}{path}.{name}"] = parameter.detach().cpu().float().contiguous()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": [*pairs, *embeddings],
+        "modules_to_save": list(attached.whole) or None,
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    return tensors, config
+
+
+def _padded(pair: Factors, rank: int) -> tuple[Tensor, Tensor]:
+    missing = rank - pair.rank
+    down = F.pad(pair.down, (0, 0, 0, missing)).cpu().contiguous()
+    return down, F.pad(pair.up, (0, missing)).cpu().contiguous()
+
+
+@dataclass
+class PeftAdapter:
+    """A PEFT LoRA directory, read: folded pairs by path, whole modules' tensors by `path.name`."""
+
+    directory: Path
+    layers: dict[str, Factors] = field(default_factory=dict)
+    embeddings: dict[str, Factors] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
+
+
+def read_peft(directory: Path) -> PeftAdapter:
+    """Read a PEFT LoRA adapter with whatever ranks, scales and patterns it has.
+
+    Raises:
+        AdapterError: if it is not a LoRA adapter that can be folded without loss.
+    """
+    if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():
+        raise AdapterError(
+            f"{directory} is not an adapter directory: {CONFIG} and {WEIGHTS} are needed there. "
+            "Give the folder that PEFT's save_pretrained wrote, or a run's adapter/"
+        )
+    config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    _refuse_what_is_not_lora(directory, config)
+    adapter = PeftAdapter(directory)
+    halves: dict[str, dict[str, Tensor]] = {}
+    with safe_open(directory / WEIGHTS, "pt") as file:
+        for key in file.keys():  # noqa: SIM118 - a safetensors file is not a mapping
+            name = key.removeprefix(_PREFIX)
+            match = re.fullmatch(r"(.+)\.lora_(embedding_)?(A|B)(?:\.weight)?", name)
+            if match is None:
+                adapter.whole[name] = file.get_tensor(key).float()
+            else:
+                halves.setdefault(f"{match[2] or ''}:{match[1]}", {})[match[3]] = file.get_tensor(
+                    key
+                ).float()
+    for where, pair in halves.items():
+        kind, _, path = where.partition(":")
+        if set(pair) != {"A", "B"}:
+            raise AdapterError(
+                f"{directory / WEIGHTS} has only lora_{next(iter(pair))} of {path}; the file is "
+                "damaged. Save the adapter again"
+            )
+        scale = _peft_scale(config, path, pair["A"].shape[0])
+        factors = Factors(pair["A"], pair["B"] * scale)
+        (adapter.embeddings if kind else adapter.layers)[path] = factors
+    return adapter
+
+
+def _refuse_what_is_not_lora(directory: Path, config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(
+            f"{directory} is a {config.get('peft_type')} adapter; a LORA one is needed. "
+            "Merge it with PEFT and use the merged model as the base"
+        )
+    if config.get("use_dora") or config.get("bias", "none") != "none":
+        raise AdapterError(
+            f"{directory} has use_dora={config.get('use_dora')} and bias={config.get('bias')!r}; "
+            "only plain LoRA without trained biases can be read. Merge it with PEFT and use the "
+            "merged model as the base"
+        )
+
+
+def _peft_scale(config: Mapping[str, Any], path: str, rank: int) -> float:
+    """PEFT's own rule: patterns match the end of the path; alpha/r or alpha/sqrt(r)."""
+    alpha = config["lora_alpha"]
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+            alpha = value
+            break
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def begin_from(attached: Attached, directory: Path) -> None:
+    """Start from an existing adapter: our own state of the same method, or PEFT factors.
+
+    Raises:
+        AdapterError: if a tensor of the adapter finds no place, or a shape differs.
+    """
+    native = directory / NATIVE
+    if native.is_file() and _was_trained_with(directory, attached.method.settings):
+        load_native(attached, load_file(native))
+        return
+    adapter = read_peft(directory)
+    _check_places(attached, adapter)
+    for path, factors in adapter.layers.items():
+        attached.layers[path].begin_from(factors)
+    for path, factors in adapter.embeddings.items():
+        layer = attached.embeddings[path]
+        with torch.no_grad():
+            layer.a.copy_(factors.down)
+            layer.b.copy_(factors.up / layer.scale)
+    parameters = attached.parameters()
+    with torch.no_grad():
+        for name, tensor in adapter.whole.items():
+            parameters[name].copy_(tensor)
+
+
+def _was_trained_with(directory: Path, settings: AdapterSettings) -> bool:
+    """Our own state fits as it is when method, ranks and scales are the same."""
+    recorded = json.loads((directory / SIDECAR).read_text(encoding="utf-8"))["adapter"]
+    shaping = ("kind", "rank", "alpha", "scaling", "ranks", "targets", "embedding_rank")
+    extra = ("train_norms", "train_modules")
+    return all(recorded[name] == getattr(settings, name) for name in (*shaping, *extra))
+
+
+def _check_places(attached: Attached, adapter: PeftAdapter) -> None:
+    """Every tensor of the adapter is used exactly once, or the command fails."""
+    known = set(attached.layers) | set(attached.embeddings)
+    lost = [path for path in (*adapter.layers, *adapter.embeddings) if path not in known]
+    lost += [name for name in adapter.whole if name not in attached.parameters()]
+    if lost:
+        raise AdapterError(
+            f"{adapter.directory} holds {len(lost)} tensors that this recipe does not train "
+            f"(such as {lost[0]}). Widen adapter.targets, or set adapter.train_modules, "
+            "adapter.train_norms or adapter.embedding_rank as the adapter had them"
+        )
+    for path, factors in adapter.layers.items():
+        base = attached.layers[path].base
+        _check_shape(path, factors, (base.d_in, base.d_out))
+    for path, factors in adapter.embeddings.items():
+        vocabulary, hidden = attached.embeddings[path].base.weight.shape
+        _check_shape(path, factors, (vocabulary, hidden))
+        if factors.rank != attached.embeddings[path].a.shape[0]:
+            raise AdapterError(
+                f"the adapter to start from has embedding rank {factors.rank}. "
+                f"Set adapter.embedding_rank={factors.rank}"
+            )
+
+
+def _check_shape(path: str, factors: Factors, shape: tuple[int, int]) -> None:
+    got = (factors.down.shape[1], factors.up.shape[0])
+    if got != shape:
+        raise AdapterError(
+            f"{path}: the adapter maps {got[0]} to {got[1]} features, the base {shape[0]} to "
+            f"{shape[1]}. It was trained on another base model"
+        )
+
+
+def load_native(attached: Attached, tensors: Mapping[str, Tensor]) -> None:
+    """Set every trained parameter from our own state; names must match exactly.
+
+    Raises:
+        AdapterError: if a tensor is missing, left over, or has another shape.
+    """
+    parameters = attached.parameters()
+    if set(tensors) != set(parameters):
+        odd = sorted(set(tensors) ^ set(parameters))
+        raise AdapterError(
+            f"the saved adapter and this recipe differ in {len(odd)} tensors (such as {odd[0]}). "
+            "Use the recipe.json of the run that wrote it"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.shape != tensors[name].shape:
+                raise AdapterError(
+                    f"{name} has shape {tuple(tensors[name].shape)} in the saved adapter and "
+                    f"{tuple(parameter.shape)} here. Use the recipe.json of the run that wrote it"
+                )
+            parameter.copy_(tensors[name])

@@ -1,0 +1,165 @@
+"""The typed recipe: one object that says everything about a run.
+
+A recipe is a Python file that builds a `Recipe`, or the `recipe.json` that every run writes. The
+command line lays `key=value` over it; `recipe.but("optim.lr=1e-4")` does the same in Python.
+"""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from qlora_lite.adapters.catalogue import Adapter
+from qlora_lite.adapters.lora import LoRA
+from qlora_lite.data.settings import Data
+from qlora_lite.foundation.errors import RecipeError
+from qlora_lite.foundation.overrides import check, overlay
+from qlora_lite.foundation.settings import Settings
+from qlora_lite.foundation.units import parse_bytes
+from qlora_lite.model.load import Base
+from qlora_lite.training.loop import Checkpoints, Evaluation
+from qlora_lite.training.optimizer import Optim
+
+RESULT_SETTINGS = frozenset({"output", "budget", "tracking"})
+"""Settings that change no number of a run's result, so they may differ when it is continued."""
+
+
+class Recipe(Settings):
+    """A base, an adapter, data, and how to train."""
+
+    base: Base
+    """The frozen model and how it is held."""
+
+    adapter: Adapter = LoRA()
+    """What is trained: any method of the catalogue, by `kind`."""
+
+    data: Data
+    """What is read."""
+
+    optim: Optim = Optim()
+    """How parameters move, and how much data a step sees."""
+
+    evaluation: Evaluation = Evaluation()
+    """Scoring during training."""
+
+    checkpoints: Checkpoints = Checkpoints()
+    """Saved states to continue from."""
+
+    budget: str | None = None
+    """Memory that may be used, such as "22GiB"; what the device has unless given."""
+
+    output: str = Field(min_length=1)
+    """The run's folder."""
+
+    seed: int = Field(0, ge=0)
+    """Every random number comes from it."""
+
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:1`."""
+
+    tracking: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+    """Trackers that metrics are sent to; none unless asked for."""
+
+    @field_validator("budget")
+    @classmethod
+    def _is_a_size(cls, budget: str | None) -> str | None:
+        if budget is not None:
+            try:
+                parse_bytes(budget)
+            except RecipeError as error:
+                raise ValueError(str(error)) from None
+        return budget
+
+    def but(self, *assignments: str) -> "Recipe":
+        """A variant: `recipe.but("optim.lr=1e-4", "adapter=rslora")`, checked as a whole.
+
+        Raises:
+            RecipeError: naming every path that is wrong, and what is allowed there.
+        """
+        return vary(self, assignments)[0]
+
+    def as_values(self) -> dict[str, Any]:
+        """Every setting as plain JSON values."""
+        return self.model_dump(mode="json")
+
+
+def vary(recipe: Recipe, assignments: Sequence[str]) -> tuple[Recipe, list[str]]:
+    """`recipe.but`, with what a reader should be told about it."""
+    values = recipe.model_dump(mode="json", exclude_unset=True)
+    for name in ("adapter", "base", "data"):
+        values.setdefault(name, {})
+    values["adapter"]["kind"] = recipe.adapter.kind
+    values, notes = overlay(values, assignments, Recipe)
+    return check(Recipe, values), notes
+
+
+def load_recipe(path: Path) -> Recipe:
+    """A recipe from a Python file, a `recipe.json`, or a run's folder.
+
+    The folder of a Python recipe is importable while it loads, so recipes may build on neighbours.
+
+    Raises:
+        RecipeError: if there is none, or it does not say what a recipe must say.
+    """
+    if path.is_dir():
+        path = path / "recipe.json"
+    if not path.is_file():
+        raise RecipeError(
+            f"{path} is not a file. Give a recipe (recipes/*.py), a run's folder or its "
+            "recipe.json; `qlora-lite init MODEL` writes a new one"
+        )
+    if path.suffix == ".json":
+        return _from_json(path)
+    if path.suffix != ".py":
+        raise RecipeError(f"{path}: a recipe is a .py file or a run's recipe.json")
+    return _from_python(path)
+
+
+def _from_json(path: Path) -> Recipe:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not readable JSON ({error}). Give another recipe") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} holds a {type(values).__name__}; a recipe is an object")
+    return check(Recipe, values.get("recipe", values))
+
+
+def _from_python(path: Path) -> Recipe:
+    spec = importlib.util.spec_from_file_location(f"_recipe_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    folder = str(path.parent.resolve())
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError, NameError, TypeError, AttributeError) as error:
+        raise RecipeError(f"{path} does not load: {type(error).__name__}: {error}") from error
+    except ValueError as error:
+        raise RecipeError(f"{path} does not load:\n{error}") from error
+    finally:
+        sys.path.remove(folder)
+    recipe = getattr(module, "recipe", None)
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(
+            f"{path} defines no `recipe = Recipe(...)`. See recipes/demo.py for the shape of one"
+        )
+    return recipe
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:
+    """`optim.lr: 0.0002 -> 0.0001` for every setting that differs."""
+    found: list[str] = []
+    for name in dict.fromkeys([*old, *new]):
+        where = f"{path}{name}"
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{where}.")
+        elif before != after:
+            found.append(f"{where}: {before!r} -> {after!r}")
+    return found

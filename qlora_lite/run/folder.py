@@ -1,0 +1,206 @@
+"""A run's folder: what it records, who may use it, and whether it is finished.
+
+    recipe.json  metrics.jsonl  checkpoints/  adapter/  report.html
+
+Nothing in it is ever overwritten silently.
+"""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_lite.adapters.state import SIDECAR
+from qlora_lite.foundation.errors import RunError
+from qlora_lite.foundation.files import write_json
+from qlora_lite.recipe import RESULT_SETTINGS, Recipe, differences
+from qlora_lite.training import checkpoint
+
+_PACKAGES = ("qlora-lite", "torch", "transformers", "bitsandbytes", "accelerate", "datasets")
+_LENGTH = ("optim.steps", "optim.epochs")
+"""The settings that `extend` may change."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run, and the rules about them."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def read_record(self) -> dict[str, Any]:
+        """What `recipe.json` says.
+
+        Raises:
+            RunError: if this is not a run's folder.
+        """
+        if not self.recipe.is_file():
+            raise RunError(
+                f"{self.path} is not a run: it has no recipe.json. Give the folder that "
+                "`qlora-lite train` wrote (its `output`)"
+            )
+        try:
+            record: dict[str, Any] = json.loads(self.recipe.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise RunError(
+                f"{self.recipe} is damaged ({error}). Restore it, or train anew"
+            ) from None
+        return record
+
+    def read_sidecar(self) -> dict[str, Any]:
+        """What `adapter/qlora_lite.json` says about the trained adapter.
+
+        Raises:
+            RunError: if the run has no adapter yet.
+        """
+        if not (self.adapter / SIDECAR).is_file():
+            raise RunError(
+                f"{self.path} has no adapter yet: the run is not finished. "
+                f"Run `qlora-lite train {self.path}` to go on"
+            )
+        sidecar: dict[str, Any] = json.loads((self.adapter / SIDECAR).read_text(encoding="utf-8"))
+        return sidecar
+
+    def is_finished(self, recipe: Recipe) -> bool:
+        """The adapter is there and was trained to the end by this recipe."""
+        if not (self.adapter / SIDECAR).is_file():
+            return False
+        return not _relevant(self.read_sidecar()["recipe"], recipe.as_values())
+
+    def claim(self, recipe: Recipe, extend: bool) -> bool:
+        """Check that `recipe` may work here, before anything is loaded. True for a fresh run.
+
+        Raises:
+            RunError: if the folder belongs to another recipe, or is something else.
+        """
+        if not self.recipe.exists():
+            if extend:
+                raise RunError(
+                    f"{self.path} holds no run to extend. Leave out --extend to train a new one"
+                )
+            self._refuse_foreign_content()
+            return True
+        changed = _relevant(self.read_record()["recipe"], recipe.as_values())
+        if not extend:
+            if changed:
+                raise RunError(
+                    f"{self.path} belongs to a run with another recipe:\n  "
+                    + "\n  ".join(changed)
+                    + "\nGive another output=..., or the settings that it has"
+                    + _extend_hint(changed)
+                )
+            return False
+        forbidden = [line for line in changed if line.partition(":")[0] not in _LENGTH]
+        if forbidden:
+            raise RunError(
+                "--extend only changes how long a run is (optim.steps, optim.epochs); these "
+                "differ too:\n  " + "\n  ".join(forbidden) + "\nGive another output=..."
+            )
+        if not changed and self.is_finished(recipe):
+            raise RunError(
+                f"{self.path} is finished, and --extend was given without a new length. "
+                "Say how long it should be in all: optim.steps=... or optim.epochs=..."
+            )
+        return False
+
+    def record(self, recipe: Recipe, fingerprints: dict[str, str], device: str) -> list[str]:
+        """Write `recipe.json`, or compare with what is there. Returns warnings.
+
+        Raises:
+            RunError: if data or base are not what they were when the run began.
+        """
+        versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+        record = {
+            "recipe": recipe.as_values(),
+            "fingerprints": fingerprints,
+            "versions": versions | {"python": platform.python_version()},
+            "threads": torch.get_num_threads(),
+            "device": device,
+            "git_revision": git_revision(),
+        }
+        warnings: list[str] = []
+        if self.recipe.exists():
+            old = self.read_record()
+            for what, value in fingerprints.items():
+                if old["fingerprints"].get(what) != value:
+                    raise RunError(
+                        f"the {what} of {self.path} changed since the run began. Restore it, or "
+                        "begin a new run with another output=..."
+                    )
+            was = {k: old.get(k) for k in ("versions", "threads", "device")}
+            now = {k: record[k] for k in was}
+            if changed := differences(was, now):
+                warnings.append(
+                    "the run began under other conditions, so it will not be bit-equal to an "
+                    "uninterrupted one: " + "; ".join(changed)
+                )
+        write_json(self.recipe, record)
+        return warnings
+
+    def _refuse_foreign_content(self) -> None:
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise RunError(
+                f"{self.path} is a file; output must be a folder. Give another output=..."
+            )
+        ours = {".lock", "checkpoints", "metrics.jsonl"}
+        others = [entry.name for entry in self.path.iterdir() if entry.name not in ours]
+        if others:
+            raise RunError(
+                f"{self.path} is not empty (there is {others[0]}) and is not a run. "
+                "Nothing is overwritten: give another output=..."
+            )
+
+
+def _relevant(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Differences that would change a result."""
+    changed = differences(old, new)
+    return [line for line in changed if line.partition(":")[0].split(".")[0] not in RESULT_SETTINGS]
+
+
+def _extend_hint(changed: list[str]) -> str:
+    if all(line.partition(":")[0] in _LENGTH for line in changed):
+        return ", or add --extend to train this run longer"
+    return ""
+
+
+def git_revision() -> str | None:
+    """Of the working directory's repository, if there is one."""
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return None
+    return result.stdout.strip() or None
+
+
+def newest_step(folder: RunFolder) -> int:
+    """Steps done at the newest checkpoint."""
+    found = checkpoint.newest(folder.checkpoints)
+    return int(found.name.removeprefix("step-")) if found else 0

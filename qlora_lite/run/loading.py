@@ -1,0 +1,118 @@
+"""A run, or any model directory, ready to use."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from qlora_lite.adapters.attach import Attached, attach
+from qlora_lite.adapters.catalogue import method_for
+from qlora_lite.adapters.state import NATIVE, load_native
+from qlora_lite.foundation import device as devices
+from qlora_lite.foundation.errors import BaseModelError
+from qlora_lite.foundation.watch import Watcher
+from qlora_lite.model.causal import CausalModel
+from qlora_lite.model.load import Base, LoadedBase, load_base, load_tokenizer
+from qlora_lite.model.quant import BF16, FP32, Quant
+from qlora_lite.model.targets import linear_specs
+from qlora_lite.recipe import Recipe, load_recipe
+from qlora_lite.run.folder import RunFolder
+
+
+@dataclass
+class Loaded:
+    """A model that can speak and be scored."""
+
+    base: LoadedBase
+    tokenizer: PreTrainedTokenizerBase
+    attached: Attached | None
+    """The adapter, for a run; None for a plain model."""
+    recipe: Recipe | None
+
+    @property
+    def causal(self) -> CausalModel:
+        return CausalModel(self.base.model)
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The transformers module, ready for `generate`."""
+        return self.base.model
+
+
+def load_run(run: str | Path, device: str | None = None, watcher: Watcher | None = None) -> Loaded:
+    """A finished run: its base as it was in training, with the adapter attached.
+
+    Raises:
+        RunError: if there is no run, or it has no adapter yet.
+    """
+    folder = RunFolder(Path(run))
+    folder.read_record()
+    folder.read_sidecar()
+    recipe = load_recipe(folder.recipe)
+    loaded = load_for_training(recipe, device, watcher)
+    assert loaded.attached is not None
+    load_native(loaded.attached, load_file(folder.adapter / NATIVE))
+    return loaded
+
+
+def load_for_training(
+    recipe: Recipe, device: str | None = None, watcher: Watcher | None = None
+) -> Loaded:
+    """A recipe's base with its adapter at the start."""
+    watcher = watcher or Watcher()
+    rule = devices.choose(device or recipe.device, recipe.base.compute)
+    tokenizer = load_tokenizer(recipe.base)
+    base = load_base(recipe.base, rule, progress=watcher.loading)
+    method = method_for(recipe.adapter)
+    attached = attach(
+        base.model,
+        method,
+        linear_specs(base.model),
+        recipe.seed,
+        devices.DTYPES.get(recipe.adapter.dtype, rule.adapters),
+    )
+    attached.train(False)
+    return Loaded(base, tokenizer, attached, recipe)
+
+
+def load_model(
+    model: str, quant: Quant | None = None, device: str = "auto", watcher: Watcher | None = None
+) -> Loaded:
+    """Any model directory or hub id, frozen; unquantised unless `quant` is given.
+
+    A checkpoint in fp32 is held in fp32, any other in bf16.
+    """
+    rule = devices.choose(device)
+    base = Base(model=model, quant=quant or _own_precision(model))
+    tokenizer = load_tokenizer(base)
+    loaded = load_base(base, rule, progress=(watcher or Watcher()).loading)
+    return Loaded(loaded, tokenizer, None, None)
+
+
+def load(target: str | Path, device: str = "auto", watcher: Watcher | None = None) -> Loaded:
+    """A run if it is one, any other model otherwise.
+
+    Raises:
+        BaseModelError: if it is neither.
+    """
+    path = Path(target)
+    if (path / "recipe.json").is_file():
+        return load_run(path, None if device == "auto" else device, watcher)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise BaseModelError(
+            f"{path} is neither a run (it has no recipe.json) nor a model (no config.json). "
+            "Give a run's folder, a model directory or a hub id"
+        )
+    return load_model(str(target), device=device, watcher=watcher)
+
+
+def _own_precision(model: str) -> BF16 | FP32:
+    config = Path(model) / "config.json"
+    if not config.is_file():
+        return BF16()
+    values = json.loads(config.read_text(encoding="utf-8"))
+    dtype = values.get("dtype") or values.get("torch_dtype")
+    return FP32() if dtype == "float32" else BF16()

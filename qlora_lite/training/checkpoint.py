@@ -1,0 +1,121 @@
+"""Checkpoints that are complete or absent.
+
+    checkpoints/step-000200/
+        adapter.safetensors     every trained tensor as it rests
+        optimizer.safetensors   masters, moments, the method's tensors
+        state.json              step, tokens, numbers of optimizer and method, size of metrics.jsonl
+
+A checkpoint is written aside, synced and renamed, so a kill or a full disk leaves the older one.
+"""
+
+import errno
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qlora_lite.foundation.errors import RunError
+from qlora_lite.foundation.files import complete_directory, write_json
+
+_ADAPTER, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything that a run needs to go on as if it had not stopped."""
+
+    adapter: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    method: dict[str, Any]
+    progress: dict[str, Any]
+    """Numbers: steps done, tokens, seconds, early stopping, the loss scaler."""
+
+
+def save(directory: Path, step: int, state: TrainingState, keep: int) -> Path:
+    """Write `step-NNNNNN`, then remove all but the newest `keep` checkpoints.
+
+    Raises:
+        RunError: if the disk is full; older checkpoints stay as they were.
+    """
+    target = directory / f"step-{step:06d}"
+    numbers: dict[str, Any] = {"progress": state.progress, "optimizer": {}, "method": {}}
+    tensors: dict[str, Tensor] = {}
+    for owner, values in (("optimizer", state.optimizer), ("method", state.method)):
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{owner}/{name}"] = value.detach().cpu().contiguous()
+            else:
+                numbers[owner][name] = value
+    adapter = {n: t.detach().cpu().contiguous() for n, t in state.adapter.items()}
+    try:
+        with complete_directory(target) as aside:
+            save_file(adapter, aside / _ADAPTER, {"format": "pt"})
+            save_file(tensors, aside / _OPTIMIZER, {"format": "pt"})
+            write_json(aside / _STATE, numbers)
+    except Exception as error:
+        if not _is_disk_full(error):
+            raise
+        older = newest(directory)
+        kept = f"{older.name} is intact and the same command continues from it" if older else None
+        raise RunError(
+            f"the disk is full: checkpoint {target} could not be written. "
+            f"{kept or 'There is none before it'}. Free some space, or lower checkpoints.keep, "
+            "and run the same command again"
+        ) from error
+    for old in all_checkpoints(directory)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """safetensors reports the operating system's error as text."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or "No space left on device" in str(error) or "os error 28" in str(error)
+
+
+def load(checkpoint: Path) -> TrainingState:
+    """Read what `save` wrote.
+
+    Raises:
+        RunError: if a file of the checkpoint is damaged.
+    """
+    try:
+        numbers = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+        tensors = load_file(checkpoint / _OPTIMIZER)
+        adapter = load_file(checkpoint / _ADAPTER)
+    except Exception as error:
+        raise RunError(
+            f"checkpoint {checkpoint} is damaged ({error}). Delete that folder and run the same "
+            "command again: it continues from the one before"
+        ) from error
+    parts: dict[str, dict[str, Any]] = {"optimizer": {}, "method": {}}
+    for name, tensor in tensors.items():
+        owner, _, rest = name.partition("/")
+        parts[owner][rest] = tensor
+    for owner, tensors_of in parts.items():
+        tensors_of.update(numbers[owner])
+    return TrainingState(adapter, parts["optimizer"], parts["method"], numbers["progress"])
+
+
+def all_checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in directory.glob("step-*") if path.is_dir())
+
+
+def newest(directory: Path) -> Path | None:
+    """The newest complete checkpoint."""
+    found = all_checkpoints(directory)
+    return found[-1] if found else None
+
+
+def restore(parameters: Mapping[str, torch.nn.Parameter], saved: Mapping[str, Tensor]) -> None:
+    """Set the trained parameters to a checkpoint's."""
+    assert parameters.keys() == saved.keys(), sorted(parameters.keys() ^ saved.keys())
+    for name, parameter in parameters.items():
+        parameter.data.copy_(saved[name])

@@ -1,0 +1,36 @@
+"""SIGINT and SIGTERM end a run between two steps, with its state saved."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Request:
+    """Whether somebody asked the run to stop, and with which signal."""
+
+    signal_name: str | None = None
+
+
+@contextmanager
+def listening() -> Iterator[Request]:
+    """Turn the first SIGINT or SIGTERM into a request; a second one acts as it always did."""
+    request = Request()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def heard(number: int, frame: FrameType | None) -> None:
+        request.signal_name = signal.Signals(number).name
+        for other, handler in previous.items():
+            signal.signal(other, handler)
+
+    for number in previous:
+        signal.signal(number, heard)
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,311 @@
+"""From the first step to the last: schedule, steps, evaluation, checkpoints, and when to stop.
+
+The loop knows no adapter method by name, prints nothing, and draws every random number from the
+seed and the step, so that a run that was killed goes on as if it had not been.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from qlora_lite.adapters.attach import Attached
+from qlora_lite.adapters.method import StepInfo
+from qlora_lite.data.batches import Batch
+from qlora_lite.foundation.errors import Interrupted, TrainingError
+from qlora_lite.foundation.files import complete_directory
+from qlora_lite.foundation.seeds import derive, generator
+from qlora_lite.foundation.settings import Settings
+from qlora_lite.foundation.watch import Watcher
+from qlora_lite.memory.measure import peak_bytes
+from qlora_lite.model.causal import CausalModel
+from qlora_lite.training import checkpoint
+from qlora_lite.training.engine import TorchEngine
+from qlora_lite.training.interruption import Request, listening
+from qlora_lite.training.metrics import MetricsLog
+from qlora_lite.training.optimizer import Optim
+from qlora_lite.training.schedule import lr_factor, warmup_steps
+from qlora_lite.training.step import StepResult, optimizer_step, summed_loss
+
+ABSURD_FIRST_LOSS = 1.3
+"""Times ln(vocabulary): above it the model does worse than guessing, so something is broken."""
+
+
+class Evaluation(Settings):
+    """Scoring of the held-out rows during training."""
+
+    every: int | None = Field(None, ge=1)
+    """Optimizer steps between two scorings; a tenth of the run unless given."""
+
+    patience: int | None = Field(None, ge=1)
+    """Stop after this many scorings without a better one, and keep the best adapter."""
+
+
+class Checkpoints(Settings):
+    """Saved states to continue from."""
+
+    every: int | None = Field(None, ge=1)
+    """Optimizer steps between two checkpoints; a tenth of the run unless given."""
+
+    keep: int = Field(2, ge=1)
+    """How many of the newest are kept."""
+
+
+class Steps(Protocol):
+    """The data of every optimizer step, as a pure function of its number."""
+
+    @property
+    def steps(self) -> int: ...
+
+    def step(self, number: int) -> list[Batch]: ...
+
+    def worst(self) -> Batch: ...
+
+    def epoch(self, number: int) -> float: ...
+
+
+@dataclass
+class Progress:
+    """How far a run is. Checkpoints carry it."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_loss: float | None = None
+    best_step: int = 0
+    scorings_since_best: int = 0
+    stopped_early: bool = False
+
+
+@dataclass
+class Job:
+    """What a training run works with."""
+
+    model: CausalModel
+    attached: Attached
+    engine: TorchEngine
+    batches: Steps
+    optim: Optim
+    seed: int
+    directory: Path
+    """The run's folder."""
+    vocabulary: int
+    evaluation: Evaluation
+    checkpoints: Checkpoints
+    score: Callable[[], dict[str, float]] | None
+    """Scores the held-out rows: at least `loss`."""
+    show_rows: Callable[[Batch], str]
+    """A batch's rows as text, for an error message."""
+    extend: bool
+    """Go on although an earlier run of this folder stopped early."""
+    track: Callable[[dict[str, Any], int], None]
+    """Hands metrics to the trackers that were asked for."""
+    watcher: Watcher = field(default_factory=Watcher)
+
+    @property
+    def total(self) -> int:
+        return self.batches.steps
+
+    @property
+    def log(self) -> MetricsLog:
+        return MetricsLog(self.directory / "metrics.jsonl")
+
+    @property
+    def checkpoint_directory(self) -> Path:
+        return self.directory / "checkpoints"
+
+
+def train(job: Job) -> Progress:
+    """Continue from the newest checkpoint, or begin; return when the last step is saved.
+
+    Raises:
+        Interrupted: after SIGINT or SIGTERM, with the state saved.
+        TrainingError: if going on would be pointless; says why and shows the rows.
+    """
+    progress = _resume(job)
+    job.log.rewind(progress.step)
+    job.watcher.started(progress.step, job.total)
+    if progress.step == 0:
+        _rehearse(job)
+        if job.score:
+            _evaluate(job, progress)
+    with listening() as request:
+        while progress.step < job.total and not progress.stopped_early:
+            _one_step(job, progress)
+            if _is_due(progress.step, job.evaluation.every, job.total) and job.score:
+                _evaluate(job, progress)
+            done = progress.step == job.total or progress.stopped_early
+            if (
+                _is_due(progress.step, job.checkpoints.every, job.total)
+                or done
+                or request.signal_name
+            ):
+                _save(job, progress)
+            if request.signal_name and not done:
+                _leave(request, progress)
+    return progress
+
+
+def _one_step(job: Job, progress: Progress) -> None:
+    began = time.perf_counter()
+    number = progress.step
+    method = job.attached.method
+    torch.manual_seed(derive(job.seed, "step", number))
+    warmup = warmup_steps(job.optim.warmup, job.total)
+    factor = lr_factor(number, job.total, warmup, job.optim.schedule, job.optim.lr_floor)
+    lr = job.optim.lr * factor * method.lr_scale(number)
+    step = StepInfo(number, job.total, lr, generator(job.seed, "method", number))
+    result = optimizer_step(
+        job.model,
+        job.batches.step(number),
+        method,
+        job.engine,
+        step,
+        job.optim.max_grad_norm,
+        lambda loss, batch: _check_loss(job, number, loss, batch),
+    )
+    _check_gradient(job, number, result)
+    elapsed = time.perf_counter() - began
+    progress.step += 1
+    progress.tokens += result.num_tokens
+    progress.seconds += elapsed
+    metrics = {
+        "step": progress.step,
+        "epoch": job.batches.epoch(number),
+        "tokens": progress.tokens,
+        "loss": result.loss,
+        "lr": lr,
+        "grad_norm": result.grad_norm,
+        "trained_tokens": result.num_targets,
+        "tokens_per_second": result.num_tokens / elapsed,
+        "seconds": progress.seconds,
+        "peak_bytes": peak_bytes(job.model.device),
+    }
+    if result.skipped:
+        metrics["skipped"] = True
+    job.log.append(metrics)
+    job.track(metrics, progress.step)
+    job.watcher.stepped(metrics)
+
+
+def _evaluate(job: Job, progress: Progress) -> None:
+    assert job.score is not None
+    began = time.perf_counter()
+    scores = {f"heldout_{name}": value for name, value in job.score().items()}
+    loss = scores["heldout_loss"]
+    progress.seconds += time.perf_counter() - began
+    if progress.best_loss is None or loss < progress.best_loss:
+        progress.best_loss, progress.best_step = loss, progress.step
+        progress.scorings_since_best = 0
+        if job.evaluation.patience:
+            _save_best(job)
+    else:
+        progress.scorings_since_best += 1
+    patience = job.evaluation.patience
+    progress.stopped_early = patience is not None and progress.scorings_since_best >= patience
+    metrics = {"step": progress.step, **scores, "seconds": progress.seconds}
+    job.log.append(metrics)
+    job.track(metrics, progress.step)
+    job.watcher.evaluated(metrics)
+
+
+def _is_due(step: int, every: int | None, total: int) -> bool:
+    return step % (every or math.ceil(total / 10)) == 0 or step == total
+
+
+# -- saving and resuming ---------------------------------------------------------------------------
+
+
+def _save(job: Job, progress: Progress) -> None:
+    state = checkpoint.TrainingState(
+        adapter={n: p.detach() for n, p in job.attached.parameters().items()},
+        optimizer=job.engine.optimizer.state_dict(),
+        method=job.attached.method.state_dict(),
+        progress=asdict(progress) | {"loss_scaler": job.engine.scaler.state_dict()},
+    )
+    checkpoint.save(job.checkpoint_directory, progress.step, state, job.checkpoints.keep)
+    job.watcher.saved(progress.step)
+
+
+def _resume(job: Job) -> Progress:
+    found = checkpoint.newest(job.checkpoint_directory)
+    if found is None:
+        return Progress()
+    state = checkpoint.load(found)
+    checkpoint.restore(job.attached.parameters(), state.adapter)
+    job.engine.optimizer.load_state_dict(state.optimizer)
+    job.attached.method.load_state_dict(state.method)
+    numbers = dict(state.progress)
+    job.engine.scaler.load_state_dict(numbers.pop("loss_scaler"))
+    progress = Progress(**numbers)
+    if job.extend:
+        progress.stopped_early, progress.scorings_since_best = False, 0
+    return progress
+
+
+def _save_best(job: Job) -> None:
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {
+        n: p.detach().cpu().contiguous() for n, p in job.attached.parameters().items()
+    }
+    with complete_directory(job.checkpoint_directory / "best") as aside:
+        save_file(tensors, aside / "adapter.safetensors", {"format": "pt"})
+
+
+def restore_best(job: Job) -> None:
+    """The adapter of the best scoring, where early stopping kept it."""
+    from safetensors.torch import load_file
+
+    best = load_file(job.checkpoint_directory / "best" / "adapter.safetensors")
+    checkpoint.restore(job.attached.parameters(), best)
+
+
+def _leave(request: Request, progress: Progress) -> None:
+    raise Interrupted(
+        f"stopped by {request.signal_name} after step {progress.step}; the state is saved. "
+        "The same command continues"
+    )
+
+
+# -- reasons to stop at once -----------------------------------------------------------------------
+
+
+def _rehearse(job: Job) -> None:
+    """Forward and backward on the largest micro-batch: what does not fit fails now."""
+    batch = job.batches.worst()
+    loss = summed_loss(job.model, batch, job.attached.method) / batch.num_targets
+    job.engine.backward(loss, last=False)
+    job.engine.zero_grad()
+
+
+def _check_loss(job: Job, number: int, loss: float, batch: Batch) -> None:
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"step {number + 1}: the loss is {loss}. A finite one is needed; look at these rows, "
+            f"and try a lower optim.lr (now {job.optim.lr:g})\n{job.show_rows(batch)}"
+        )
+    limit = ABSURD_FIRST_LOSS * math.log(job.vocabulary)
+    if number == 0 and loss > limit:
+        raise TrainingError(
+            f"the first loss is {loss:.2f}, above {limit:.2f} = 1.3 ln({job.vocabulary}): the "
+            "model does worse than guessing. Its weights, its tokenizer or the data do not belong "
+            f"together; look at these rows\n{job.show_rows(batch)}"
+        )
+
+
+def _check_gradient(job: Job, number: int, result: StepResult) -> None:
+    if result.skipped:
+        return
+    if result.grad_norm == 0 or not math.isfinite(result.grad_norm):
+        rows = job.show_rows(job.batches.step(number)[0])
+        raise TrainingError(
+            f"step {number + 1}: the gradient norm is {result.grad_norm}, so nothing can be "
+            "learned. Check adapter.targets and adapter.ranks, and look at these rows\n" + rows
+        )

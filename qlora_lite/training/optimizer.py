@@ -1,0 +1,208 @@
+"""AdamW for parameters that rest in bf16.
+
+A bf16 number keeps 8 significant bits, so an update below about 2^-9 of the value is lost, and
+Adam's updates are below that most of the time. What rounding would lose is kept in one of two ways:
+
+    master      an fp32 copy of every parameter; the bf16 one is its rounded image (4 bytes each)
+    stochastic  no copy: the updated value is rounded up or down at random, right on average
+
+The optimizer itself is torch's AdamW, or bitsandbytes' 8-bit one on CUDA.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from qlora_lite.adapters.method import ParameterGroup
+from qlora_lite.foundation.errors import DeviceError
+from qlora_lite.foundation.settings import Settings
+from qlora_lite.training.schedule import ScheduleName
+
+States = Literal["32bit", "8bit", "paged_8bit"]
+Rounding = Literal["master", "stochastic"]
+
+
+class Optim(Settings):
+    """How the parameters move, and how much data a step sees."""
+
+    lr: float = Field(2e-4, gt=0)
+    """Peak learning rate."""
+
+    tokens_per_step: int = Field(16_384, ge=1)
+    """Processed tokens of an optimizer step, rounded to whole bins."""
+
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Tokens that one forward sees; the planner's choice unless given. Never changes the result of
+    a step beyond rounding."""
+
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the data."""
+
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps; overrides `epochs`."""
+
+    schedule: ScheduleName = "cosine"
+    """Shape of the learning rate after the warm-up."""
+
+    warmup: float = Field(0.03, ge=0)
+    """Warm-up as a share of the run (below 1) or as a number of steps."""
+
+    lr_floor: float = Field(0.0, ge=0, le=1)
+    """Where the schedule ends, relative to `lr`."""
+
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of the adapters' matrices."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's first and second moments."""
+
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of Adam's second moment."""
+
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this norm."""
+
+    checkpointing: bool = True
+    """Keep only each layer's input and compute the layer again in backward."""
+
+    states: Literal["auto"] | States = "auto"
+    """Adam's moments: fp32, or 8 bit (CUDA), which may be paged to the host."""
+
+    rounding: Rounding = "master"
+    """What keeps small updates of bf16 parameters: fp32 master values, or stochastic rounding."""
+
+
+class AdamW:
+    """AdamW over `groups`, stepping fp32 images of parameters that rest in another dtype."""
+
+    def __init__(
+        self,
+        groups: Sequence[ParameterGroup],
+        *,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+        states: States,
+        rounding: Rounding,
+    ) -> None:
+        self.rounding = rounding
+        self.names = [name for group in groups for name in group.names]
+        self.parameters = [p for group in groups for p in group.parameters]
+        self.images = [p if p.dtype is torch.float32 else _image(p) for p in self.parameters]
+        image_of = dict(zip(self.names, self.images, strict=True))
+        self.lr_factors = [group.lr_factor for group in groups]
+        self.inner = _adamw(states)(
+            [
+                {
+                    "params": [image_of[name] for name in group.names],
+                    "weight_decay": weight_decay if group.decays else 0.0,
+                }
+                for group in groups
+            ],
+            lr=0.0,
+            betas=betas,
+            eps=eps,
+        )
+
+    def take_gradients(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
+        """Hand the fp32 gradients of a step to the images that will be moved."""
+        for parameter, image in zip(self.parameters, self.images, strict=True):
+            if image is not parameter and self.rounding == "stochastic":
+                image.data = parameter.data.float()
+            image.grad = gradients.get(parameter)
+
+    def drop_gradients(self) -> None:
+        """Forget them, and under stochastic rounding the images too."""
+        for parameter, image in zip(self.parameters, self.images, strict=True):
+            image.grad = None
+            if image is not parameter and self.rounding == "stochastic":
+                image.data = torch.empty(0, device=image.device)
+
+    def step(self, lr: float, generator: torch.Generator) -> None:
+        """Move every parameter that has a gradient. `generator` draws the stochastic rounding."""
+        for group, factor in zip(self.inner.param_groups, self.lr_factors, strict=True):
+            group["lr"] = lr * factor
+        self.inner.step()
+        for parameter, image in zip(self.parameters, self.images, strict=True):
+            if image is parameter or image.grad is None:
+                continue
+            if self.rounding == "stochastic":
+                parameter.data.copy_(round_stochastically(image.data, generator))
+            else:
+                parameter.data.copy_(image.data)
+
+    def image(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What the optimizer moves for this parameter: an fp32 image, or itself."""
+        return self.images[self._index(parameter)]
+
+    def kept(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What remembers its value between steps: the master, or itself."""
+        return parameter if self.rounding == "stochastic" else self.image(parameter)
+
+    def forget(self, parameter: nn.Parameter, where: Tensor | None = None) -> None:
+        """Zero Adam's moments of a parameter, or of the part where a mask is true."""
+        image = self.image(parameter)
+        if where is None:
+            self.inner.state.pop(image, None)
+            return
+        for value in self.inner.state.get(image, {}).values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                assert value.is_floating_point(), "8-bit moments cannot be cleared in part"
+                value.masked_fill_(where, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adam's state by parameter name, and the masters: flat, tensors and numbers only."""
+        flat: dict[str, Any] = {}
+        for name, parameter, image in zip(self.names, self.parameters, self.images, strict=True):
+            if image is not parameter and self.rounding == "master":
+                flat[f"{name}:master"] = image.detach()
+            for key, value in self.inner.state.get(image, {}).items():
+                flat[f"{name}:{key}"] = value
+        return flat
+
+    def load_state_dict(self, flat: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        by_name = dict(zip(self.names, zip(self.parameters, self.images, strict=True), strict=True))
+        for key, value in flat.items():
+            name, _, part = key.rpartition(":")
+            parameter, image = by_name[name]
+            if part == "master":
+                image.data.copy_(value)
+            else:
+                is_count = part == "step" and isinstance(value, Tensor)
+                place = torch.device("cpu") if is_count else parameter.device
+                stored = value.to(place) if isinstance(value, Tensor) else value
+                self.inner.state[image][part] = stored
+
+    def _index(self, parameter: nn.Parameter) -> int:
+        return next(i for i, p in enumerate(self.parameters) if p is parameter)
+
+
+def round_stochastically(value: Tensor, generator: torch.Generator) -> Tensor:
+    """fp32 to bf16, up or down with a probability that makes the mean exact.
+
+    bf16 is the upper half of an fp32 number, so 16 random bits are added below the cut before it.
+    """
+    noise = torch.randint(0, 1 << 16, value.shape, generator=generator, dtype=torch.int32)
+    bits = value.float().view(torch.int32) + noise.to(value.device)
+    return (bits & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+
+
+def _image(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().to(torch.float32, copy=True))
+
+
+def _adamw(states: States) -> type[torch.optim.Optimizer]:
+    if states == "32bit":
+        return torch.optim.AdamW
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            f"got optim.states={states} on a CPU; 8-bit states need a CUDA card. "
+            "Take optim.states=32bit"
+        )
+    import bitsandbytes as bnb
+
+    return bnb.optim.AdamW8bit if states == "8bit" else bnb.optim.PagedAdamW8bit
