@@ -19,7 +19,6 @@ from qlora_lite.adapters.state import SIDECAR
 from qlora_lite.foundation.errors import RunError
 from qlora_lite.foundation.files import write_json
 from qlora_lite.recipe import RESULT_SETTINGS, Recipe, differences
-from qlora_lite.training import checkpoint
 
 _PACKAGES = ("qlora-lite", "torch", "transformers", "bitsandbytes", "accelerate", "datasets")
 _LENGTH = ("optim.steps", "optim.epochs")
@@ -198,9 +197,3 @@ def git_revision() -> str | None:
     except FileNotFoundError:
         return None
     return result.stdout.strip() or None
-
-
-def newest_step(folder: RunFolder) -> int:
-    """Steps done at the newest checkpoint."""
-    found = checkpoint.newest(folder.checkpoints)
-    return int(found.name.removeprefix("step-")) if found else 0

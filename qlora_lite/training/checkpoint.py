@@ -105,7 +105,13 @@ def load(checkpoint: Path) -> TrainingState:
 
 def all_checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path for path in directory.glob("step-*") if path.is_dir())
+    found = [path for path in directory.glob("step-*") if path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps that are done at a checkpoint."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def newest(directory: Path) -> Path | None:

@@ -1,0 +1,136 @@
+"""Attaching: which layers, at which rank, with which parameters, and back to the bare base."""
+
+import pytest
+import torch
+
+from qlora_lite.adapters.attach import attach, choose
+from qlora_lite.adapters.catalogue import method_for
+from qlora_lite.adapters.lora import LoRA, LoRALayer
+from qlora_lite.foundation import device
+from qlora_lite.foundation.errors import AdapterError
+from qlora_lite.model.causal import CausalModel
+from qlora_lite.model.load import Base, load_base
+from qlora_lite.model.targets import linear_specs
+from tests.tiny import save_tiny
+
+IDS = torch.arange(5, 45).view(2, 20)
+POSITIONS = torch.arange(20).expand(2, 20)
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def directory(request, tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("base") / request.param, request.param)
+
+
+def attached_to(directory, **settings):
+    base = load_base(Base(model=str(directory)), device.choose("cpu"))
+    specs = linear_specs(base.model)
+    model = CausalModel(base.model)
+    bare = logits(model)
+    method = method_for(LoRA(**settings))
+    return model, attach(base.model, method, specs, 0, torch.bfloat16), bare
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.logits(model.hidden(IDS, POSITIONS))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"train_norms": True, "embedding_rank": 3},
+        {"train_modules": ["lm_head"]},
+        {"dtype": "fp32", "ranks": {"0": 2, "1": 0}},
+    ],
+    ids=str,
+)
+def test_the_adapted_model_starts_as_the_bare_base_bit_for_bit(directory, settings):
+    model, attached, bare = attached_to(directory, **settings)
+    attached.train()
+    assert torch.equal(logits(model), bare)
+
+
+def test_switched_off_it_is_the_bare_base_whatever_was_trained(directory):
+    model, attached, bare = attached_to(
+        directory, train_norms=True, embedding_rank=3, train_modules=["lm_head"]
+    )
+    with torch.no_grad():
+        for parameter in attached.parameters().values():
+            parameter.add_(0.1)
+    assert not torch.equal(logits(model), bare)
+    with attached.disabled():
+        assert torch.equal(logits(model), bare)
+    assert not torch.equal(logits(model), bare)
+
+
+def test_only_the_adapter_is_trained_and_every_parameter_is_in_one_group(directory):
+    model, attached, _ = attached_to(directory, train_norms=True, embedding_rank=2)
+    trained = {id(p) for p in model.module.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in attached.parameters().values()}
+    grouped = [id(p) for group in attached.groups() for p in group.parameters]
+    assert sorted(grouped) == sorted(trained)
+    assert attached.num_parameters == sum(p.numel() for p in attached.parameters().values())
+
+
+def test_the_learning_rate_ratio_reaches_the_up_factors_alone(directory):
+    _, attached, _ = attached_to(directory, lr_ratio=16)
+    factors = {g.lr_factor: g.names for g in attached.groups()}
+    assert {name.rpartition(".")[2] for name in factors[16]} == {"b"}
+    assert {name.rpartition(".")[2] for name in factors[1]} == {"a"}
+
+
+def test_layers_draw_their_start_from_their_path_alone(directory):
+    _, everything, _ = attached_to(directory)
+    _, some, _ = attached_to(directory, targets="mlp")
+    assert set(some.layers) < set(everything.layers)
+    for path, layer in some.layers.items():
+        assert torch.equal(layer.a, everything.layers[path].a)
+
+
+def test_the_tree_of_a_llama_is_what_the_recipe_says(tmp_path):
+    model, attached, _ = attached_to(
+        save_tiny(tmp_path / "llama", "llama"),
+        targets=["q_proj", "*.mlp.down_proj"],
+        rank=4,
+        ranks={"1": 8, "down_proj": 2},
+    )
+    shapes = {name: tuple(p.shape) for name, p in attached.parameters().items()}
+    assert shapes == {
+        "model.layers.0.self_attn.q_proj.a": (4, 64),
+        "model.layers.0.self_attn.q_proj.b": (64, 4),
+        "model.layers.0.mlp.down_proj.a": (2, 128),
+        "model.layers.0.mlp.down_proj.b": (64, 2),
+        "model.layers.1.self_attn.q_proj.a": (8, 64),
+        "model.layers.1.self_attn.q_proj.b": (64, 8),
+        "model.layers.1.mlp.down_proj.a": (2, 128),
+        "model.layers.1.mlp.down_proj.b": (64, 2),
+    }
+    assert all(isinstance(layer, LoRALayer) for layer in attached.layers.values())
+    assert {p.dtype for p in attached.parameters().values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"targets": "q_prj"}, ["'q_prj' matches no linear layer"]),
+        ({"ranks": {"7-9": 4}}, ["'7-9' matches no adapted layer", "0-1"]),
+        ({"ranks": {"*": 0}}, ["every target rank 0"]),
+        ({"train_modules": ["head"]}, ["'head' matches no module", "lm_head"]),
+    ],
+)
+def test_what_matches_nothing_is_an_error_that_says_what_there_is(tmp_path, settings, words):
+    directory = save_tiny(tmp_path / "llama", "llama")
+    with pytest.raises(AdapterError) as caught:
+        attached_to(directory, **settings)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_head_that_is_trained_whole_is_not_adapted_as_well(tmp_path):
+    directory = save_tiny(tmp_path / "llama", "llama")
+    base = load_base(Base(model=str(directory)), device.choose("cpu"))
+    method = method_for(LoRA(targets=["q_proj", "lm_head"]))
+    chosen = choose(linear_specs(base.model), method, whole=["lm_head"])
+    assert "lm_head" not in [spec.path for spec in chosen]

@@ -1,0 +1,54 @@
+"""Checkpoints are complete or absent."""
+
+import os
+
+import pytest
+import torch
+
+from qlora_lite.foundation.errors import RunError
+from qlora_lite.training import checkpoint
+from qlora_lite.training.checkpoint import TrainingState
+
+
+def state(value=1.0):
+    return TrainingState(
+        adapter={"layer.a": torch.full((2, 3), value, dtype=torch.bfloat16)},
+        optimizer={"layer.a:exp_avg": torch.full((2, 3), value / 3), "layer.a:count": 7},
+        method={"mask": torch.tensor([True, False]), "phase": "warm"},
+        progress={"step": 3, "best_loss": None},
+    )
+
+
+def test_what_is_loaded_is_what_was_saved_to_the_bit(tmp_path):
+    saved = state()
+    loaded = checkpoint.load(checkpoint.save(tmp_path, 3, saved, keep=2))
+    for part in ("adapter", "optimizer", "method"):
+        before, after = getattr(saved, part), getattr(loaded, part)
+        assert before.keys() == after.keys()
+        for name, value in before.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(after[name], value)
+                assert after[name].dtype == value.dtype
+            else:
+                assert after[name] == value
+    assert loaded.progress == saved.progress
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (5, 10, 999_999, 1_000_000):
+        checkpoint.save(tmp_path, step, state(), keep=2)
+    assert [p.name for p in checkpoint.all_checkpoints(tmp_path)] == ["step-999999", "step-1000000"]
+    assert checkpoint.newest(tmp_path).name == "step-1000000"
+
+
+def test_half_written_checkpoints_are_not_seen(tmp_path):
+    checkpoint.save(tmp_path, 5, state(), keep=2)
+    (tmp_path / ".step-000010.writing").mkdir()
+    assert checkpoint.newest(tmp_path).name == "step-000005"
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    path = checkpoint.save(tmp_path, 5, state(), keep=2)
+    os.truncate(path / "adapter.safetensors", 40)
+    with pytest.raises(RunError, match=r"step-000005 is damaged.*Delete that folder"):
+        checkpoint.load(path)

@@ -1,0 +1,44 @@
+"""Learning rates are pure functions of the step."""
+
+import math
+
+import pytest
+
+from qlora_lite.training.schedule import lr_factor, warmup_steps
+
+
+def curve(schedule, total=100, warmup=10, floor=0.0):
+    return [lr_factor(step, total, warmup, schedule, floor) for step in range(total)]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_it_rises_linearly_and_never_starts_at_zero(schedule):
+    rates = curve(schedule)
+    assert rates[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
+    assert rates[10] == 1.0
+
+
+def test_cosine_and_linear_end_at_the_floor():
+    for schedule in ("cosine", "linear"):
+        assert curve(schedule)[-1] == pytest.approx(0.0, abs=1e-12)
+        assert curve(schedule, floor=0.1)[-1] == pytest.approx(0.1)
+    assert curve("constant")[-1] == 1.0
+
+
+def test_half_way_down_cosine_and_linear_are_at_one_half():
+    assert lr_factor(50, 101, 0, "cosine", 0.0) == pytest.approx(0.5)
+    assert lr_factor(50, 101, 0, "linear", 0.0) == pytest.approx(0.5)
+    assert lr_factor(25, 101, 0, "cosine", 0.0) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_warm_up_is_a_share_or_a_number_of_steps():
+    assert warmup_steps(0.03, 1000) == 30
+    assert warmup_steps(50, 1000) == 50
+    assert warmup_steps(50, 20) == 20
+    assert warmup_steps(0, 20) == 0
+
+
+@pytest.mark.parametrize("total", [1, 2, 3])
+def test_very_short_runs_have_a_rate(total):
+    for schedule in ("cosine", "linear", "constant"):
+        assert lr_factor(0, total, warmup_steps(0.03, total), schedule, 0.0) > 0
