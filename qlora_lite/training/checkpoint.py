@@ -97,7 +97,7 @@ def load(checkpoint: Path) -> TrainingState:
     parts: dict[str, dict[str, Any]] = {"optimizer": {}, "method": {}}
     for name, tensor in tensors.items():
         owner, _, rest = name.partition("/")
-        parts[owner][rest] = tensor
+        parts[owner][rest] = tensor.clone()  # not a view of the file, which will be removed
     for owner, tensors_of in parts.items():
         tensors_of.update(numbers[owner])
     return TrainingState(adapter, parts["optimizer"], parts["method"], numbers["progress"])

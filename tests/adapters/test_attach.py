@@ -90,7 +90,7 @@ def test_layers_draw_their_start_from_their_path_alone(directory):
 
 
 def test_the_tree_of_a_llama_is_what_the_recipe_says(tmp_path):
-    model, attached, _ = attached_to(
+    _, attached, _ = attached_to(
         save_tiny(tmp_path / "llama", "llama"),
         targets=["q_proj", "*.mlp.down_proj"],
         rank=4,

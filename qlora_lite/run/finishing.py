@@ -1,0 +1,164 @@
+"""The end of a run: samples before and after, the report, and the adapter as files.
+
+The adapter's directory comes last and appears whole: it is what makes a run finished.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_lite.adapters.attach import Attached
+from qlora_lite.adapters.state import save_adapter
+from qlora_lite.data.examples import Example
+from qlora_lite.data.load import Prepared
+from qlora_lite.data.templates import ChatTemplate
+from qlora_lite.evaluation.generation import answer
+from qlora_lite.foundation.device import NAMES
+from qlora_lite.foundation.files import complete_directory
+from qlora_lite.foundation.units import format_seconds
+from qlora_lite.memory.measure import peak_bytes
+from qlora_lite.memory.plan import Plan
+from qlora_lite.model.freeze import StoredWeight
+from qlora_lite.recipe import Recipe
+from qlora_lite.report import Report, Sample
+from qlora_lite.report import write as write_report
+from qlora_lite.run.folder import RunFolder, git_revision
+from qlora_lite.run.loading import Loaded
+from qlora_lite.training import metrics
+from qlora_lite.training.loop import Progress
+
+NUM_SAMPLES = 3
+SAMPLE_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Everything that is known when the last step is done."""
+
+    recipe: Recipe
+    folder: RunFolder
+    loaded: Loaded
+    attached: Attached
+    data: Prepared
+    plan: Plan
+    progress: Progress
+
+    @property
+    def kept_step(self) -> int:
+        """The step whose adapter is kept: the last, or the best where early stopping ended it."""
+        return self.progress.best_step if self.progress.stopped_early else self.progress.step
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to."""
+
+    scores: dict[str, float]
+    """Of the held-out rows: `loss_before` (bare base) and `loss`; empty if nothing is held out."""
+    samples: tuple[Sample, ...]
+    peak_bytes: int
+
+
+def finish(end: Finish) -> Outcome:
+    """Write `report.html`, then `adapter/`."""
+    end.attached.train(False)
+    peak = peak_bytes(end.loaded.causal.device)
+    samples = tuple(_sample(end, example) for example in list(end.data.heldout)[:NUM_SAMPLES])
+    outcome = Outcome(_scores(end), samples, peak)
+    write_report(end.folder.report, _report(end, outcome))
+    with complete_directory(end.folder.adapter) as aside:
+        save_adapter(
+            aside,
+            end.attached,
+            base=end.recipe.base.model,
+            revision=end.recipe.base.revision,
+            fan_in_fan_out=_stores_transposed(end.attached),
+            sidecar=_sidecar(end, outcome),
+        )
+    return outcome
+
+
+def _scores(end: Finish) -> dict[str, float]:
+    """The bare base's loss and the kept adapter's, from the log."""
+    events = metrics.read(end.folder.metrics)
+    losses = {e["step"]: e["heldout_loss"] for e in events if "heldout_loss" in e}
+    if not losses:
+        return {}
+    return {"loss_before": losses[0], "loss": losses[end.kept_step]}
+
+
+def _sample(end: Finish, example: Example) -> Sample:
+    """The answer of the bare base and of the adapted model to one held-out prompt."""
+    model, tokenizer = end.loaded.base.model, end.loaded.tokenizer
+    ids, mask = example.ids.tolist(), example.loss_mask.tolist()
+    answer_starts = mask.index(True)
+    first = answer_starts if answer_starts > 1 else max(1, len(ids) // 2)
+    stop = next((i for i in range(first, len(mask)) if not mask[i]), len(mask))
+    template = ChatTemplate(tokenizer)
+    ends = list(dict.fromkeys([template.end_of_turn_id, tokenizer.eos_token_id]))
+
+    def say() -> str:
+        return answer(model, tokenizer, ids[:first], ends, SAMPLE_TOKENS)
+
+    def text(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+    with end.attached.disabled():
+        before = say()
+    return Sample(text(ids[:first]), before, say(), text(ids[first:stop]))
+
+
+def _sidecar(end: Finish, outcome: Outcome) -> dict[str, Any]:
+    """What the PEFT format does not record."""
+    base = end.loaded.base
+    return {
+        "recipe": end.recipe.as_values(),
+        "adapter": end.recipe.adapter.model_dump(mode="json"),
+        "method": end.attached.method.state_dict(),
+        "base": {
+            "model": end.recipe.base.model,
+            "revision": end.recipe.base.revision,
+            "quant": base.quant.model_dump(mode="json"),
+            "compute": NAMES[base.rule.compute],
+            "fingerprint": base.checkpoint.fingerprint,
+        },
+        "data": end.data.fingerprints,
+        "data_fingerprint": end.data.fingerprint,
+        "steps": end.kept_step,
+        "state": "best" if end.progress.stopped_early else "last",
+        "tokens": end.progress.tokens,
+        "seconds": end.progress.seconds,
+        "scores": outcome.scores,
+        "predicted_peak_bytes": end.plan.peak_bytes,
+        "peak_bytes": outcome.peak_bytes,
+        "versions": end.folder.read_record()["versions"],
+    }
+
+
+def _report(end: Finish, outcome: Outcome) -> Report:
+    record = end.folder.read_record()
+    kept = "best" if end.progress.stopped_early else "last"
+    facts = {
+        "device": end.loaded.base.rule.line,
+        "steps": f"{end.progress.step} (the adapter is that of step {end.kept_step}, the {kept})",
+        "tokens": f"{end.progress.tokens:,}",
+        "training time": format_seconds(end.progress.seconds),
+        "trained parameters": f"{end.attached.num_parameters:,}",
+        "rows": f"{len(end.data.train):,} trained, {len(end.data.heldout):,} held out",
+        "git revision": git_revision() or "none",
+    }
+    facts |= {f"version of {name}": version for name, version in record["versions"].items()}
+    terms = [(name, num_bytes, None) for name, num_bytes, _ in end.plan.rows()]
+    return Report(
+        title=end.folder.path.name,
+        recipe=end.recipe.as_values(),
+        metrics=metrics.read(end.folder.metrics),
+        facts=facts,
+        memory=[("peak", end.plan.peak_bytes, outcome.peak_bytes), *terms],
+        samples=outcome.samples,
+    )
+
+
+def _stores_transposed(attached: Attached) -> bool:
+    """Whether the base stores (d_in, d_out), as GPT-2's Conv1D does: PEFT has to know."""
+    sources = [layer.base.source for layer in attached.layers.values()]
+    return any(isinstance(source, StoredWeight) and source.transposed for source in sources)

@@ -1,0 +1,186 @@
+"""Nothing is lost: a run that was killed at any moment ends in the bits of one that was not."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from qlora_lite.foundation.errors import RunError
+from qlora_lite.run.training import run_recipe
+from tests.end_to_end.small_run import (
+    finish_in_child,
+    result_of,
+    run_in_child,
+    small_recipe,
+    write_rows,
+)
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    save_tiny(folder / "base", "llama")
+    write_rows(folder / "train.jsonl")
+    return folder
+
+
+def recipe_in(folder, name, *changes):
+    return small_recipe(folder / "base", folder / "train.jsonl", folder / name, *changes)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+    finish_in_child(recipe_in(folder, "uninterrupted"))
+    return result_of(folder / "uninterrupted")
+
+
+@pytest.mark.parametrize("moment", ["step", "checkpoint", "final save"])
+def test_killed_and_continued_it_ends_in_the_same_bits(folder, uninterrupted, moment):
+    recipe = recipe_in(folder, moment.replace(" ", "_"))
+    child = run_in_child(recipe, moment)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    finish_in_child(recipe)
+    result = result_of(folder / moment.replace(" ", "_"))
+    assert result["metrics"] == uninterrupted["metrics"]
+    assert result == uninterrupted
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(folder):
+    every = ("checkpoints.every=1", "optim.steps=30", "evaluation.every=5")
+    began = time.perf_counter()
+    finish_in_child(recipe_in(folder, "calm", *every))
+    duration = time.perf_counter() - began
+    expected = result_of(folder / "calm")
+    draw = random.Random(0)
+    kills = 0
+    while kills < 20:
+        shutil.rmtree(folder / "killed", ignore_errors=True)
+        recipe = recipe_in(folder, "killed", *every)
+        exitcode = None
+        while exitcode != 0:
+            child = run_in_child(recipe)
+            child.join(draw.uniform(0.05, 1.0) * duration)
+            if child.is_alive():
+                os.kill(child.pid, signal.SIGKILL)
+            child.join()
+            kills += child.exitcode == -signal.SIGKILL
+            exitcode = child.exitcode
+        assert result_of(folder / "killed") == expected
+
+
+def test_sigterm_saves_exits_130_and_is_continued(folder, uninterrupted):
+    recipe = recipe_in(folder, "terminated")
+    child = run_in_child(recipe)
+    metrics = folder / "terminated" / "metrics.jsonl"
+    while not metrics.exists() or '"step": 2,' not in metrics.read_text():
+        time.sleep(0.01)
+        assert child.is_alive()
+    os.kill(child.pid, signal.SIGTERM)
+    child.join()
+    assert child.exitcode == 130
+    assert list((folder / "terminated" / "checkpoints").glob("step-*"))
+    assert not (folder / "terminated" / "adapter").exists()
+    finish_in_child(recipe)
+    assert result_of(folder / "terminated")["metrics"] == uninterrupted["metrics"]
+    assert result_of(folder / "terminated") == uninterrupted
+
+
+def test_a_finished_run_says_so_and_does_nothing(folder, uninterrupted):
+    result = run_recipe(recipe_in(folder, "uninterrupted"))
+    assert result.already_finished
+    assert result_of(folder / "uninterrupted") == uninterrupted
+
+
+def test_another_recipe_on_the_same_folder_is_refused_with_the_difference(folder, uninterrupted):
+    with pytest.raises(RunError, match=r"optim\.lr: 0\.005 -> 0\.001"):
+        run_recipe(recipe_in(folder, "uninterrupted", "optim.lr=1e-3"))
+    with pytest.raises(RunError, match="add --extend"):
+        run_recipe(recipe_in(folder, "uninterrupted", "optim.steps=20"))
+    with pytest.raises(RunError, match="only changes how long"):
+        run_recipe(recipe_in(folder, "uninterrupted", "optim.lr=1e-3"), extend=True)
+    with pytest.raises(RunError, match="without a new length"):
+        run_recipe(recipe_in(folder, "uninterrupted"), extend=True)
+
+
+def test_extended_it_goes_on_from_its_last_step(folder, uninterrupted):
+    shutil.copytree(folder / "uninterrupted", folder / "longer")
+    finish_in_child(recipe_in(folder, "longer", "optim.steps=16"), extend=True)
+    events = result_of(folder / "longer")["metrics"]
+    assert events[: len(uninterrupted["metrics"])] == uninterrupted["metrics"]
+    assert [e["step"] for e in events if "loss" in e] == list(range(1, 17))
+    sidecar = json.loads((folder / "longer" / "adapter" / "qlora_lite.json").read_text())
+    assert sidecar["steps"] == 16
+
+
+def test_changed_data_under_an_unfinished_run_is_refused(folder):
+    data = write_rows(folder / "changing.jsonl")
+    recipe = small_recipe(folder / "base", data, folder / "changed")
+    child = run_in_child(recipe, "step")
+    child.join()
+    write_rows(folder / "changing.jsonl", 121)
+    with pytest.raises(RunError, match=r"the data of .* changed since the run began"):
+        run_recipe(recipe)
+
+
+def test_two_processes_cannot_share_a_folder(folder):
+    recipe = recipe_in(folder, "shared", "optim.steps=200")
+    child = run_in_child(recipe)
+    while not (folder / "shared" / "metrics.jsonl").exists():
+        time.sleep(0.01)
+        assert child.is_alive()
+    try:
+        with pytest.raises(RunError, match=f"in use by process {child.pid}"):
+            run_recipe(recipe)
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_a_folder_that_is_no_run_is_left_alone(folder):
+    (folder / "precious").mkdir()
+    (folder / "precious" / "thesis.tex").write_text("x")
+    with pytest.raises(RunError, match=r"not empty \(there is thesis.tex\)"):
+        run_recipe(recipe_in(folder, "precious"))
+    assert os.listdir(folder / "precious") == ["thesis.tex"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1.5 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", str(disk)],
+        check=False,
+        capture_output=True,
+    )
+    if mounted.returncode:
+        pytest.skip("a small file system can only be mounted by root")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk_is_a_clear_error_that_leaves_the_older_checkpoint_usable(folder, small_disk):
+    recipe = small_recipe(
+        folder / "base", folder / "train.jsonl", small_disk / "run", "adapter.rank=16"
+    )
+    recipe = recipe.but("checkpoints.keep=100", "checkpoints.every=1")
+    with pytest.raises(RunError, match=r"the disk is full.*is intact and the same command"):
+        run_recipe(recipe)
+    checkpoints = small_disk / "run" / "checkpoints"
+    left = sorted(path.name for path in checkpoints.iterdir())
+    assert left
+    assert all(name.startswith("step-") for name in left)
+    for name in left[:-1]:
+        shutil.rmtree(checkpoints / name)
+    with pytest.raises(RunError, match="the disk is full"):
+        run_recipe(recipe)  # it went on, some steps further
+    assert sorted(path.name for path in checkpoints.iterdir())[-1] > left[-1]
