@@ -154,11 +154,11 @@ def test_a_folder_that_is_no_run_is_left_alone(folder):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 1.5 MiB."""
+    """A file system of 1 MiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", str(disk)],
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)],
         check=False,
         capture_output=True,
     )

@@ -1,0 +1,75 @@
+"""What `import qlora_lite` and `qlora-lite --help` promise."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+import qlora_lite
+
+HELP = """
+import sys
+from qlora_lite.cli import main
+try:
+    main(["--help"])
+finally:
+    print("torch" in sys.modules, file=sys.stderr)
+"""
+
+
+def test_help_names_every_verb_without_importing_torch_within_a_second():
+    began = time.perf_counter()
+    ended = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True)
+    # a busy machine gets a second chance to be quick
+    if time.perf_counter() - began > 1:
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", HELP], capture_output=True, check=True)
+    assert time.perf_counter() - began < 1
+    assert ended.stderr.strip() == "False"
+    for verb in ("init", "plan", "preview", "train", "merge", "eval", "chat"):
+        assert f" {verb} " in ended.stdout
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, qlora_lite; print({'torch', 'pydantic', 'rich', 'typer'} & {*sys.modules})"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("name", sorted(set(qlora_lite.__all__) - {"__version__"}))
+def test_every_name_comes_from_its_home(name):
+    value = getattr(qlora_lite, name)
+    assert value.__module__.startswith("qlora_lite.")
+    assert name in dir(qlora_lite)
+
+
+def test_the_version_is_that_of_the_installed_package(command):
+    assert command("--version").out.strip() == qlora_lite.__version__
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="LoRAX"):
+        _ = qlora_lite.LoRAX
+
+
+def test_the_functions_print_nothing_and_return_values(trained, capfd):
+    recipe = qlora_lite.Recipe.model_validate_json(
+        qlora_lite.Recipe.model_validate(_recipe_of(trained)).model_dump_json()
+    )
+    plan = qlora_lite.plan(recipe)
+    result = qlora_lite.train(recipe)
+    model, tokenizer = qlora_lite.load(trained.run)
+    prompt = tokenizer("What is seven times 3?", return_tensors="pt")
+    output = model.generate(**prompt, max_new_tokens=4)
+    assert plan.fits
+    assert result.already_finished
+    assert output.shape[1] > prompt.input_ids.shape[1]
+    assert not model.training
+    assert capfd.readouterr().out == ""
+
+
+def _recipe_of(trained):
+    import json
+
+    return json.loads((trained.run / "recipe.json").read_text(encoding="utf-8"))["recipe"]

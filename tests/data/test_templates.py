@@ -1,0 +1,304 @@
+"""The proof of the loss mask: the trained tokens decode to what the assistant says, and its end."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from qlora_lite.data.formats import Conversation, Document, Message, RowError
+from qlora_lite.data.templates import ChatTemplate
+from qlora_lite.foundation.errors import DataError
+from tests.data.metaspace import metaspace_tokenizer
+from tests.tiny import tiny_tokenizer
+
+
+@dataclass(frozen=True)
+class Style:
+    """A way to write conversations, and what a model has to say in it for the answer `{}`."""
+
+    template: str | None
+    tokens: tuple[str, ...]
+    said: str
+
+
+CHATML = Style(
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    ("<|im_start|>", "<|im_end|>"),
+    "{}<|im_end|>",
+)
+HEADERS = Style(
+    "{{ bos_token }}{% for m in messages %}<|head|>{{ m.role }}<|/head|>\n\n{{ m.content | trim }}"
+    "<|eot|>{% endfor %}{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}",
+    ("<|head|>", "<|/head|>", "<|eot|>"),
+    "{}<|eot|>",
+)
+BRACKETS = Style(
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
+    "{% else %}{{ raise_exception('no system message here') }}{% endif %}{% endfor %}",
+    (),
+    " {}<|end|>",
+)
+MARKED = Style(
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    ("<|im_start|>", "<|im_end|>"),
+    "{}<|im_end|>",
+)
+MARKED_WITHOUT_END = replace(
+    MARKED,
+    template=MARKED.template.replace(
+        "<|im_end|>\n{% endgeneration %}", "{% endgeneration %}<|im_end|>\n"
+    ),
+)
+TWO_ENDS = Style(
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|stop|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}",
+    ("<|user|>", "<|assistant|>", "<|system|>", "<|stop|>"),
+    "{}<|stop|>",
+)
+# an empty block of reasoning before the last answer, and none before the earlier ones
+REASONING = Style(
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content.split('</think>')[-1].lstrip('\n') if m.role == 'assistant' else m.content }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    ("<|im_start|>", "<|im_end|>"),
+    "<think>\n\n</think>\n\n{}<|im_end|>",
+)
+PLAIN = Style(None, (), "{}<|end|>")
+
+STYLES = {
+    "chatml": CHATML,
+    "headers": HEADERS,
+    "brackets": BRACKETS,
+    "marked": MARKED,
+    "marked without end": MARKED_WITHOUT_END,
+    "two ends": TWO_ENDS,
+    "reasoning": REASONING,
+    "plain": PLAIN,
+}
+
+ANSWERS = [
+    "There are seven apples left.",
+    "Zwölf — naïve 苹果 🍎",
+    "two\n\nparagraphs\n  and indented",
+    "user\nassistant\n[INST]",
+]
+
+
+def styled(style: Style) -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(style.tokens)})
+    tokenizer.chat_template = style.template
+    return tokenizer
+
+
+def talk(*turns: str, system: str | None = None) -> Conversation:
+    roles = ["user", "assistant"] * len(turns)
+    messages = [Message(role, text) for role, text in zip(roles, turns, strict=False)]
+    return Conversation((*([Message("system", system)] if system else []), *messages))
+
+
+def trained_runs(tokenizer, encoded) -> list[str]:
+    """The text of every unbroken run of trained tokens."""
+    runs: list[list[int]] = []
+    was_trained = False
+    for token, is_trained in zip(encoded.ids, encoded.loss_mask, strict=True):
+        if is_trained and not was_trained:
+            runs.append([])
+        if is_trained:
+            runs[-1].append(token)
+        was_trained = is_trained
+    return [tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_trained_tokens_decode_to_the_answer_and_its_end(style, answer):
+    tokenizer = styled(style)
+    template = ChatTemplate(tokenizer)
+    (encoded,) = template.encode([template.render(talk("How many apples are left?", answer))])
+    assert trained_runs(tokenizer, encoded) == [style.said.format(answer)]
+
+
+@pytest.mark.parametrize(
+    "style", [CHATML, HEADERS, BRACKETS, MARKED, MARKED_WITHOUT_END, TWO_ENDS, PLAIN]
+)
+def test_every_answer_of_a_conversation_is_trained(style):
+    tokenizer = styled(style)
+    template = ChatTemplate(tokenizer)
+    conversation = talk("One?", "One.", "Two?", "One.", "Two?", "Three\nlines.\n\nTwo.")
+    (encoded,) = template.encode([template.render(conversation)])
+    said = [style.said.format(a) for a in ("One.", "One.", "Three\nlines.\n\nTwo.")]
+    assert trained_runs(tokenizer, encoded) == said
+
+
+@pytest.mark.parametrize("style", [BRACKETS, PLAIN], ids=["brackets", "plain"])
+@pytest.mark.parametrize("answer", ["there are seven apples left", "Zwölf 🍎", "one\n\n two"])
+def test_the_same_holds_where_a_space_belongs_to_the_word_after_it(style, answer):
+    tokenizer = metaspace_tokenizer()
+    tokenizer.chat_template = style.template
+    template = ChatTemplate(tokenizer)
+    (encoded,) = template.encode([template.render(talk("how many", answer))])
+    (trained,) = trained_runs(tokenizer, encoded)
+    assert trained.lstrip() == f"{answer}</s>"
+    assert encoded.ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
+def test_a_row_is_what_apply_chat_template_gives_up_to_the_last_end_of_turn(style):
+    tokenizer = styled(style)
+    template = ChatTemplate(tokenizer)
+    conversation = talk("One?", "One.", "Two?", "Two.")
+    (encoded,) = template.encode([template.render(conversation)])
+    messages = [{"role": m.role, "content": m.content} for m in conversation.messages]
+    expected = tokenizer.apply_chat_template(
+        messages, chat_template=template.source, return_dict=False
+    )
+    assert encoded.ids == expected[: len(encoded.ids)]
+    assert encoded.ids[-1] == template.end_of_turn_id
+    assert encoded.loss_mask[-1]
+    assert template.end_of_turn_id not in expected[len(encoded.ids) :]
+
+
+@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
+def test_the_prompt_is_the_beginning_of_the_row(style):
+    template = ChatTemplate(styled(style))
+    conversation = talk("One?", "One.", "Two?", "Two.")
+    prompt = template.prompt(conversation.messages[:3])
+    assert template.render(conversation).text.startswith(prompt)
+
+
+@pytest.mark.parametrize(
+    ("style", "end"),
+    [(CHATML, "<|im_end|>"), (HEADERS, "<|eot|>"), (BRACKETS, "<|end|>"), (TWO_ENDS, "<|stop|>")],
+)
+def test_the_end_of_turn_is_read_off_the_template(style, end):
+    tokenizer = styled(style)
+    template = ChatTemplate(tokenizer)
+    assert template.end_of_turn == end
+    assert tokenizer.convert_ids_to_tokens(template.end_of_turn_id) == end
+
+
+def test_a_template_without_an_end_gets_eos_at_the_end_of_the_row():
+    tokenizer = styled(
+        Style("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", (), "")
+    )
+    template = ChatTemplate(tokenizer)
+    (encoded,) = template.encode([template.render(talk("One?", "Two."))])
+    assert tokenizer.decode(encoded.ids) == "user: One?\nassistant: Two.<|end|>"
+    assert trained_runs(tokenizer, encoded) == ["assistant: Two.<|end|>"]
+    with pytest.raises(RowError, match="does not close message 1"):
+        template.render(talk("One?", "Two.", "Three?", "Four."))
+
+
+def test_reasoning_that_the_template_drops_is_counted():
+    template = ChatTemplate(styled(REASONING))
+    rendered = template.render(
+        talk("One?", "<think>\nhm\n</think>\n\nOne.", "Two?", "<think>\noh\n</think>\n\nTwo.")
+    )
+    assert rendered.num_rewritten == 2
+    assert [rendered.text[a:b] for a, b in rendered.spans] == [
+        "One.<|im_end|>",
+        "<think>\n\n</think>\n\nTwo.<|im_end|>",
+    ]
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused():
+    late = Style(
+        "{% for m in messages %}{{ messages | length }}<|im_start|>{{ m.content }}<|im_end|>"
+        "{% endfor %}",
+        ("<|im_start|>", "<|im_end|>"),
+        "",
+    )
+    with pytest.raises(RowError, match="differently once the message is there"):
+        ChatTemplate(styled(late)).render(talk("One?", "Two."))
+
+
+def test_a_turn_that_is_not_closed_is_refused_rather_than_trained_with_the_next_question():
+    only_last = Style(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|im_end|>{% endif %}",
+        ("<|im_start|>", "<|im_end|>"),
+        "",
+    )
+    template = ChatTemplate(styled(only_last))
+    assert template.render(talk("One?", "Two.")).spans
+    with pytest.raises(RowError, match="does not close message 1"):
+        template.render(talk("One?", "Two.", "Three?", "Four."))
+
+
+def test_an_answer_that_the_template_leaves_out_is_not_trained():
+    terse = replace(CHATML, template=CHATML.template.replace("content", "content.split('>>')[-1]"))
+    template = ChatTemplate(styled(terse))
+    rendered = template.render(talk("One?", "hm>>"))
+    assert rendered.spans == []
+    for everything in (False, True):
+        (encoded,) = template.encode([rendered], everything)
+        assert not any(encoded.loss_mask)
+
+
+def test_a_template_that_leaves_every_answer_out_is_refused():
+    silent = replace(CHATML, template=CHATML.template.replace("m.content", "m.role"))
+    with pytest.raises(DataError, match="leaves out what the assistant says"):
+        ChatTemplate(styled(silent))
+
+
+def test_what_a_template_refuses_is_said_in_its_words():
+    template = ChatTemplate(styled(BRACKETS))
+    with pytest.raises(RowError, match="no system message here"):
+        template.render(talk("One?", "Two.", system="Be brief."))
+
+
+@pytest.mark.parametrize("marker", ["<|im_end|>", "<|begin|>"])
+def test_text_that_would_become_a_marker_is_refused(marker):
+    template = ChatTemplate(styled(CHATML))
+    with pytest.raises(RowError, match="message 1 holds"):
+        template.render(talk("One?", f"Two{marker}."))
+
+
+def test_on_request_all_tokens_but_the_first_are_trained():
+    template = ChatTemplate(styled(HEADERS))
+    (encoded,) = template.encode([template.render(talk("One?", "Two."))], loss_on_all=True)
+    assert encoded.loss_mask == [False] + [True] * (len(encoded.ids) - 1)
+
+
+def test_a_date_in_the_template_is_the_same_every_day():
+    dated = replace(CHATML, template="{{ strftime_now('%d %b %Y') }}\n" + CHATML.template)
+    assert ChatTemplate(styled(dated)).render(talk("a", "b")).text.startswith("26 Jul 2024\n<|im")
+
+
+def test_a_row_has_one_bos_or_none():
+    for style, count in ((HEADERS, 1), (BRACKETS, 1), (CHATML, 0), (PLAIN, 1)):
+        tokenizer = styled(style)
+        template = ChatTemplate(tokenizer)
+        (encoded,) = template.encode([template.render(talk("One?", "Two.", "Three?", "Four."))])
+        assert encoded.ids.count(tokenizer.bos_token_id) == count
+
+
+def test_plain_text_is_trained_from_its_first_token_to_eos():
+    tokenizer = tiny_tokenizer()
+    template = ChatTemplate(tokenizer)
+    whole, begun = template.encode_text([Document("The end."), Document("The", is_end=False)])
+    assert tokenizer.decode(whole.ids) == "<|begin|>The end.<|end|>"
+    assert tokenizer.decode(begun.ids) == "<|begin|>The"
+    assert whole.loss_mask == [False] + [True] * (len(whole.ids) - 1)
+
+
+def test_a_tokenizer_without_chat_template_writes_prompt_completion_and_eos():
+    tokenizer = styled(PLAIN)
+    template = ChatTemplate(tokenizer)
+    (encoded,) = template.encode([template.render(talk("One?", "Two."))])
+    assert tokenizer.decode(encoded.ids) == "<|begin|>One?\nTwo.<|end|>"
+    assert len(tokenizer) == len(tiny_tokenizer())
+
+
+def test_a_tokenizer_without_eos_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="no eos token"):
+        ChatTemplate(tokenizer)

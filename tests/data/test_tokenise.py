@@ -1,0 +1,150 @@
+"""What becomes of rows: too long ones, ones without anything to train, and the counts of it all."""
+
+import json
+from itertools import chain
+
+import pytest
+
+from qlora_lite.data.lengths import percentile, split
+from qlora_lite.data.settings import Data
+from qlora_lite.data.templates import ChatTemplate, Encoded
+from qlora_lite.data.tokenise import NothingTrained, tokenise
+from qlora_lite.foundation.errors import DataError
+from tests.tiny import BOS, tiny_tokenizer
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    def write(rows: list[dict]) -> str:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+def ask(answer: str) -> dict:
+    return {"prompt": "Count.", "completion": answer}
+
+
+def read(name: str, tokenizer=None, **settings):
+    template = ChatTemplate(tokenizer or tiny_tokenizer())
+    return tokenise(Data(train=name, **settings), name, template)
+
+
+SHORT, LONG = "one two", "one two " * 100
+
+
+def test_up_to_one_percent_of_the_conversations_are_dropped_and_counted(jsonl):
+    name = jsonl([ask(LONG), *[ask(f"{SHORT} {i}") for i in range(99)]])
+    whole, cut = read(name), read(name, max_tokens=100)
+    stats = cut.stats
+    assert (stats.rows, stats.examples, stats.dropped_rows, stats.too_long) == (100, 99, 1, (1,))
+    assert stats.longest == whole.stats.longest > 100
+    assert stats.lost_tokens == stats.longest
+    assert stats.tokens + stats.lost_tokens == whole.stats.tokens
+    assert stats.lost_share == stats.longest / whole.stats.tokens
+    assert cut.examples.rows.tolist() == list(range(2, 101))
+
+
+def test_more_than_one_percent_are_an_error_unless_asked_for(jsonl):
+    name = jsonl([ask(LONG), ask(LONG), *[ask(f"{SHORT} {i}") for i in range(98)]])
+    with pytest.raises(DataError, match=r"2 of 100 rows are longer than data\.max_tokens=100"):
+        read(name, max_tokens=100)
+    assert read(name, max_tokens=100, too_long="drop").stats.dropped_rows == 2
+
+
+def test_an_error_on_request_names_the_row(jsonl):
+    name = jsonl([ask(SHORT), ask(LONG)])
+    with pytest.raises(DataError, match=r"rows.jsonl, line 2: the row has \d+ tokens"):
+        read(name, max_tokens=100, too_long="error")
+
+
+@pytest.mark.parametrize("policy", ["split", "truncate"])
+def test_a_conversations_end_is_never_cut_away(jsonl, policy):
+    with pytest.raises(DataError, match="would cut their trained end of turn away"):
+        read(jsonl([ask(SHORT)]), too_long=policy)
+
+
+def test_a_file_of_which_nothing_is_left_is_an_error(jsonl):
+    with pytest.raises(DataError, match="all rows are longer"):
+        read(jsonl([ask(LONG)]), max_tokens=100, too_long="drop")
+
+
+def test_plain_text_is_split_and_every_token_trained_once(jsonl):
+    name = jsonl([{"text": LONG}, {"text": SHORT}])
+    whole, cut = read(name, max_tokens=1024), read(name, max_tokens=50)
+    assert cut.stats.split_rows == 1
+    assert cut.stats.lost_tokens == 0
+    assert max(cut.examples.lengths) == 50
+    trained = [e.ids[e.loss_mask].tolist() for e in whole.examples]
+    pieces = [e.ids[e.loss_mask].tolist() for e in cut.examples]
+    assert list(chain(*pieces)) == list(chain(*trained))
+    bos = tiny_tokenizer().convert_tokens_to_ids(BOS)
+    assert all(e.ids[0] == bos for e in cut.examples)
+
+
+def test_without_bos_a_piece_begins_with_the_last_token_of_the_one_before():
+    row = Encoded([1, 2, 3, 4, 5, 6], [False] + [True] * 5)
+    assert [p.ids for p in split(row, 3, keeps_first=False)] == [[1, 2, 3], [3, 4, 5], [5, 6]]
+    assert [p.ids for p in split(row, 3, keeps_first=True)] == [[1, 2, 3], [1, 4, 5], [1, 6]]
+    assert [p.loss_mask for p in split(row, 3, keeps_first=True)][1:] == [
+        [False, True, True],
+        [False, True],
+    ]
+
+
+def test_plain_text_is_truncated_on_request(jsonl):
+    name = jsonl([{"text": LONG}, {"text": SHORT}])
+    stats = read(name, max_tokens=50, too_long="truncate").stats
+    assert (stats.examples, stats.truncated_rows) == (2, 1)
+    assert stats.lost_tokens == stats.longest - 50
+
+
+def test_a_row_in_which_nothing_is_trained_is_refused_with_a_sample(jsonl):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content']", "message['content'].split('>>')[-1]"
+    )
+    name = jsonl([ask(SHORT), ask("all of it >>")])
+    with pytest.raises(
+        NothingTrained, match=r"line 2: nothing in this row is trained.*<\|role"
+    ) as e:
+        read(name, tokenizer)
+    assert "".join(piece.text for piece in e.value.sample).endswith("<|role|>assistant\n<|end|>\n")
+    assert not any(piece.is_trained for piece in e.value.sample)
+
+
+def test_a_second_bos_is_refused(jsonl):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    with pytest.raises(DataError, match="line 1: the row has 2 BOS tokens"):
+        read(jsonl([ask(SHORT)]), tokenizer)
+    with pytest.raises(DataError, match="line 1: the row has 2 BOS tokens"):
+        read(jsonl([{"text": f"a{BOS}b"}]))
+
+
+def test_padding_with_eos_hides_no_end_of_turn(jsonl):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    examples = read(jsonl([ask(SHORT), ask(SHORT + SHORT)]), tokenizer).examples
+    for example in examples:
+        assert example.ids[-1] == tokenizer.eos_token_id
+        assert example.loss_mask[-1]
+
+
+def test_trained_tokens_are_counted_as_they_will_be_in_the_loss(jsonl):
+    result = read(jsonl([ask(SHORT), ask(LONG)]))
+    expected = sum(int(e.loss_mask[1:].sum()) for e in result.examples)
+    assert result.stats.trained_tokens == expected
+    assert result.stats.tokens == sum(result.examples.lengths)
+
+
+def test_percentiles_are_lengths_that_occur():
+    assert [percentile(range(1, 101), p) for p in (50, 95, 99, 100)] == [50, 95, 99, 100]
+    assert percentile([7], 50) == 7
+
+
+def test_a_prompt_of_another_format_is_refused(jsonl):
+    with pytest.raises(DataError, match=r"data\.prompt makes rows of the format completion"):
+        read(jsonl([{"text": "a"}]), prompt="{text}", format="text")

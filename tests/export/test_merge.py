@@ -1,0 +1,334 @@
+"""Merging: the written model is the trained function, made of every tensor of the adapter."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from qlora_lite.adapters.catalogue import METHODS
+from qlora_lite.adapters.lora import LoRA, LoRALayer, LoRAMethod
+from qlora_lite.adapters.rslora import RsLoRA
+from qlora_lite.export import merge as merging
+from qlora_lite.export.directory import write_companions
+from qlora_lite.export.merge import MergedWeights, write
+from qlora_lite.export.verify import candidate, compare, read_back, sample_logits
+from qlora_lite.foundation.errors import AdapterError, ExportError, RunError
+from qlora_lite.model.quant import BF16, FP4, FP32, NF4, Int8
+from tests.export.trained import Trained, batches, stored, train_a_little
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
+
+processes = multiprocessing.get_context("forkserver")
+"""Children of a process that has the imports already, and no threads of its own."""
+processes.set_forkserver_preload([__name__])
+
+EVERYTHING = LoRA(rank=4, alpha=8, train_norms=True, embedding_rank=3)
+
+
+def write_directory(trained: Trained, out: Path, base="trained", dtype=None, **shard) -> Path:
+    """Weights and what a loader needs beside them."""
+    weights = MergedWeights(trained.source, base, dtype)
+    write(weights, out, **shard)
+    is_tied = False if weights.untied else None
+    write_companions(
+        out,
+        trained.source.path,
+        tiny_tokenizer(),
+        dtype=weights.dtype,
+        is_tied=is_tied,
+        end_ids=[1],
+        with_code=False,
+    )
+    return out
+
+
+def plain_logits(directory: Path) -> Tensor:
+    """Of the same tokens, by transformers alone."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    batch = batches()[0]
+    with torch.no_grad():
+        output = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+    return output.logits[batch.targets != -100]
+
+
+@pytest.mark.parametrize("quant", [NF4(), FP4(double_quant=False), Int8(), BF16(), FP32()])
+@pytest.mark.parametrize(
+    ("family", "tied"), [("llama", False), ("llama", True), ("gpt2", True), ("qwen3", False)]
+)
+def test_the_written_model_has_the_logits_of_the_adapter_on_its_base(tmp_path, family, tied, quant):
+    trained = train_a_little(tmp_path / "base", quant, family=family, tied=tied)
+    expected = sample_logits(trained.causal, batches())
+    with trained.attached.disabled():
+        bare = sample_logits(trained.causal, batches())
+    out = write_directory(trained, tmp_path / "out", dtype=torch.float32)
+    found = plain_logits(out)
+    assert compare(expected, found).relative_error < 1e-4
+    assert compare(expected, bare).relative_error > 1e-2, "the adapter does nothing"
+
+
+@pytest.mark.parametrize("head", ["int8", "nf4"])
+def test_a_quantised_head_is_merged_as_it_was_used(tmp_path, head):
+    trained = train_a_little(tmp_path / "base", head=head)
+    out = write_directory(trained, tmp_path / "out", dtype=torch.float32)
+    expected = sample_logits(trained.causal, batches())
+    assert compare(expected, plain_logits(out)).relative_error < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "adapter"),
+    [
+        ("llama", False, EVERYTHING),
+        ("llama", True, EVERYTHING),
+        ("gpt2", True, EVERYTHING),
+        ("gemma3_text", True, LoRA(rank=4, embedding_rank=3)),
+        ("llama", False, LoRA(rank=4, train_modules=["lm_head", "model.layers.0.mlp.up_proj"])),
+        ("llama", True, LoRA(rank=4, train_modules=["lm_head"])),
+        ("llama", True, LoRA(rank=4, train_modules=["embed_tokens"])),
+        ("gpt2", True, LoRA(rank=4, train_modules=["transformer.h.1.mlp.c_fc", "wpe"])),
+        ("llama", True, LoRA(rank=4, targets=["lm_head", "q_proj"])),
+        ("llama", False, RsLoRA(rank=4, ranks={"0": 8, "*.1.mlp.*": 0}, dropout=0.3)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_whatever_is_trained_is_merged(tmp_path, family, tied, adapter):
+    trained = train_a_little(tmp_path / "base", NF4(), adapter, family=family, tied=tied)
+    expected = sample_logits(trained.causal, batches())
+    out = write_directory(trained, tmp_path / "out", dtype=torch.float32)
+    assert compare(expected, plain_logits(out)).relative_error < 1e-4
+
+
+def test_the_original_base_gets_w_plus_scaled_b_a_rounded_once(tmp_path):
+    trained = train_a_little(tmp_path / "base", NF4(), dtype=torch.bfloat16)
+    out = write_directory(trained, tmp_path / "out", "original")
+    before, after, state = stored(tmp_path / "base"), stored(out), trained.source.state
+    for name, tensor in after.items():
+        path = name.removesuffix(".weight")
+        expected = before[name]
+        if f"{path}.a" in state:
+            delta = 8 / 4 * state[f"{path}.b"].double() @ state[f"{path}.a"].double()
+            expected = (before[name].double() + delta).to(torch.bfloat16)
+            assert (tensor != before[name]).any()
+        # fp32 sums may fall on the other side of a rounding border
+        assert_close(tensor, expected, rtol=2**-7, atol=0)
+        assert (tensor == expected).float().mean() > 0.999, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_with_b_zero_the_original_tensors_come_out_byte_for_byte(tmp_path, family, dtype):
+    trained = train_a_little(tmp_path / "base", NF4(), family=family, noise=0, dtype=dtype)
+    out = write_directory(trained, tmp_path / "out", "original")
+    before, after = stored(tmp_path / "base"), stored(out)
+    assert list(after) == list(before)
+    for name, tensor in before.items():
+        assert after[name].dtype == dtype
+        assert torch.equal(after[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("quant", [NF4(), Int8()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_b_zero_the_trained_base_is_the_dequantised_one_cast_once(tmp_path, quant, dtype):
+    trained = train_a_little(tmp_path / "base", quant, noise=0)
+    after = stored(write_directory(trained, tmp_path / "out", dtype=dtype))
+    for path, layer in trained.attached.layers.items():
+        assert torch.equal(after[f"{path}.weight"], layer.base.dense().to(dtype))
+
+
+def test_embedding_and_head_are_what_training_held(tmp_path):
+    trained = train_a_little(tmp_path / "base", NF4())
+    before = stored(tmp_path / "base")
+    after = stored(write_directory(trained, tmp_path / "out", dtype=torch.float32))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(after[name], before[name].bfloat16().float())
+    assert torch.equal(after["model.norm.weight"], before["model.norm.weight"])
+
+
+@pytest.mark.parametrize("base", ["trained", "original"])
+def test_the_candidate_in_memory_is_the_model_that_is_written(tmp_path, base):
+    trained = train_a_little(tmp_path / "base", NF4(), EVERYTHING, tied=True)
+    out = write_directory(trained, tmp_path / "out", base, torch.bfloat16)
+    source = trained.source
+    weights = MergedWeights(source, base, torch.bfloat16)
+    in_memory = sample_logits(candidate(weights, source.base, source.rule), batches())
+    from_files = sample_logits(read_back(out, source.base, source.rule), batches())
+    assert torch.equal(in_memory, from_files)
+
+
+def test_tied_embeddings_stay_tied(tmp_path):
+    trained = train_a_little(tmp_path / "base", NF4(), tied=True)
+    out = write_directory(trained, tmp_path / "out")
+    assert "lm_head.weight" not in stored(out)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+def test_an_adapted_embedding_leaves_a_tied_head_as_it_was(tmp_path):
+    adapter = LoRA(rank=4, embedding_rank=3)
+    trained = train_a_little(tmp_path / "base", NF4(), adapter, tied=True)
+    out = write_directory(trained, tmp_path / "out", "original")
+    before, after = stored(tmp_path / "base"), stored(out)
+    table = "model.embed_tokens.weight"
+    assert torch.equal(after["lm_head.weight"], before[table])
+    assert not torch.equal(after[table], before[table])
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_names_without_the_decoders_prefix_are_kept_and_load(tmp_path):
+    """GPT-2 on the hub is saved from the bare decoder."""
+    save_tiny(tmp_path / "base", "gpt2", tied=True)
+    tiny_model("gpt2", tied=True).transformer.save_pretrained(tmp_path / "base")
+    adapter = LoRA(rank=4, embedding_rank=3)
+    trained = train_a_little(tmp_path / "base", NF4(), adapter)
+    out = write_directory(trained, tmp_path / "out", dtype=torch.float32)
+    assert list(stored(out))[:-1] == list(stored(tmp_path / "base"))
+    expected = sample_logits(trained.causal, batches())
+    assert compare(expected, plain_logits(out)).relative_error < 1e-4
+
+
+def test_shards_of_the_base_do_not_matter_and_ours_are_bounded(tmp_path):
+    one = train_a_little(tmp_path / "one", NF4())
+    three = train_a_little(tmp_path / "three", NF4(), num_shards=3)
+    whole = stored(write_directory(one, tmp_path / "whole", dtype=torch.bfloat16))
+    out = write_directory(three, tmp_path / "parts", dtype=torch.bfloat16, max_shard_bytes=60_000)
+    parts = stored(out)
+    assert parts.keys() == whole.keys()
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(2 * t.numel() for t in parts.values())
+    assert len(set(index["weight_map"].values())) > 2
+    assert plain_logits(out).isfinite().all()
+
+
+def test_large_tensors_are_merged_in_chunks_to_the_same_bytes(tmp_path, monkeypatch):
+    trained = train_a_little(tmp_path / "base", NF4(), EVERYTHING, family="gpt2", tied=True)
+    whole = stored(write_directory(trained, tmp_path / "whole"))
+    monkeypatch.setattr(merging, "CHUNK_WEIGHTS", 500)
+    chunked = stored(write_directory(trained, tmp_path / "chunked"))
+    for name in whole:
+        # a product of other shapes may round otherwise in its last bit
+        assert_close(chunked[name], whole[name], rtol=0, atol=1e-6)
+
+
+def merge_until(directory: Path, out: Path, base: str, share: float) -> None:
+    """Runs in a child process, which kills itself behind a share of the bytes."""
+    weights = MergedWeights(train_a_little(directory, NF4()).source, base)
+    write(
+        weights,
+        out,
+        80_000,
+        lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if done > share * total else None,
+    )
+
+
+@pytest.mark.parametrize("base", ["trained", "original"])
+def test_a_killed_merge_goes_on_and_gives_the_same_bytes(tmp_path, base, monkeypatch):
+    trained = train_a_little(tmp_path / "base", NF4())
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    weights = MergedWeights(trained.source, base)
+    write(weights, once, 80_000)
+    for share in (0.2, 0.7):
+        child = processes.Process(target=merge_until, args=(tmp_path / "base", twice, base, share))
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+    made = []
+    chunks = MergedWeights.chunks
+    monkeypatch.setattr(MergedWeights, "chunks", lambda self, n: made.append(n) or chunks(self, n))
+    write(weights, twice, 80_000)
+    sizes = {spec.name: spec.num_bytes for spec in weights.specs}
+    assert 0 < sum(sizes[name] for name in made) < 0.4 * sum(sizes.values())
+    assert files(twice) == files(once)
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("change", ["left over", "missing", "unknown layer", "wrong shape"])
+def test_every_adapter_tensor_is_used_exactly_once_or_the_merge_fails(tmp_path, change):
+    trained = train_a_little(tmp_path / "base", NF4())
+    state = dict(trained.source.state)
+    name = "model.layers.1.mlp.up_proj.a"
+    if change == "left over":
+        name = "model.layers.1.mlp.up_proj.gate"
+        state[name] = torch.ones(4)
+    elif change == "missing":
+        del state[name]
+    elif change == "unknown layer":
+        name = "model.layers.7.mlp.up_proj.a"
+        state[name] = torch.ones(4, 64)
+    else:
+        state[name] = state[name][:2]
+    with pytest.raises(AdapterError, match=name):
+        write(MergedWeights(replace(trained.source, state=state), "trained"), tmp_path / "out")
+
+
+def test_a_whole_module_that_nobody_asked_to_train_is_refused(tmp_path):
+    trained = train_a_little(tmp_path / "base", NF4())
+    state = {**trained.source.state, "model.norm.weight": torch.ones(64)}
+    with pytest.raises(AdapterError, match=r"model\.norm\.weight"):
+        MergedWeights(replace(trained.source, state=state), "trained")
+
+
+def test_an_adapter_of_a_larger_base_is_refused(tmp_path):
+    trained = train_a_little(tmp_path / "base", NF4(), LoRA(rank=4, train_norms=True))
+    other = save_tiny(tmp_path / "other", hidden_size=32)
+    with pytest.raises(AdapterError, match="another base model"):
+        MergedWeights(replace(trained.source, path=other), "trained")
+
+
+def test_a_base_quantised_by_bitsandbytes_is_merged_and_has_no_original(tmp_path):
+    save_tiny(tmp_path / "plain")
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=settings)
+    packed.save_pretrained(tmp_path / "base")
+    trained = train_a_little(tmp_path / "base", NF4(double_quant=False))
+    out = write_directory(trained, tmp_path / "out", dtype=torch.float32)
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    expected = sample_logits(trained.causal, batches())
+    assert compare(expected, plain_logits(out)).relative_error < 1e-4
+    with pytest.raises(ExportError, match="base=trained"):
+        MergedWeights(trained.source, "original")
+
+
+def test_too_little_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    trained = train_a_little(tmp_path / "base", NF4())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: type(usage)(usage.total, usage.used, 10_000)
+    )
+    with pytest.raises(RunError, match="are free"):
+        write(MergedWeights(trained.source, "trained"), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_method_with_a_formula_of_its_own_is_merged_by_it(tmp_path, monkeypatch):
+    """DoRA and its like rescale the weight: W + delta is not what they merge to."""
+
+    class Doubled(LoRALayer):
+        def combine(self, x, y_base):
+            return 2 * (y_base + self.update(x))
+
+        def merged(self, dense):
+            return 2 * super().merged(dense)
+
+    class DoubledMethod(LoRAMethod):
+        def build(self, base, spec, start, generator):
+            layer = super().build(base, spec, start, generator)
+            return Doubled(base, layer.a.data, layer.b.data, layer.scale)
+
+    monkeypatch.setitem(METHODS, LoRA, DoubledMethod)
+    trained = train_a_little(tmp_path / "base", NF4(), family="gpt2", tied=True)
+    out = write_directory(trained, tmp_path / "out", dtype=torch.float32)
+    expected = sample_logits(trained.causal, batches())
+    assert compare(expected, plain_logits(out)).relative_error < 1e-4

@@ -1,0 +1,84 @@
+"""A tiny base with an adapter that has learned something: random numbers in every trained tensor."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_lite.adapters.attach import Attached, attach
+from qlora_lite.adapters.catalogue import method_for
+from qlora_lite.adapters.lora import LoRA
+from qlora_lite.adapters.method import AdapterSettings
+from qlora_lite.data.batches import Batch, make_batch, make_bin
+from qlora_lite.data.examples import Example
+from qlora_lite.export.merge import MergeSource
+from qlora_lite.foundation.device import choose
+from qlora_lite.model.causal import CausalModel
+from qlora_lite.model.load import Base, load_base
+from qlora_lite.model.quant import NF4, Quant
+from qlora_lite.model.targets import linear_specs
+from tests.tiny import VOCABULARY, save_tiny
+
+SEED = 3
+
+
+@dataclass
+class Trained:
+    """A trained model in memory, and what a merge is told about it."""
+
+    causal: CausalModel
+    attached: Attached
+    source: MergeSource
+
+
+def train_a_little(
+    directory: Path,
+    quant: Quant | None = None,
+    adapter: AdapterSettings | None = None,
+    *,
+    family: str = "llama",
+    noise: float = 0.05,
+    head: str = "16bit",
+    **tiny: Any,
+) -> Trained:
+    """`noise` 0 leaves the adapter at its start, where B is zero."""
+    if not directory.exists():
+        save_tiny(directory, family, **tiny)
+    base = Base(model=str(directory), quant=quant or NF4(), head=head)
+    adapter = adapter or LoRA(rank=4, alpha=8)
+    rule = choose("cpu")
+    loaded = load_base(base, rule)
+    specs = linear_specs(loaded.model)
+    attached = attach(loaded.model, method_for(adapter), specs, SEED, rule.adapters)
+    generator = torch.Generator().manual_seed(SEED)
+    for parameter in attached.parameters().values():
+        draws = torch.randn(parameter.shape, generator=generator)
+        parameter.data += (noise * draws).to(parameter.dtype)
+    state = {name: p.detach().clone() for name, p in attached.parameters().items()}
+    loaded.model.eval()
+    source = MergeSource(base, directory, rule, adapter, state, SEED)
+    return Trained(CausalModel(loaded.model), attached, source)
+
+
+def batches() -> list[Batch]:
+    """Two rows in one bin, and one in another."""
+    generator = torch.Generator().manual_seed(11)
+    rows = [_row(length, generator) for length in (17, 9, 21)]
+    return [make_batch([make_bin(rows[:2]), make_bin(rows[2:])])]
+
+
+def _row(length: int, generator: torch.Generator) -> Example:
+    ids = torch.randint(4, VOCABULARY, (length,), generator=generator, dtype=torch.int32)
+    return Example(ids, torch.arange(length) > 2, row=0)
+
+
+def stored(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a model directory, read by safetensors' own loader."""
+    from safetensors.torch import load_file
+
+    found: dict[str, Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        found |= load_file(file)
+    return found

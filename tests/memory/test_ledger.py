@@ -1,0 +1,166 @@
+"""The sum against a real model: what it holds, and the most that a real step holds."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from qlora_lite.adapters.attach import attach
+from qlora_lite.adapters.catalogue import method_for
+from qlora_lite.adapters.lora import LoRA
+from qlora_lite.foundation.device import choose
+from qlora_lite.kernels.cross_entropy import linear_cross_entropy
+from qlora_lite.memory.ledger import Ledger, RunShape, make_ledger, num_trained
+from qlora_lite.model.causal import CausalModel
+from qlora_lite.model.checkpointing import enable_checkpointing
+from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear
+from qlora_lite.model.load import Base, load_base
+from qlora_lite.model.shape import ModelShape, model_shape
+from qlora_lite.model.targets import linear_specs, select
+from qlora_lite.training.engine import TorchEngine
+from qlora_lite.training.optimizer import AdamW
+from tests.memory.live import Live
+from tests.tiny import save_tiny, tiny_model
+
+RULE = choose("cpu")
+QUANTS = {
+    "nf4": {"kind": "nf4"},
+    "fp4 without double quantisation": {"kind": "fp4", "double_quant": False},
+    "int8": {"kind": "int8"},
+    "bf16": {"kind": "bf16"},
+    "fp32": {"kind": "fp32"},
+}
+
+
+def run_shape(model: ModelShape, quant: dict, **changed: object) -> RunShape:
+    """Rank 8 on all linear layers, on CPU."""
+    run = RunShape(
+        device="cpu",
+        quant=quant["kind"],
+        double_quant=quant.get("double_quant", True),
+        ranks=dict.fromkeys(model.linears, 8),
+        max_tokens=64,
+        tokens_per_step=256,
+        compute_bytes=4,
+        storage_bytes=4 if quant["kind"] == "fp32" else 2,
+        norm_bytes=4,
+    )
+    return dataclasses.replace(run, **changed)
+
+
+def bytes_of(ledger: Ledger, *starts: str) -> int:
+    return sum(t.num_bytes for t in ledger.terms if t.name.startswith(starts))
+
+
+@pytest.mark.parametrize("quant", QUANTS.values(), ids=QUANTS.keys())
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen3", True), ("gpt2", True)])
+def test_the_weights_take_what_a_loaded_model_holds(tmp_path, family, tied, quant):
+    directory = save_tiny(tmp_path / "base", family, tied=tied)
+    loaded = load_base(Base(model=str(directory), quant=quant), RULE)
+    shape = model_shape(loaded.config)
+    ledger = make_ledger(shape, run_shape(shape, quant), rows=1)
+    parts = list(loaded.model.modules())
+    parameters = {id(p): p for p in loaded.model.parameters()}
+    scales = sum(
+        buffer.nbytes
+        for part in parts
+        if isinstance(part, FrozenLinear)
+        for buffer in (part.scales, part.nested_scales, part.offset)
+        if buffer is not None
+    )
+    assert any(isinstance(part, FrozenEmbedding) for part in parts)
+    predicted = bytes_of(ledger, "linear layers", "embedding", "head", "norms")
+    assert predicted == sum(p.nbytes for p in parameters.values()) + scales
+
+
+@pytest.mark.parametrize("head", ["int8", "nf4"])
+def test_a_quantised_head_takes_what_a_loaded_one_holds(tmp_path, head):
+    directory = save_tiny(tmp_path / "base", "llama")
+    loaded = load_base(Base(model=str(directory), head=head), RULE)
+    shape = model_shape(loaded.config)
+    ledger = make_ledger(shape, run_shape(shape, {"kind": "nf4"}, head=head), rows=1)
+    assert bytes_of(ledger, "head") == loaded.model.get_output_embeddings().num_bytes
+
+
+def test_adapters_count_what_attached_ones_have(tmp_path):
+    directory = save_tiny(tmp_path / "base", "llama")
+    loaded = load_base(Base(model=str(directory)), RULE)
+    shape = model_shape(loaded.config)
+    method = method_for(LoRA(rank=4, ranks={"0": 12}, embedding_rank=3, targets="attention"))
+    specs = linear_specs(loaded.model)
+    ranks = {s.path: 12 if s.block == 0 else 4 for s in select(specs, "attention")}
+    attached = attach(loaded.model, method, specs, 0, torch.bfloat16)
+    run = run_shape(shape, {"kind": "nf4"}, ranks=ranks, embedding_rank=3)
+    assert num_trained(shape, run) == attached.num_parameters
+    held = sum(p.nbytes for p in attached.parameters().values())
+    terms = {term.name: term.num_bytes for term in make_ledger(shape, run, rows=1).terms}
+    assert terms["adapters"] == held
+    assert terms["adapters: gradients"] == terms["adapters: fp32 masters"] == 2 * held
+
+
+FOUR_LAYERS = {"llama": {"num_hidden_layers": 4}, "gpt2": {"n_layer": 4}}
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_peak_is_at_most_a_little_above_that_of_a_real_step(tmp_path, family, checkpointing):
+    rows, tokens = 4, 128
+    directory = save_tiny(tmp_path / "base", family, **FOUR_LAYERS[family])
+    loaded = load_base(Base(model=str(directory)), RULE)
+    shape = model_shape(loaded.config)
+    specs = linear_specs(loaded.model)
+    attached = attach(loaded.model, method_for(LoRA(rank=8)), specs, 0, torch.bfloat16)
+    optimizer = AdamW(
+        attached.groups(),
+        weight_decay=0.0,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        states="32bit",
+        rounding="master",
+    )
+    engine = TorchEngine(optimizer, RULE.compute)
+    if checkpointing:
+        enable_checkpointing(loaded.model)
+    model = CausalModel(loaded.model)
+    run = run_shape(shape, {"kind": "nf4"}, max_tokens=tokens, checkpointing=checkpointing)
+    ledger = make_ledger(shape, run, rows)
+
+    ids = torch.randint(0, shape.vocab, (rows, tokens))
+    positions = torch.arange(tokens).remainder(tokens // 2).repeat(rows, 1)
+    held = [*loaded.model.parameters(), *loaded.model.buffers(), *optimizer.images]
+    with Live([*held, ids, positions]) as live:
+        hidden = model.hidden(ids, positions)
+        engine.backward(linear_cross_entropy(hidden, ids, model.logits), last=True)
+    assert all(image.grad is not None for image in optimizer.images)
+    names = ("one dequantised", "adapters: g", "inputs", "activations", "work", "batch")
+    assert 1.0 <= bytes_of(ledger, *names) / live.peak < 1.12
+
+
+def test_a_head_that_is_tied_is_counted_once():
+    shapes = [model_shape(tiny_model("llama", tied=tied).config) for tied in (True, False)]
+    once, twice = (make_ledger(shape, run_shape(shape, {"kind": "nf4"}), 1) for shape in shapes)
+    assert bytes_of(twice, "embedding") == bytes_of(once, "embedding") == bytes_of(twice, "head")
+    assert bytes_of(once, "head") == 0
+
+
+def test_on_cuda_what_pytorch_does_not_count_is_told_apart():
+    shape = model_shape(tiny_model("llama").config)
+    run = run_shape(shape, {"kind": "nf4"}, device="cuda", compute_bytes=2, norm_bytes=2)
+    ledger = make_ledger(shape, run, 1)
+    assert ledger.peak_bytes - ledger.measured_bytes == bytes_of(ledger, "CUDA context")
+    assert ledger.host_bytes == bytes_of(ledger, "process")
+
+
+def test_8_bit_states_and_stochastic_rounding_save_what_they_replace():
+    shape = model_shape(tiny_model("llama").config)
+    num = num_trained(shape, run_shape(shape, {"kind": "nf4"}))
+    full = make_ledger(shape, run_shape(shape, {"kind": "nf4"}), 1)
+    lean = run_shape(shape, {"kind": "nf4"}, states="8bit", rounding="stochastic")
+    saved = {t.name: t.num_bytes for t in full.terms}
+    for term in make_ledger(shape, lean, 1).terms:
+        saved[term.name] = saved.get(term.name, 0) - term.num_bytes
+    assert saved["adapters: fp32 masters"] == 4 * num
+    assert saved["Adam's moments"] == pytest.approx(6 * num, rel=0.01)
+    assert (
+        sum(map(abs, saved.values())) == saved["adapters: fp32 masters"] + saved["Adam's moments"]
+    )

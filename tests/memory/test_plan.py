@@ -1,0 +1,131 @@
+"""What a plan promises: the budget is kept, and what is advised really helps."""
+
+import dataclasses
+
+import pytest
+
+from qlora_lite.foundation.errors import BudgetError
+from qlora_lite.foundation.units import parse_bytes
+from qlora_lite.memory.known import known_config
+from qlora_lite.memory.ledger import RunShape, make_ledger
+from qlora_lite.memory.plan import describe, make_plan, require_fit
+from qlora_lite.model.shape import model_shape, read_config
+
+LLAMA_8B = model_shape(
+    read_config(
+        "meta-llama/Llama-3.1-8B",
+        known=known_config("meta-llama/Llama-3.1-8B"),
+    )
+)
+ON_CARD = RunShape(
+    device="cuda",
+    quant="nf4",
+    ranks=dict.fromkeys(LLAMA_8B.linears, 16),
+    max_tokens=2048,
+    tokens_per_step=32_768,
+    states="8bit",
+)
+WASTEFUL = dataclasses.replace(
+    ON_CARD, quant="int8", states="32bit", checkpointing=False, max_tokens=4096
+)
+
+
+def plan_for(run: RunShape, budget: str):
+    return make_plan(LLAMA_8B, run, parse_bytes(budget))
+
+
+def test_an_8b_model_takes_about_what_the_worked_table_says():
+    # 8.2 GB: one row of 2048 tokens, 8-bit Adam, without masters, masks and fp32 copies in norms
+    one_row = dataclasses.replace(ON_CARD, micro_batch_tokens=2048, attention="flash_attention_2")
+    assert plan_for(one_row, "22GiB").peak_bytes == pytest.approx(8.2e9, rel=0.1)
+
+
+@pytest.mark.parametrize("budget", ["9GiB", "12GiB", "16GiB", "22GiB"])
+def test_the_micro_batch_is_the_largest_that_fits(budget):
+    plan = plan_for(ON_CARD, budget)
+    rows = plan.micro_batch_tokens // 2048
+    assert plan.fits
+    assert plan.micro_batch_tokens == rows * 2048
+    assert make_ledger(LLAMA_8B, ON_CARD, rows).peak_bytes == plan.peak_bytes
+    assert make_ledger(LLAMA_8B, ON_CARD, rows + 1).peak_bytes > plan.budget_bytes
+
+
+def test_the_micro_batch_is_never_more_than_a_step():
+    assert plan_for(ON_CARD, "200GiB").micro_batch_tokens == 32_768
+    small = dataclasses.replace(ON_CARD, tokens_per_step=100)
+    assert plan_for(small, "200GiB").micro_batch_tokens == 2048
+
+
+def test_the_micro_batch_is_modest_on_cpu():
+    on_cpu = dataclasses.replace(
+        ON_CARD, device="cpu", compute_bytes=4, norm_bytes=4, states="32bit", max_tokens=512
+    )
+    assert plan_for(on_cpu, "200GiB").micro_batch_tokens == 2048
+
+
+def test_a_micro_batch_that_was_asked_for_is_taken():
+    asked = dataclasses.replace(ON_CARD, micro_batch_tokens=5000)
+    assert plan_for(asked, "200GiB").micro_batch_tokens == 4096
+
+
+def test_what_fits_gets_no_advice():
+    plan = plan_for(ON_CARD, "22GiB")
+    assert (plan.ways_down, plan.enough) == ((), ())
+    assert plan.verdict.startswith("fits")
+    require_fit(plan)
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_helps():
+    plan = plan_for(WASTEFUL, "10GiB")
+    assert not plan.fits
+    assert plan.spare_bytes == plan.budget_bytes - plan.peak_bytes < 0
+    assert [way.setting for way in plan.ways_down] == [
+        "optim.checkpointing=true",
+        "optim.states=8bit",
+        "base.quant=nf4",
+        "adapter.rank=8",
+        "base.head=nf4",
+        "data.max_tokens=2048",
+    ]
+    with pytest.raises(BudgetError, match=r"needed, 10.0 GiB allowed.*base.quant=nf4 \(-3"):
+        require_fit(plan)
+
+
+def test_each_saving_is_what_the_setting_saves():
+    savings = {way.setting: way.saved_bytes for way in plan_for(WASTEFUL, "10GiB").ways_down}
+    whole = make_ledger(LLAMA_8B, WASTEFUL, 1).peak_bytes
+    changed = {
+        "optim.checkpointing=true": {"checkpointing": True},
+        "optim.states=8bit": {"states": "8bit"},
+        "base.quant=nf4": {"quant": "nf4"},
+        "base.head=nf4": {"head": "nf4"},
+        "data.max_tokens=2048": {"max_tokens": 2048},
+    }
+    for setting, fields in changed.items():
+        smaller = dataclasses.replace(WASTEFUL, **fields)
+        assert savings[setting] == whole - make_ledger(LLAMA_8B, smaller, 1).peak_bytes
+
+
+def test_the_settings_that_are_enough_do_fit_together():
+    plan = plan_for(WASTEFUL, "10GiB")
+    assert plan.enough == ("optim.checkpointing=true", "optim.states=8bit", "base.quant=nf4")
+    smaller = dataclasses.replace(WASTEFUL, checkpointing=True, states="8bit", quant="nf4")
+    assert plan_for(smaller, "10GiB").fits
+    assert not plan_for(dataclasses.replace(smaller, quant="int8"), "10GiB").fits
+
+
+def test_where_nothing_is_enough_it_says_so():
+    plan = plan_for(WASTEFUL, "1GiB")
+    assert plan.enough == ()
+    with pytest.raises(BudgetError, match="all of them do not fit"):
+        require_fit(plan)
+
+
+def test_everything_is_listed_and_adds_up():
+    plan = plan_for(ON_CARD, "22GiB")
+    assert sum(num_bytes for _, num_bytes, _ in plan.rows()) == plan.peak_bytes
+    text = describe(plan)
+    for name, _, formula in plan.rows():
+        assert name in text
+        assert formula in text
+    assert "41.9 M of 8.03 G parameters trained" in text

@@ -1,0 +1,300 @@
+"""A loaded base against what transformers makes of the same directory."""
+
+import gc
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+
+from qlora_lite.foundation.device import choose
+from qlora_lite.foundation.errors import BaseModelError
+from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear
+from qlora_lite.model.load import Base, load_base, load_tokenizer, locate
+from qlora_lite.model.quant import BF16, FP4, FP32, NF4, Int8
+from tests.tiny import FAMILIES, VOCABULARY, save_tiny
+
+CPU = choose("cpu")
+IDS = torch.arange(3, 43)[None]
+
+
+def load(directory: Path, **settings):
+    return load_base(Base(model=str(directory), **settings), CPU)
+
+
+def frozen_layers(model: nn.Module) -> dict[str, FrozenLinear | FrozenEmbedding]:
+    kinds = (FrozenLinear, FrozenEmbedding)
+    return {path: m for path, m in model.named_modules() if isinstance(m, kinds)}
+
+
+def transformers_model_of(loaded, directory: Path):
+    """transformers' own model in fp32, holding the dequantised weights."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    for path, layer in frozen_layers(loaded.model).items():
+        module, dense = model.get_submodule(path), layer.dense()
+        module.weight.data.copy_(dense.T if isinstance(module, Conv1D) else dense)
+    return model
+
+
+@pytest.mark.parametrize("quant", [NF4(), Int8(), BF16(), FP32()], ids=str)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_logits_are_those_of_transformers_with_the_dequantised_weights(
+    tmp_path, family, tied, quant
+):
+    directory = save_tiny(tmp_path / "m", family, tied=tied, num_shards=2)
+    loaded = load(directory, quant=quant)
+    with torch.no_grad():
+        expected = transformers_model_of(loaded, directory)(IDS).logits
+        assert_close(loaded.model(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_in_fp32_it_is_the_model_itself(tiny_llama):
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tiny_llama)(IDS).logits
+        assert_close(load(tiny_llama, quant=FP32()).model(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("kind", [NF4, FP4])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_4bit_weights_are_those_of_transformers_bit_for_bit(
+    tmp_path, family, kind, double_quant, dtype
+):
+    directory = save_tiny(tmp_path / "m", family, dtype=dtype)
+    quant = kind(double_quant=double_quant)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant.kind,
+        bnb_4bit_use_double_quant=double_quant,
+    )
+    # compared before any forward: some processors repack bitsandbytes' weights in it
+    theirs = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
+    ours = load(directory, quant=quant).model
+    layers = [path for path, m in theirs.named_modules() if type(m).__name__ == "Linear4bit"]
+    assert len(layers) == {"llama": 14, "gpt2": 8}[family]
+    for path in layers:
+        expected, found = theirs.get_submodule(path).weight, ours.get_submodule(path)
+        assert torch.equal(found.weight, expected.data)
+        assert torch.equal(found.scales, expected.quant_state.absmax)
+        if double_quant:
+            assert torch.equal(found.nested_scales, expected.quant_state.state2.absmax)
+            assert torch.equal(found.offset, expected.quant_state.offset)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_int8_weights_are_those_of_transformers_bit_for_bit(tmp_path, family, dtype):
+    directory = save_tiny(tmp_path / "m", family, dtype=dtype)
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    theirs = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
+    ours = load(directory, quant=Int8()).model
+    layers = [path for path, m in theirs.named_modules() if type(m).__name__ == "Linear8bitLt"]
+    assert layers
+    for path in layers:
+        expected, found = theirs.get_submodule(path).weight, ours.get_submodule(path)
+        assert torch.equal(found.weight, expected.data)
+        assert torch.equal(found.scales, expected.SCB)
+
+
+def test_everything_is_frozen_in_its_precision(tiny_llama):
+    model = load(tiny_llama).model
+    assert not model.training
+    assert not [name for name, p in model.named_parameters() if p.requires_grad or p.is_meta]
+    assert not [name for name, b in model.named_buffers() if b.is_meta]
+    dtypes = {name: p.dtype for name, p in model.named_parameters() if ".1." not in name}
+    linears = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
+    assert dtypes == {
+        "model.embed_tokens.weight": torch.bfloat16,
+        **{f"model.layers.0.{path}.weight": torch.uint8 for path in linears},
+        "model.layers.0.input_layernorm.weight": torch.float32,
+        "model.layers.0.post_attention_layernorm.weight": torch.float32,
+        "model.norm.weight": torch.float32,
+        "lm_head.weight": torch.bfloat16,
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_buffers_hold_their_true_values(tmp_path, family):
+    directory = save_tiny(tmp_path / "m", family)
+    theirs = dict(AutoModelForCausalLM.from_pretrained(directory).named_buffers())
+    ours = dict(load(directory, quant=FP32()).model.named_buffers())
+    compared = [name for name in theirs if name in ours]
+    assert compared or family == "gpt2"
+    for name in compared:
+        assert torch.equal(ours[name], theirs[name])
+
+
+def test_a_tied_head_shares_the_storage_of_the_embedding(tiny_tied_llama, tiny_gpt2):
+    for directory in (tiny_tied_llama, tiny_gpt2):
+        model = load(directory).model
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        assert head.weight is embedding.weight
+
+
+@pytest.mark.parametrize(("head", "kind"), [("int8", "int8"), ("nf4", "nf4"), ("16bit", "bf16")])
+def test_an_untied_head_is_held_as_asked(tiny_llama, head, kind):
+    assert load(tiny_llama, head=head).model.lm_head.quant.kind == kind
+
+
+def test_a_tied_head_cannot_be_quantised(tiny_tied_llama):
+    with pytest.raises(BaseModelError, match=r"base\.head=int8.*its embedding"):
+        load(tiny_tied_llama, head="int8")
+
+
+def test_original_is_what_the_checkpoint_holds(tiny_gpt2):
+    stored = load_file(tiny_gpt2 / "model.safetensors")
+    model = load(tiny_gpt2).model
+    layer = model.transformer.h[1].mlp.c_fc
+    assert torch.equal(layer.original(), stored["transformer.h.1.mlp.c_fc.weight"].T)
+    assert torch.equal(layer.bias, stored["transformer.h.1.mlp.c_fc.bias"])
+    assert torch.equal(model.transformer.wte.original(), stored["transformer.wte.weight"])
+
+
+def test_hub_gpt2_has_no_prefix_and_old_buffers(tmp_path, tiny_gpt2):
+    directory = Path(shutil.copytree(tiny_gpt2, tmp_path / "m"))
+    file = directory / "model.safetensors"
+    tensors = {n.removeprefix("transformer."): t for n, t in load_file(file).items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+    save_file(tensors, file)
+    with torch.no_grad():
+        found, expected = (load(path).model(IDS).logits for path in (directory, tiny_gpt2))
+    assert torch.equal(found, expected)
+
+
+def test_shards_do_not_change_the_result(tmp_path):
+    whole, parts = (
+        load(save_tiny(tmp_path / str(n), "qwen3", num_shards=n)).model for n in (1, 5)
+    )
+    for (name, found), expected in zip(
+        parts.state_dict().items(), whole.state_dict().values(), strict=True
+    ):
+        assert torch.equal(found, expected), name
+
+
+def test_progress_counts_bytes_up_to_all(tiny_llama):
+    seen = []
+    loaded = load_base(Base(model=str(tiny_llama)), CPU, progress=lambda *p: seen.append(p))
+    assert seen == sorted(seen)
+    assert seen[-1] == (loaded.checkpoint.num_bytes, loaded.checkpoint.num_bytes)
+
+
+def test_a_split_reaches_every_layer_but_the_head(tiny_llama):
+    seen = []
+
+    def split(path, dense, round_trip):
+        seen.append(path)
+        return torch.zeros_like(dense)
+
+    model = load_base(Base(model=str(tiny_llama)), CPU, split=split).model
+    assert len(seen) == 14
+    assert not model.model.layers[0].mlp.up_proj.dense().any()
+    assert model.lm_head.dense().any()
+
+
+def test_it_generates(tiny_llama):
+    model = load(tiny_llama).model
+    found = model.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=2)
+    step = IDS
+    for _ in range(5):
+        with torch.no_grad():
+            step = torch.cat([step, model(step).logits[:, -1:].argmax(-1)], dim=1)
+    assert found.tolist() == step[:, : found.shape[1]].tolist()
+
+
+def test_the_tokenizer_is_the_models_own(tiny_llama):
+    tokenizer = load_tokenizer(Base(model=str(tiny_llama)))
+    assert len(tokenizer) == VOCABULARY
+    assert tokenizer.chat_template
+
+
+def test_the_checkpoint_is_not_held_open(tiny_llama):
+    loaded = load(tiny_llama)
+    gc.collect()
+    assert str(tiny_llama) not in Path("/proc/self/maps").read_text()
+    assert loaded.model.lm_head.original() is not None
+
+
+# what is refused, and what is said then
+
+
+def edited(tmp_path: Path, source: Path, **config) -> Path:
+    """A copy of a model with another config."""
+    directory = Path(shutil.copytree(source, tmp_path / "edited"))
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return directory
+
+
+def test_a_missing_tensor_is_named(tmp_path, tiny_llama):
+    directory = edited(tmp_path, tiny_llama, num_hidden_layers=3)
+    with pytest.raises(BaseModelError, match=r"has no model\.layers\.2\."):
+        load(directory)
+
+
+def test_a_tensor_too_many_is_named(tmp_path, tiny_llama):
+    directory = edited(tmp_path, tiny_llama, num_hidden_layers=1)
+    with pytest.raises(BaseModelError, match=r"holds model\.layers\.1\."):
+        load(directory)
+
+
+def test_a_shape_of_another_model_is_named(tmp_path, tiny_llama):
+    directory = edited(tmp_path, tiny_llama, intermediate_size=96)
+    with pytest.raises(BaseModelError, match=r"mlp\.\w+_proj\.weight is \(.*config\.json says"):
+        load(directory)
+
+
+def test_other_quantisation_methods_are_refused(tmp_path, tiny_llama):
+    directory = edited(tmp_path, tiny_llama, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(BaseModelError, match=r"quantised with gptq.*original"):
+        load(directory)
+
+
+def test_a_pickle_is_refused(tmp_path, tiny_llama):
+    directory = Path(shutil.copytree(tiny_llama, tmp_path / "m"))
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(BaseModelError, match=r"pytorch_model\.bin"):
+        load(directory)
+
+
+def test_code_of_the_models_own_runs_only_when_allowed(tmp_path, tiny_llama):
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    directory = edited(tmp_path, tiny_llama, model_type="own", auto_map=auto_map)
+    (directory / "own.py").write_text(OWN_MODEL)
+    with pytest.raises(BaseModelError, match=r"base\.trust_remote_code=true"):
+        load(directory)
+    assert type(load(directory, trust_remote_code=True).model).__name__ == "OwnModel"
+
+
+OWN_MODEL = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_hub_id_offline_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(BaseModelError, match="nobody/nothing.*directory of a downloaded model"):
+        locate(Base(model="nobody/nothing"))
+
+
+def test_a_directory_without_a_tokenizer_is_named(tmp_path, tiny_llama):
+    directory = Path(shutil.copytree(tiny_llama, tmp_path / "m"))
+    for file in directory.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(BaseModelError, match=r"tokenizer\.json"):
+        load_tokenizer(Base(model=str(directory)))

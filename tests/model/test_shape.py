@@ -1,0 +1,201 @@
+"""A model's dimensions from its config alone, and clear words when there is no config."""
+
+import json
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from huggingface_hub import constants
+from transformers import (
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen3Config,
+)
+
+from qlora_lite.foundation.errors import BaseModelError
+from qlora_lite.model.shape import model_shape, parameter_shapes, read_config
+
+TINY_LLAMA = LlamaConfig(
+    vocab_size=50,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+GPT2 = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+
+
+def test_a_llama_is_described_parameter_by_parameter():
+    found = {p.name: (p.shape, p.role, p.block) for p in parameter_shapes(TINY_LLAMA)}
+    first_layer = {name: value for name, value in found.items() if ".1." not in name}
+    assert first_layer == {
+        "model.embed_tokens.weight": ((50, 16), "embedding", None),
+        "model.layers.0.self_attn.q_proj.weight": ((16, 16), "linear", 0),
+        "model.layers.0.self_attn.k_proj.weight": ((8, 16), "linear", 0),
+        "model.layers.0.self_attn.v_proj.weight": ((8, 16), "linear", 0),
+        "model.layers.0.self_attn.o_proj.weight": ((16, 16), "linear", 0),
+        "model.layers.0.mlp.gate_proj.weight": ((24, 16), "linear", 0),
+        "model.layers.0.mlp.up_proj.weight": ((24, 16), "linear", 0),
+        "model.layers.0.mlp.down_proj.weight": ((16, 24), "linear", 0),
+        "model.layers.0.input_layernorm.weight": ((16,), "norm", 0),
+        "model.layers.0.post_attention_layernorm.weight": ((16,), "norm", 0),
+        "model.norm.weight": ((16,), "norm", None),
+        "lm_head.weight": ((50, 16), "head", None),
+    }
+    assert len(found) == len(first_layer) + 9
+
+
+def test_gpt2_is_tied_transposed_and_has_biases():
+    shape = model_shape(GPT2)
+    by_name = {p.name: p for p in shape.parameters}
+    assert by_name["lm_head.weight"].tied_to == "transformer.wte.weight"
+    assert by_name["transformer.wpe.weight"].role == "embedding"
+    fused = by_name["transformer.h.0.attn.c_attn.weight"]
+    assert (fused.shape, fused.d_in, fused.d_out) == ((16, 48), 16, 48)
+    assert by_name["transformer.h.0.attn.c_attn.bias"].role == "bias"
+    assert by_name["transformer.h.0.ln_1.bias"].role == "norm"
+    assert shape.is_tied
+    assert not model_shape(TINY_LLAMA).is_tied
+
+
+@pytest.mark.parametrize(
+    ("config", "kv_heads", "head_dim", "ff", "gated"),
+    [
+        (TINY_LLAMA, 2, 4, 24, True),
+        (GPT2, 2, 8, 64, False),
+        (Phi3Config(num_hidden_layers=1), 32, 96, 8192, True),
+        (GPTNeoXConfig(num_hidden_layers=1), 64, 96, 24576, False),
+        (OPTConfig(num_hidden_layers=1), 12, 64, 3072, False),
+        (Qwen3Config(num_hidden_layers=1, head_dim=128), 32, 128, 22016, True),
+    ],
+    ids=lambda value: value.model_type if hasattr(value, "model_type") else None,
+)
+def test_widths_are_read_off_the_modules(config, kv_heads, head_dim, ff, gated):
+    shape = model_shape(config)
+    assert (shape.kv_heads, shape.head_dim, shape.ff, shape.gated) == (
+        kv_heads,
+        head_dim,
+        ff,
+        gated,
+    )
+    assert shape.qk_norm == (config.model_type == "qwen3")
+    assert shape.layer_norm == (config.model_type in {"gpt2", "gpt_neox", "opt"})
+
+
+def test_tied_weights_are_counted_once():
+    tied = LlamaConfig(**{**TINY_LLAMA.to_dict(), "tie_word_embeddings": True})
+    assert model_shape(TINY_LLAMA).num_parameters - model_shape(tied).num_parameters == 50 * 16
+
+
+def test_the_config_of_a_directory_is_read_from_it(tmp_path):
+    TINY_LLAMA.save_pretrained(tmp_path)
+    known = {"model_type": "gpt2"}
+    assert read_config(str(tmp_path), known=known).hidden_size == 16
+
+
+def test_known_facts_answer_without_the_hub(hub):
+    config = read_config("some/model", known={"model_type": "gpt2", "n_embd": 48})
+    assert (config.model_type, config.hidden_size) == ("gpt2", 48)
+    assert hub.asked == []
+
+
+def test_what_is_in_the_cache_is_preferred_to_known_facts(hub, tmp_path):
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
+    TINY_LLAMA.save_pretrained(snapshot)
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("abc")
+    config = read_config("some/model", known={"model_type": "gpt2"})
+    assert config.model_type == "llama"
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("model", ["./runs/nothing", "/no/such/directory", "a b"])
+def test_a_path_that_leads_nowhere_is_told_apart_from_the_hub(model):
+    with pytest.raises(BaseModelError, match="no such directory"):
+        read_config(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "no config.json"),
+        ({"model_type": "no-such-architecture"}, "newer transformers"),
+        ({"model_type": "t5"}, "causal language model"),
+        ({"model_type": "x", "auto_map": {"AutoConfig": "x.Y"}}, "trust_remote_code=true"),
+    ],
+)
+def test_a_directory_that_cannot_be_a_base_is_refused(tmp_path, config, message):
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BaseModelError, match=message):
+        model_shape(read_config(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (403, "GatedRepo", "accept a licence"),
+        (401, "RepoNotFound", "hf auth login"),
+        (404, "RevisionNotFound", "not this revision"),
+        (404, "EntryNotFound", "without a config.json"),
+    ],
+)
+def test_what_the_hub_refuses_gets_a_clear_message(hub, status, code, message):
+    hub.answer = (status, code)
+    with pytest.raises(BaseModelError, match=message):
+        read_config("some/model", revision="v9")
+    assert hub.asked
+
+
+def test_without_a_network_an_unknown_model_gets_a_clear_message(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(BaseModelError, match="HF_HUB_OFFLINE is set"):
+        read_config("some/model")
+    assert hub.asked == []
+
+
+class Hub(HTTPServer):
+    """A hub on this machine that has one answer, in the hub's own error codes."""
+
+    answer: tuple[int, str] = (500, "")
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Refuse)
+        self.asked: list[str] = []
+
+
+class Refuse(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_HEAD(self) -> None:
+        self.server.asked.append(self.path)
+        status, code = self.server.answer
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """The hub and its cache, both on this machine and empty."""
+    server = Hub()
+    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    here = f"http://127.0.0.1:{server.server_port}"
+    path = "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", here)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", here + path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield server
+    server.shutdown()
+    server.server_close()

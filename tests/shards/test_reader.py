@@ -1,0 +1,103 @@
+"""Reading tensors and slices, against the library's own loader, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_lite.foundation.errors import BaseModelError
+from qlora_lite.shards.reader import Checkpoint
+from tests.tiny import save_tiny
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_every_tensor_is_read_as_the_library_reads_it(tmp_path, num_shards):
+    directory = save_tiny(tmp_path / "m", "llama", dtype=torch.bfloat16, num_shards=num_shards)
+    expected = {}
+    for file in directory.glob("*.safetensors"):
+        expected |= load_file(file)
+    checkpoint = Checkpoint.open(directory)
+    assert sorted(checkpoint.names) == sorted(expected)
+    assert len(checkpoint.files) == num_shards
+    for name, tensor in expected.items():
+        info = checkpoint.info(name)
+        assert (info.dtype, info.shape) == (tensor.dtype, tuple(tensor.shape))
+        assert info.num_bytes == tensor.numel() * tensor.element_size()
+        assert torch.equal(checkpoint.read(name), tensor)
+    assert checkpoint.num_bytes == sum(t.numel() * t.element_size() for t in expected.values())
+
+
+def test_slices_are_rows_and_columns(tmp_path):
+    tensor = torch.randn(6, 9)
+    save_file({"w": tensor}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    assert torch.equal(checkpoint.rows("w", 2, 5), tensor[2:5])
+    assert torch.equal(checkpoint.columns("w", 3, 9), tensor[:, 3:9])
+
+
+def test_names_come_in_the_order_of_their_bytes(tmp_path):
+    save_file({"a": torch.zeros(2), "b": torch.zeros(3, dtype=torch.float64)}, tmp_path / "x")
+    (tmp_path / "x").rename(tmp_path / "model.safetensors")
+    assert Checkpoint.open(tmp_path).names == ["b", "a"]
+
+
+def test_reading_goes_on_after_close(tiny_llama):
+    checkpoint = Checkpoint.open(tiny_llama)
+    name = checkpoint.names[0]
+    before = checkpoint.read(name).clone()
+    checkpoint.close()
+    assert torch.equal(checkpoint.read(name), before)
+
+
+def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path):
+    def fingerprint(directory, seed):
+        return Checkpoint.open(save_tiny(directory, "llama", seed=seed)).fingerprint
+
+    assert fingerprint(tmp_path / "a", 0) == fingerprint(tmp_path / "b", 0)
+    assert fingerprint(tmp_path / "c", 1) != fingerprint(tmp_path / "a", 0)
+
+
+def test_hashes_are_those_of_the_files(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    expected = "411a485216e432ece6b9af94fa32154cf79a2a56d4f81266baa50063f45092bd"
+    assert Checkpoint.open(tmp_path).file_hashes() == {"model.safetensors": expected}
+
+
+def test_pickles_are_refused(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
+    with pytest.raises(BaseModelError, match=r"pytorch_model\.bin.*can run code.*safetensors"):
+        Checkpoint.open(tmp_path)
+
+
+def test_an_empty_directory_is_refused(tmp_path):
+    with pytest.raises(BaseModelError, match=r"neither model\.safetensors nor"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    directory = save_tiny(tmp_path / "m", "llama", num_shards=3)
+    (directory / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(BaseModelError, match="lacks model-00002-of-00003"):
+        Checkpoint.open(directory)
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    directory = save_tiny(tmp_path / "m", "llama")
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(BaseModelError, match=r"model\.safetensors is damaged"):
+        Checkpoint.open(directory)
+
+
+def test_an_unknown_tensor_is_named(tiny_llama):
+    with pytest.raises(BaseModelError, match="no tensor 'nowhere'"):
+        Checkpoint.open(tiny_llama).read("nowhere")
+
+
+def test_an_index_may_put_any_tensor_anywhere(tmp_path):
+    save_file({"b": torch.ones(1)}, tmp_path / "two.safetensors")
+    save_file({"a": torch.ones(1)}, tmp_path / "one.safetensors")
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert Checkpoint.open(tmp_path).names == ["a", "b"]

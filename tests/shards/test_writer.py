@@ -1,0 +1,124 @@
+"""What is written is read back by the library, however often the writer was killed in between."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from qlora_lite.foundation.errors import ExportError, RunError
+from qlora_lite.shards.reader import Checkpoint
+from qlora_lite.shards.writer import ShardWriter, TensorSpec
+
+TENSORS = {
+    "embed": torch.arange(60.0).view(10, 6),
+    "norm": torch.arange(3, dtype=torch.bfloat16),
+    "linear": torch.arange(35, dtype=torch.float16).view(5, 7),
+    "scalar": torch.tensor(2.5),
+    "codes": torch.arange(11, dtype=torch.uint8),
+}
+SPECS = [TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in TENSORS.items()]
+
+
+def write_all(writer: ShardWriter, limit: int | None = None) -> None:
+    for spec in writer.pending[:limit]:
+        writer.write(spec.name, TENSORS[spec.name])
+
+
+def read_all(directory) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in directory.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def assert_complete(directory):
+    found = read_all(directory)
+    assert found.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    assert not list(directory.glob(".*"))
+
+
+def test_one_shard_is_a_plain_file(tmp_path):
+    with ShardWriter(tmp_path, SPECS, "test") as writer:
+        write_all(writer)
+    assert_complete(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_shards_keep_to_their_limit_and_have_an_index(tmp_path):
+    with ShardWriter(tmp_path, SPECS, "test", max_shard_bytes=100) as writer:
+        write_all(writer)
+    assert_complete(tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(spec.num_bytes for spec in SPECS)
+    assert index["weight_map"]["embed"] == "model-00001-of-00002.safetensors"
+    assert sorted(Checkpoint.open(tmp_path).names) == sorted(TENSORS)
+
+
+def test_a_tensor_may_come_in_chunks_of_rows(tmp_path):
+    spec = SPECS[0]
+    with ShardWriter(tmp_path, [spec], "test") as writer:
+        writer.write("embed", TENSORS["embed"].split(3))
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["embed"], TENSORS["embed"])
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4])
+@pytest.mark.parametrize("max_shard_bytes", [100, 10**6])
+def test_it_goes_on_behind_the_last_complete_tensor(tmp_path, limit, max_shard_bytes):
+    with pytest.raises(KeyboardInterrupt), ShardWriter(
+        tmp_path, SPECS, "test", max_shard_bytes
+    ) as writer:
+        write_all(writer, limit)
+        name = writer.pending[0].name
+        writer.write(name, interrupted(TENSORS[name]))
+    again = ShardWriter(tmp_path, SPECS, "test", max_shard_bytes)
+    assert len(again.pending) == len(SPECS) - limit
+    with again:
+        write_all(again)
+    assert_complete(tmp_path)
+
+
+def interrupted(tensor):
+    yield tensor.flatten()[:-1]
+    raise KeyboardInterrupt
+
+
+def test_another_call_begins_anew(tmp_path):
+    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, SPECS, "one", 100) as writer:
+        write_all(writer, 4)
+        raise KeyboardInterrupt
+    writer = ShardWriter(tmp_path, SPECS, "another", 100)
+    assert len(writer.pending) == len(SPECS)
+    with writer:
+        write_all(writer)
+    assert_complete(tmp_path)
+
+
+def test_finished_weights_are_not_overwritten(tmp_path):
+    with ShardWriter(tmp_path, SPECS, "test") as writer:
+        write_all(writer)
+    with pytest.raises(ExportError, match="already holds weights"):
+        ShardWriter(tmp_path, SPECS, "test")
+
+
+def test_too_little_space_is_said_before_the_first_byte(tmp_path):
+    huge = TensorSpec("huge", torch.float32, (2**30, 2**20))
+    with pytest.raises(RunError, match=r"the model's weights needs .* are free"):
+        ShardWriter(tmp_path, [huge], "test")
+
+
+def test_a_disk_that_fills_up_is_a_clear_error(tmp_path):
+    def full():
+        yield TENSORS["embed"][:2]
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ExportError, match="the disk is full"), ShardWriter(
+        tmp_path, SPECS, "test"
+    ) as writer:
+        writer.write("embed", full())
