@@ -7,17 +7,18 @@ command line lays `key=value` over it; `recipe.but("optim.lr=1e-4")` does the sa
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from qlora_lite.adapters.catalogue import Adapter
 from qlora_lite.adapters.lora import LoRA
 from qlora_lite.data.settings import Data
 from qlora_lite.foundation.errors import RecipeError
-from qlora_lite.foundation.overrides import check, overlay
+from qlora_lite.foundation.overrides import check, explain, overlay, set_values
 from qlora_lite.foundation.settings import Settings
 from qlora_lite.foundation.units import parse_bytes
 from qlora_lite.model.load import Base
@@ -55,7 +56,7 @@ class Recipe(Settings):
     output: str = Field(min_length=1)
     """The run's folder."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Every random number comes from it."""
 
     device: str = "auto"
@@ -89,11 +90,7 @@ class Recipe(Settings):
 
 def vary(recipe: Recipe, assignments: Sequence[str]) -> tuple[Recipe, list[str]]:
     """`recipe.but`, with what a reader should be told about it."""
-    values = recipe.model_dump(mode="json", exclude_unset=True)
-    for name in ("adapter", "base", "data"):
-        values.setdefault(name, {})
-    values["adapter"]["kind"] = recipe.adapter.kind
-    values, notes = overlay(values, assignments, Recipe)
+    values, notes = overlay(set_values(recipe), assignments, Recipe)
     return check(Recipe, values), notes
 
 
@@ -138,10 +135,17 @@ def _from_python(path: Path) -> Recipe:
     sys.path.insert(0, folder)
     try:
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError, NameError, TypeError, AttributeError) as error:
-        raise RecipeError(f"{path} does not load: {type(error).__name__}: {error}") from error
-    except ValueError as error:
-        raise RecipeError(f"{path} does not load:\n{error}") from error
+    except ValidationError as error:
+        settings = {model.__name__: model for model in _all_settings(Settings)}
+        problems = explain(error, settings.get(error.title, Recipe))
+        raise RecipeError(f"{path}, {error.title}(...): {problems}") from None
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
+    except Exception as error:
+        # whatever a recipe raises is in the user's file, so its place is told instead of ours
+        raise RecipeError(
+            f"{path}{_line_in(path, error)}: {type(error).__name__}: {error}"
+        ) from error
     finally:
         sys.path.remove(folder)
     recipe = getattr(module, "recipe", None)
@@ -150,6 +154,21 @@ def _from_python(path: Path) -> Recipe:
             f"{path} defines no `recipe = Recipe(...)`. See recipes/demo.py for the shape of one"
         )
     return recipe
+
+
+def _all_settings(parent: type[Settings]) -> Iterator[type[Settings]]:
+    for model in parent.__subclasses__():
+        yield model
+        yield from _all_settings(model)
+
+
+def _line_in(path: Path, error: BaseException) -> str:
+    """The line of the recipe that raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    if isinstance(error, SyntaxError):
+        lines.append(error.lineno)
+    return f", line {lines[-1]}" if lines else ""
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:

@@ -1,10 +1,12 @@
-"""What all tests share: one thread, GPU tests that say why they are skipped, the real data."""
+"""What all tests share: one thread, tiny models, the real data, and GPU tests that say why not."""
 
 import os
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.tiny import save_tiny
 
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and lose much on a busy machine
 
@@ -19,8 +21,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama in fp32, untied, in one file. Do not write into it."""
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama in bf16 whose head is its embedding, in 3 shards. Do not write into it."""
+    directory = tmp_path_factory.mktemp("tiny") / "tied-llama"
+    return save_tiny(directory, "llama", dtype=torch.bfloat16, tied=True, num_shards=3)
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 in fp32 with biases, Conv1D and a tied head. Do not write into it."""
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "gpt2", "gpt2", tied=True)
+
+
+@pytest.fixture(scope="session")
 def test_data() -> Path:
-    """The folder of real data sets: `QLORA_LITE_TEST_DATA`, or `shared/data` beside the checkout."""
+    """The real data sets: `QLORA_LITE_TEST_DATA`, or `shared/data` beside the checkout."""
     default = Path(__file__).parents[2] / "shared" / "data"
     folder = Path(os.environ.get("QLORA_LITE_TEST_DATA", default))
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""The model that a frozen one stands for, as plain transformers has it: an independent reference."""
+"""The model that a frozen one stands for, as plain transformers has it."""
 
 import copy
 

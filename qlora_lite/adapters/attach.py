@@ -100,6 +100,7 @@ class Attached:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The bare base, while the block runs."""
+        switched: list[AdapterLayer | LoRAEmbedding]
         switched = [*self.layers.values(), *self.embeddings.values()]
         for layer in switched:
             layer.enabled = False
@@ -156,6 +157,7 @@ def attach(
     whole = find_modules(model, settings.train_modules)
     for spec in choose(specs, method, whole):
         base = model.get_submodule(spec.path)
+        assert isinstance(base, FrozenLinear), spec.path
         start = (starts or {}).get(spec.path)
         layer = method.build(base, spec, start, generator(seed, "adapter", spec.path))
         for name, parameter in layer.trained().items():

@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -15,8 +15,11 @@ METHODS: dict[type[AdapterSettings], type[Method]] = {
     RsLoRA: LoRAMethod,
 }
 
-Adapter = Annotated[functools.reduce(operator.or_, METHODS), Field(discriminator="kind")]
-"""The settings of any method, told apart by `kind`."""
+if TYPE_CHECKING:
+    Adapter = AdapterSettings
+else:
+    Adapter = Annotated[functools.reduce(operator.or_, METHODS), Field(discriminator="kind")]
+    """The settings of any method, told apart by `kind`."""
 
 
 def method_for(settings: AdapterSettings) -> Method:

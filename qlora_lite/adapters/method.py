@@ -32,16 +32,16 @@ class AdapterSettings(Settings):
 
     kind: str
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(default=16, ge=1)
     """Rank of the update; `ranks` may change it layer by layer."""
 
-    alpha: float = Field(32.0, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
     """Numerator of the scale of the update."""
 
     scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     """Scale of the update. With alpha/sqrt(r) high ranks keep learning (rsLoRA)."""
 
-    lr_ratio: float = Field(1.0, gt=0)
+    lr_ratio: float = Field(default=1.0, gt=0)
     """Learning rate of the up factors relative to the down factors (LoRA+ takes 16)."""
 
     targets: str | list[str] = "all-linear"
@@ -51,13 +51,13 @@ class AdapterSettings(Settings):
     """Other ranks by block (`"0"`, `"0-7"`) or by glob of the path; the last match counts, 0 leaves
     the layer alone. More rank in the lower layers: `{"0-7": 32}`."""
 
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
 
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of the trained parameters at rest; auto is the device rule's (bf16 as a rule)."""
 
-    embedding_rank: int = Field(0, ge=0)
+    embedding_rank: int = Field(default=0, ge=0)
     """Rank of a LoRA on the input embedding; 0 is none."""
 
     train_norms: bool = False

@@ -36,7 +36,7 @@ def stream(
 ) -> Iterator[str]:
     """The answer piece by piece, as it is generated."""
     ids = torch.tensor([prompt_ids], device=model.device)
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     settings = _settings(tokenizer, end_ids, max_new_tokens, temperature)
     failure: list[BaseException] = []
 

@@ -50,7 +50,7 @@ class DeviceRule:
 
 
 def choose(device: str = "auto", compute: str = "auto") -> DeviceRule:
-    """The rule for a device (`auto`, `cpu`, `cuda`, `cuda:1`), and another compute dtype on request.
+    """The rule for a device (`auto`, `cpu`, `cuda:1`), and another compute dtype on request.
 
     Raises:
         DeviceError: if the device is not there or is of a kind that was not tested.

@@ -4,8 +4,8 @@
 
 A value is read as JSON where it is JSON, as text otherwise. A bare name for a union
 (`adapter=dora`) becomes `{"kind": "dora"}`; the fields that both kinds have are kept, the others
-take the defaults of the new kind. `check` turns what pydantic found into one message with the path, what is allowed and
-the nearest match.
+take the defaults of the new kind. `explain` turns what pydantic found into one message with the
+path, what is allowed and the nearest match.
 """
 
 import copy
@@ -44,6 +44,18 @@ def overlay(
     return result, notes
 
 
+def set_values(model: BaseModel) -> dict[str, Any]:
+    """What was set in `model`, as plain values; kinds are told although they are defaults."""
+    values = model.model_dump(mode="json", exclude_unset=True)
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        if isinstance(value, BaseModel) and (name in values or "kind" in type(value).model_fields):
+            values[name] = set_values(value)
+        elif name == "kind":
+            values[name] = value
+    return values
+
+
 def check(model: type[Model], values: dict[str, Any]) -> Model:
     """`values` as a `model`.
 
@@ -53,8 +65,13 @@ def check(model: type[Model], values: dict[str, Any]) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems = [_explain(model, dict(problem)) for problem in error.errors()]
-        raise RecipeError("\n".join(dict.fromkeys(problems))) from None
+        raise RecipeError(explain(error, model)) from None
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """A line for every wrong value: its path, what was got, what is allowed, a near match."""
+    problems = [_explain(model, dict(problem)) for problem in error.errors()]
+    return "\n".join(dict.fromkeys(problems))
 
 
 def _read_value(text: str) -> Any:

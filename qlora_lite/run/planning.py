@@ -11,7 +11,7 @@ from qlora_lite.memory.known import known_config
 from qlora_lite.memory.ledger import RunShape
 from qlora_lite.memory.measure import available_bytes
 from qlora_lite.memory.plan import Plan, make_plan
-from qlora_lite.model.quant import FourBit
+from qlora_lite.model.quant import NF4, FourBit
 from qlora_lite.model.shape import ModelShape, model_shape, read_config
 from qlora_lite.model.targets import specs_of_shape
 from qlora_lite.recipe import Recipe
@@ -42,20 +42,18 @@ def run_shape(recipe: Recipe, model: ModelShape, rule: DeviceRule) -> RunShape:
     whole = _whole_modules(model, adapter.train_modules)
     choose(specs_of_shape(model), method, whole)
     adapter_dtype = devices.DTYPES.get(adapter.dtype, rule.adapters)
-    four_bit = {}
-    if isinstance(quant, FourBit):
-        four_bit = {"double_quant": quant.double_quant, "block_size": quant.block_size}
-    unquantised = quant.kind == "fp32"
+    four_bit = quant if isinstance(quant, FourBit) else NF4()
     return RunShape(
         device="cuda" if rule.device.type == "cuda" else "cpu",
         quant=quant.kind,
-        **four_bit,
+        double_quant=four_bit.double_quant,
+        block_size=four_bit.block_size,
         ranks={path: plan.rank for path, plan in method.plans.items()},
         max_tokens=recipe.data.max_tokens,
         tokens_per_step=optim.tokens_per_step,
         head=recipe.base.head,
         compute_bytes=rule.compute.itemsize,
-        storage_bytes=4 if unquantised else rule.storage.itemsize,
+        storage_bytes=4 if quant.kind == "fp32" else rule.storage.itemsize,
         norm_bytes=rule.norms.itemsize,
         adapter_bytes=adapter_dtype.itemsize,
         states=rule.optimizer_states if optim.states == "auto" else optim.states,

@@ -40,20 +40,20 @@ ABSURD_FIRST_LOSS = 1.3
 class Evaluation(Settings):
     """Scoring of the held-out rows during training."""
 
-    every: int | None = Field(None, ge=1)
+    every: int | None = Field(default=None, ge=1)
     """Optimizer steps between two scorings; a tenth of the run unless given."""
 
-    patience: int | None = Field(None, ge=1)
+    patience: int | None = Field(default=None, ge=1)
     """Stop after this many scorings without a better one, and keep the best adapter."""
 
 
 class Checkpoints(Settings):
     """Saved states to continue from."""
 
-    every: int | None = Field(None, ge=1)
+    every: int | None = Field(default=None, ge=1)
     """Optimizer steps between two checkpoints; a tenth of the run unless given."""
 
-    keep: int = Field(2, ge=1)
+    keep: int = Field(default=2, ge=1)
     """How many of the newest are kept."""
 
 

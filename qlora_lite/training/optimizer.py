@@ -9,7 +9,7 @@ Adam's updates are below that most of the time. What rounding would lose is kept
 The optimizer itself is torch's AdamW, or bitsandbytes' 8-bit one on CUDA.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,41 +28,41 @@ Rounding = Literal["master", "stochastic"]
 class Optim(Settings):
     """How the parameters move, and how much data a step sees."""
 
-    lr: float = Field(2e-4, gt=0)
+    lr: float = Field(default=2e-4, gt=0)
     """Peak learning rate."""
 
-    tokens_per_step: int = Field(16_384, ge=1)
+    tokens_per_step: int = Field(default=16_384, ge=1)
     """Processed tokens of an optimizer step, rounded to whole bins."""
 
-    micro_batch_tokens: int | None = Field(None, ge=1)
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
     """Tokens that one forward sees; the planner's choice unless given. Never changes the result of
     a step beyond rounding."""
 
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0)
     """Passes over the data."""
 
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(default=None, ge=1)
     """Optimizer steps; overrides `epochs`."""
 
     schedule: ScheduleName = "cosine"
     """Shape of the learning rate after the warm-up."""
 
-    warmup: float = Field(0.03, ge=0)
+    warmup: float = Field(default=0.03, ge=0)
     """Warm-up as a share of the run (below 1) or as a number of steps."""
 
-    lr_floor: float = Field(0.0, ge=0, le=1)
+    lr_floor: float = Field(default=0.0, ge=0, le=1)
     """Where the schedule ends, relative to `lr`."""
 
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay of the adapters' matrices."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of Adam's first and second moments."""
 
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """Added to the root of Adam's second moment."""
 
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
 
     checkpointing: bool = True
@@ -195,7 +195,7 @@ def _image(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.detach().to(torch.float32, copy=True))
 
 
-def _adamw(states: States) -> type[torch.optim.Optimizer]:
+def _adamw(states: States) -> Callable[..., torch.optim.Optimizer]:
     if states == "32bit":
         return torch.optim.AdamW
     if not torch.cuda.is_available():
@@ -205,4 +205,6 @@ def _adamw(states: States) -> type[torch.optim.Optimizer]:
         )
     import bitsandbytes as bnb
 
-    return bnb.optim.AdamW8bit if states == "8bit" else bnb.optim.PagedAdamW8bit
+    adamw: Callable[..., torch.optim.Optimizer]
+    adamw = bnb.optim.AdamW8bit if states == "8bit" else bnb.optim.PagedAdamW8bit
+    return adamw

@@ -1,83 +1,24 @@
-"""A workplace with a tiny base, data and a recipe file, and the commands run in this process."""
+"""A tiny base, a recipe that has not run, and one that has."""
 
-import contextlib
-import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from qlora_lite.cli import main
-
-RECIPE = '''\
-"""A run of seconds."""
-
-from qlora_lite import NF4, Base, Data, LoRA, Optim, Recipe, main
-
-recipe = Recipe(
-    base=Base(model={base!r}, quant=NF4()),
-    adapter=LoRA(rank=4, alpha=8),
-    data=Data(train={train!r}, max_tokens=128),
-    optim=Optim(lr=1e-2, tokens_per_step=512, steps=6),
-    output={output!r},
-    device="cpu",
-)
-
-if __name__ == "__main__":
-    main(recipe)
-'''
+from tests.cli.workplace import Ended, run_command, write_recipe
+from tests.tiny import save_tiny
 
 
-@dataclass(frozen=True)
-class Ended:
-    """A command that came to its end."""
-
-    status: int
-    out: str
-    err: str
-
-
-def run_command(*arguments: object) -> Ended:
-    """`qlora-lite ARGUMENTS` in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as ended:
-            status = ended.code
-    assert isinstance(status, int)
-    return Ended(status, out.getvalue(), err.getvalue())
-
-
-def write_recipe(folder: Path, base: Path) -> Path:
-    """A recipe file and its data in `folder`."""
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"What is seven times {i}?"},
-                {"role": "assistant", "content": f"It is {7 * i}."},
-            ]
-        }
-        for i in range(80)
-    ]
-    data = folder / "train.jsonl"
-    data.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    recipe = folder / "recipe.py"
-    text = RECIPE.format(base=str(base), train=str(data), output=str(folder / "run"))
-    recipe.write_text(text, encoding="utf-8")
-    return recipe
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    """A Llama in fp32. Do not write into it."""
+    return save_tiny(tmp_path_factory.mktemp("base") / "llama", "llama")
 
 
 @pytest.fixture
-def command():
-    return run_command
-
-
-@pytest.fixture
-def recipe(tmp_path, tiny_llama):
+def recipe(tmp_path, tiny_base):
     """A recipe that has not run."""
-    return write_recipe(tmp_path, tiny_llama)
+    return write_recipe(tmp_path, tiny_base)
 
 
 @dataclass(frozen=True)
@@ -90,10 +31,10 @@ class Trained:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, tiny_llama):
+def trained(tmp_path_factory, tiny_base):
     """Trained once. Do not write into it."""
     folder = tmp_path_factory.mktemp("trained")
-    recipe = write_recipe(folder, tiny_llama)
+    recipe = write_recipe(folder, tiny_base)
     said = run_command("train", recipe)
     assert said.status == 0, said.err
     return Trained(recipe, folder / "run", said)

@@ -7,6 +7,8 @@ import time
 import pytest
 
 import qlora_lite
+from qlora_lite.recipe import load_recipe
+from tests.cli.workplace import run_command
 
 HELP = """
 import sys
@@ -44,8 +46,8 @@ def test_every_name_comes_from_its_home(name):
     assert name in dir(qlora_lite)
 
 
-def test_the_version_is_that_of_the_installed_package(command):
-    assert command("--version").out.strip() == qlora_lite.__version__
+def test_the_version_is_that_of_the_installed_package():
+    assert run_command("--version").out.strip() == qlora_lite.__version__
 
 
 def test_a_name_that_is_not_there_is_an_attribute_error():
@@ -54,9 +56,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
 
 
 def test_the_functions_print_nothing_and_return_values(trained, capfd):
-    recipe = qlora_lite.Recipe.model_validate_json(
-        qlora_lite.Recipe.model_validate(_recipe_of(trained)).model_dump_json()
-    )
+    recipe = load_recipe(trained.recipe)
     plan = qlora_lite.plan(recipe)
     result = qlora_lite.train(recipe)
     model, tokenizer = qlora_lite.load(trained.run)
@@ -67,9 +67,3 @@ def test_the_functions_print_nothing_and_return_values(trained, capfd):
     assert output.shape[1] > prompt.input_ids.shape[1]
     assert not model.training
     assert capfd.readouterr().out == ""
-
-
-def _recipe_of(trained):
-    import json
-
-    return json.loads((trained.run / "recipe.json").read_text(encoding="utf-8"))["recipe"]

@@ -5,7 +5,8 @@ import errno
 import pytest
 
 from qlora_lite.cli.status import status_of
-from qlora_lite.foundation.errors import DataError, Interrupted, QloraLiteError
+from qlora_lite.foundation.errors import Interrupted, QloraLiteError
+from tests.cli.workplace import run_command
 
 
 def _raising(error):
@@ -49,34 +50,33 @@ def test_an_interruption_has_status_130(error, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_usage_error_has_status_2_and_a_near_match(command):
-    ended = command("trian")
+def test_a_usage_error_has_status_2_and_a_near_match():
+    ended = run_command("trian")
     assert ended.status == 2
     assert "Did you mean 'train'" in ended.err
 
 
-def test_an_unknown_option_has_status_2(command, recipe):
-    assert command("train", recipe, "--steps=3").status == 2
+def test_an_unknown_option_has_status_2(recipe):
+    assert run_command("train", recipe, "--steps=3").status == 2
 
 
-def test_pydantic_is_never_heard(command, recipe):
-    ended = command("plan", recipe, "optim.lr=-1", "data.max_tokens=many", "adapter.rnk=3")
+def test_pydantic_is_never_heard(recipe):
+    ended = run_command("plan", recipe, "optim.lr=-1", "data.max_tokens=many", "adapter.rnk=3")
     assert ended.status == 2
     assert "pydantic" not in ended.out + ended.err
     assert "adapter.rnk" in ended.err
 
 
-def test_a_mistake_in_a_recipe_file_is_the_users(command, recipe):
+def test_a_mistake_in_a_recipe_file_is_the_users(recipe):
     recipe.write_text(recipe.read_text().replace("rank=4", "rnk=4"), encoding="utf-8")
-    ended = command("plan", recipe)
+    ended = run_command("plan", recipe)
     assert ended.status == 2
     assert "pydantic" not in ended.err
     assert "rnk" in ended.err
 
 
-def test_errors_of_data_reach_the_user(command, recipe, tmp_path):
+def test_errors_of_data_reach_the_user(recipe, tmp_path):
     (tmp_path / "train.jsonl").write_text('{"messages": 3}\n', encoding="utf-8")
-    ended = command("train", recipe)
+    ended = run_command("train", recipe)
     assert ended.status == 2
     assert "line 1" in ended.err
-    assert issubclass(DataError, QloraLiteError)

@@ -1,4 +1,4 @@
-"""A tiny base with an adapter that has learned something: random numbers in every trained tensor."""
+"""A tiny base with an adapter that has learned something: noise in every trained tensor."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -24,7 +24,7 @@ class Square(Settings):
 
 class Inner(Settings):
     rate: float = 0.1
-    names: list[str] = []
+    names: list[str] = Field(default_factory=list)
 
 
 class Outer(Settings):

@@ -14,7 +14,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(64, 128), (33, 96), (4, 33), (7, 33), (3, 5)]
 
 
-def quantised(shape: tuple[int, int], kind: str, block_size: int) -> tuple[torch.Tensor, QuantState]:
+def quantised(
+    shape: tuple[int, int], kind: str, block_size: int
+) -> tuple[torch.Tensor, QuantState]:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return bitsandbytes.functional.quantize_4bit(weight, blocksize=block_size, quant_type=kind)
 

@@ -71,9 +71,10 @@ def test_a_tensor_may_come_in_chunks_of_rows(tmp_path):
 @pytest.mark.parametrize("limit", [1, 2, 3, 4])
 @pytest.mark.parametrize("max_shard_bytes", [100, 10**6])
 def test_it_goes_on_behind_the_last_complete_tensor(tmp_path, limit, max_shard_bytes):
-    with pytest.raises(KeyboardInterrupt), ShardWriter(
-        tmp_path, SPECS, "test", max_shard_bytes
-    ) as writer:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        ShardWriter(tmp_path, SPECS, "test", max_shard_bytes) as writer,
+    ):
         write_all(writer, limit)
         name = writer.pending[0].name
         writer.write(name, interrupted(TENSORS[name]))
@@ -118,7 +119,8 @@ def test_a_disk_that_fills_up_is_a_clear_error(tmp_path):
         yield TENSORS["embed"][:2]
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(ExportError, match="the disk is full"), ShardWriter(
-        tmp_path, SPECS, "test"
-    ) as writer:
+    with (
+        pytest.raises(ExportError, match="the disk is full"),
+        ShardWriter(tmp_path, SPECS, "test") as writer,
+    ):
         writer.write("embed", full())

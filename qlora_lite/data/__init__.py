@@ -1,0 +1,1 @@
+"""What is read: file line -> Conversation -> Example -> Bin -> Batch."""

@@ -1,0 +1,94 @@
+"""What a run would be fed: some rows token by token, how long rows are, what is cut or dropped."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from qlora_lite.data.coloured import Piece, spell
+from qlora_lite.data.examples import Example, Examples
+from qlora_lite.data.load import Prepared
+from qlora_lite.data.sources import Source
+from qlora_lite.data.tokenise import Stats
+
+
+@dataclass(frozen=True)
+class PreviewRow:
+    """One row."""
+
+    where: str
+    """`train.jsonl, line 17`"""
+    pieces: list[Piece]
+    num_tokens: int
+    num_trained: int
+
+
+@dataclass(frozen=True)
+class LengthBar:
+    """How many rows have from `shortest` to `longest` tokens."""
+
+    shortest: int
+    longest: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What the `preview` command shows."""
+
+    rows: list[PreviewRow]
+    num_train: int
+    num_heldout: int
+    train_tokens: int
+    trained_tokens: int
+    num_repeated: int
+    """Training rows left out because the held-out file has them as well."""
+    end_of_turn: str
+    has_chat_template: bool
+    stats: Stats
+    heldout_stats: Stats | None
+    too_long: list[str]
+    """Places of the first rows that were cut or dropped."""
+    lengths: list[LengthBar]
+
+
+def preview(prepared: Prepared, num_rows: int = 3) -> Preview:
+    """The first rows of the training part and the figures of all."""
+    train, template = prepared.train, prepared.template
+    return Preview(
+        rows=[
+            preview_row(train[i], prepared.train_source, template.tokenizer)
+            for i in range(min(num_rows, len(train)))
+        ],
+        num_train=len(train),
+        num_heldout=len(prepared.heldout),
+        train_tokens=train.num_tokens,
+        trained_tokens=train.num_targets,
+        num_repeated=prepared.num_repeated,
+        end_of_turn=template.end_of_turn,
+        has_chat_template=not template.is_plain,
+        stats=prepared.stats,
+        heldout_stats=prepared.heldout_stats,
+        too_long=[prepared.train_source.where(number) for number in prepared.stats.too_long],
+        lengths=length_bars(train),
+    )
+
+
+def preview_row(example: Example, source: Source, tokenizer: PreTrainedTokenizerBase) -> PreviewRow:
+    """One row as it is trained."""
+    mask = example.loss_mask.tolist()
+    return PreviewRow(
+        source.where(example.row),
+        spell(example.ids.tolist(), mask, tokenizer),
+        len(mask),
+        sum(mask),
+    )
+
+
+def length_bars(examples: Examples, num_bars: int = 10) -> list[LengthBar]:
+    """A histogram of the rows' lengths in bars of equal width."""
+    lengths = examples.lengths
+    width = -(-max(lengths) // num_bars)
+    counts = [0] * num_bars
+    for length in lengths:
+        counts[(length - 1) // width] += 1
+    return [LengthBar(i * width + 1, (i + 1) * width, n) for i, n in enumerate(counts)]

@@ -1,0 +1,1 @@
+"""Predict bytes before they are allocated, and measure what really happened."""

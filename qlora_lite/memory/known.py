@@ -1,0 +1,37 @@
+"""The dimensions of the models that the recipes name, so that a plan needs no network.
+
+Each file in `known/` has the hub ids that share these dimensions, the number of parameters that the
+model card publishes, and the part of the config that a plan needs.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """Facts of one set of dimensions."""
+
+    models: tuple[str, ...]
+    """Hub ids."""
+    num_parameters: int
+    """As published; tied weights once."""
+    config: dict[str, Any]
+    """Enough for transformers' config class, with `model_type`."""
+
+
+@cache
+def known_models() -> tuple[KnownModel, ...]:
+    """All of them, smallest first."""
+    folder = files("qlora_lite.memory") / "known"
+    facts = [json.loads(file.read_text(encoding="utf-8")) for file in folder.iterdir()]
+    models = [KnownModel(tuple(f["models"]), f["num_parameters"], f["config"]) for f in facts]
+    return tuple(sorted(models, key=lambda known: known.num_parameters))
+
+
+def known_config(model: str) -> dict[str, Any] | None:
+    """The config of a hub id as far as it is known here."""
+    return next((dict(known.config) for known in known_models() if model in known.models), None)

@@ -1,0 +1,36 @@
+"""A causal language model in its two halves: hidden states, then logits where they are wanted."""
+
+import torch
+from torch import Tensor, nn
+
+from qlora_lite.model.head import Head, decoder
+
+
+class CausalModel:
+    """A transformers model, taken apart before its head."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.head = Head(module)
+        self.decoder = decoder(module)
+
+    def hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """(batch, tokens) -> (batch, tokens, hidden), before the head.
+
+        Documents are told apart by position ids that start again at 0.
+        """
+        output = self.decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        states: Tensor = output.last_hidden_state
+        return states
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., hidden) -> (..., vocabulary), with the model's own scale and soft-cap."""
+        return self.head.logits(hidden)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def head_is_trained(self) -> bool:
+        return any(p.requires_grad for p in self.head.parameters())

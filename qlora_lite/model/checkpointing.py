@@ -1,0 +1,20 @@
+"""Gradient checkpointing: keep each decoder layer's input, and compute the layer again in backward.
+
+Ours and not transformers' own, which is active in training mode only: training mode also turns on
+the dropout of the frozen base (GPT-2 has some), and then the adapted model would not start as the
+base. Non-reentrant, so that it works although the frozen embedding's output needs no gradient.
+"""
+
+import functools
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from qlora_lite.model.targets import decoder_blocks
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """Checkpoint every decoder layer whenever gradients are computed. Call it once."""
+    path, _ = decoder_blocks(model)
+    for layer in model.get_submodule(path).children():
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)

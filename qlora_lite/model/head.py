@@ -1,0 +1,55 @@
+"""From hidden states to logits, as each architecture does it.
+
+    logits = cap * tanh(s / cap),   s = head(hidden) * logit_scale / logits_scaling
+
+Which of the three a model has is read from its config: `logit_scale` (Cohere), `logits_scaling`
+(Granite), `final_logit_softcapping` (Gemma 2). The decoder and the head are called apart, so that
+logits need not exist for all tokens at once.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The part before the head: token ids to hidden states after the last norm."""
+    path: Any = model.base_model_prefix
+    return model.get_submodule(path)
+
+
+class Head:
+    """The output head of a causal language model."""
+
+    def __init__(self, model: Any) -> None:
+        config = model.config.get_text_config(decoder=True)
+        self._model = model
+        self.multiplier = getattr(config, "logit_scale", None)
+        self.divisor = getattr(config, "logits_scaling", None)
+        self.cap = getattr(config, "final_logit_softcapping", None)
+
+    @property
+    def module(self) -> nn.Module:
+        """The head as it is now; attaching an adapter may have replaced it."""
+        module: nn.Module = self._model.get_output_embeddings()
+        return module
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the head."""
+        return self.module.parameters()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., hidden) -> (..., vocabulary)"""
+        logits: Tensor = self.module(hidden)
+        if self.multiplier is not None:
+            logits = logits * self.multiplier
+        if self.divisor is not None:
+            logits = logits / self.divisor
+        return logits if self.cap is None else soft_cap(logits, self.cap)
+
+
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """Squeeze smoothly into (-cap, cap)."""
+    return torch.tanh(logits / cap) * cap

@@ -1,0 +1,322 @@
+"""From a directory or hub id to a frozen model, tensor by tensor.
+
+    loaded = load_base(Base(model="Qwen/Qwen3-8B"), device.choose())
+    loaded.model(input_ids)
+
+The model is built from its config without weights. Then each stored tensor goes where it belongs,
+in the order of the files: linear layers are quantised in chunks of rows, the rest is cast. Above
+the finished model the host holds one chunk.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.configuration_utils import PretrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
+
+from qlora_lite.foundation.device import DeviceRule
+from qlora_lite.foundation.errors import BaseModelError
+from qlora_lite.foundation.settings import Settings
+from qlora_lite.model.freeze import RoundTrip, StoredWeight, copy_weight, freeze
+from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear, Scratch, Source
+from qlora_lite.model.prequantised import COMPANION, is_packed, read_packed, stored_quant
+from qlora_lite.model.quant import BF16, FP32, NF4, Int8, Quant
+from qlora_lite.model.shape import read_config
+from qlora_lite.shards.names import match
+from qlora_lite.shards.reader import Checkpoint
+
+SplitLayer = Callable[[str, Tensor, RoundTrip], Tensor]
+"""(path, dense fp32 weight, round trip) -> the weight to quantise in its place."""
+
+Progress = Callable[[int, int], None]
+"""(bytes read, bytes in all)"""
+
+
+class Base(Settings):
+    """The frozen base model."""
+
+    model: str
+    """A directory, or a hub id such as `Qwen/Qwen3-8B`."""
+
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+
+    quant: Quant = NF4()
+    """How the linear layers are held: nf4, fp4, int8, bf16 or fp32."""
+
+    head: Literal["16bit", "int8", "nf4"] = "16bit"
+    """How an untied output head is held."""
+
+    compute: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Dtype of activations; `auto` is fp32 on CPU, and bf16 or fp16 on CUDA."""
+
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Implementation of attention; `auto` is the fastest that the architecture has in torch."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Read it first."""
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A frozen model and where it came from."""
+
+    model: PreTrainedModel
+    config: PretrainedConfig
+    """Of the unquantised model."""
+    path: Path
+    checkpoint: Checkpoint
+    rule: DeviceRule
+    quant: Quant
+    """What the linear layers really are; a checkpoint quantised before brings its own."""
+
+
+def locate(base: Base) -> Path:
+    """The directory of the model; from the hub only config, tokenizer and safetensors are fetched.
+
+    Raises:
+        BaseModelError: if there is no such model, or it cannot be reached or opened.
+    """
+    read_config(base.model, base.revision, base.trust_remote_code)
+    if Path(base.model).is_dir():
+        return Path(base.model)
+    code = ["*.py"] if base.trust_remote_code else []
+    try:
+        directory = snapshot_download(
+            base.model,
+            revision=base.revision,
+            allow_patterns=["*.json", "model*.safetensors", "*.model", "*.jinja", "*.txt", *code],
+            ignore_patterns=["*/*"],
+        )
+    except OSError as error:
+        raise BaseModelError(
+            f"base.model={base.model}: its weights could not be fetched ({error}). They are needed "
+            "on this machine: connect to the hub, or give the directory of a downloaded model"
+        ) from error
+    return Path(directory)
+
+
+def load_tokenizer(base: Base) -> PreTrainedTokenizerFast:
+    """The model's own tokenizer; no weights are fetched for it.
+
+    Raises:
+        BaseModelError: if there is none, or only a slow one.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            base.model, revision=base.revision, trust_remote_code=base.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(
+            f"base.model={base.model}: no tokenizer can be read from it "
+            f"({str(error).splitlines()[0]}). Needed is its tokenizer.json beside config.json"
+        ) from error
+    if not tokenizer.is_fast:
+        raise BaseModelError(
+            f"base.model={base.model}: its tokenizer is a slow one without tokenizer.json. Needed "
+            "is a fast one: convert it with transformers, or take another version of the model"
+        )
+    return tokenizer
+
+
+def load_base(
+    base: Base,
+    rule: DeviceRule,
+    *,
+    split: SplitLayer | None = None,
+    progress: Progress | None = None,
+) -> LoadedBase:
+    """Read, quantise and install every weight.
+
+    Args:
+        split: what to quantise in place of a layer's weight (methods that start from the
+            quantisation error); each whole weight is then held once in fp32.
+
+    Raises:
+        BaseModelError: if the model cannot be found, read, or used as asked.
+    """
+    path = locate(base)
+    config = read_config(base.model, base.revision, base.trust_remote_code)
+    stored = stored_quant(config, base.quant)
+    checkpoint = Checkpoint.open(path)
+    model = skeleton(config, base)
+    _Loading(model, checkpoint, base, rule, split).run(progress)
+    if (path / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    checkpoint.close()
+    return LoadedBase(model, model.config, path, checkpoint, rule, stored or base.quant)
+
+
+def skeleton(config: PretrainedConfig, base: Base) -> PreTrainedModel:
+    """The model with its parameters on the meta device; buffers hold their true values.
+
+    Raises:
+        BaseModelError: if the architecture is unknown or lacks the attention asked for.
+    """
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    attention = None if base.attention == "auto" else base.attention
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                trust_remote_code=base.trust_remote_code,
+            )
+    except (ValueError, ImportError) as error:
+        raise BaseModelError(
+            f"base.model={base.model}, base.attention={base.attention}: transformers cannot build "
+            f"it: {str(error).splitlines()[0]} Needed is a causal language model; "
+            "base.attention=eager works for every one"
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
+class _Loading:
+    """One pass over the files of a checkpoint."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        checkpoint: Checkpoint,
+        base: Base,
+        rule: DeviceRule,
+        split: SplitLayer | None,
+    ) -> None:
+        self.model = model
+        self.checkpoint = checkpoint
+        self.base = base
+        self.rule = rule
+        self.split = split
+        self.scratch = Scratch()
+        self.storage = torch.float32 if isinstance(base.quant, FP32) else rule.storage
+        self.head = model.get_output_embeddings()
+        self.tied = dict(model.all_tied_weights_keys)
+        self.names = self._match()
+        self.stored_names = {ours: name for name, ours in self.names.items()}
+
+    def run(self, progress: Progress | None) -> None:
+        total, done = self.checkpoint.num_bytes, 0
+        for name in self.checkpoint.names:
+            if name in self.names:
+                self._install(name, self.names[name])
+            done += self.checkpoint.info(name).num_bytes
+            if progress is not None:
+                progress(done, total)
+        for copy, source in self.tied.items():
+            self._tie(copy, source)
+        for module in self.model.modules():
+            for key, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[key] = buffer.to(self.rule.device)
+        self.model.config.dtype = self.rule.compute
+        left = [n for n, p in self.model.named_parameters() if p.is_meta]
+        assert not left, f"no value for {left}"
+
+    def _match(self) -> dict[str, str]:
+        shapes = {n: tuple(p.shape) for n, p in self.model.named_parameters(remove_duplicate=False)}
+        names = match(
+            [name for name in self.checkpoint.names if not COMPANION.search(name)],
+            shapes,
+            buffers=[name for name, _ in self.model.named_buffers()],
+            tied=self.tied,
+            prefix=self.model.base_model_prefix,
+            ignored=self.model._keys_to_ignore_on_load_unexpected or (),
+        )
+        for name, ours in names.items():
+            shape = self.checkpoint.info(name).shape
+            if ours in shapes and shape != shapes[ours] and not is_packed(self.checkpoint, name):
+                raise BaseModelError(
+                    f"base.model={self.base.model}: {name} is {shape}, and its config.json says "
+                    f"{shapes[ours]}. They belong to different models: download both again"
+                )
+        return names
+
+    def _install(self, name: str, ours: str) -> None:
+        path, _, leaf = ours.rpartition(".")
+        module = self.model.get_submodule(path)
+        if isinstance(module, FrozenLinear) or (_is_linear(module) and leaf == "bias"):
+            return  # a bias is read with its weight
+        if _is_linear(module):
+            self.model.set_submodule(path, self._linear(name, path, module))
+        elif _is_embedding(module):
+            self.model.set_submodule(path, self._embedding(name, module))
+        elif leaf in module._buffers:
+            module._buffers[leaf] = self.checkpoint.read(name).clone()
+        else:
+            tensor = self.checkpoint.read(name)
+            dtype = self.rule.norms if tensor.dim() == 1 else self.rule.compute
+            value = tensor.to(self.rule.device, dtype, copy=True)
+            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    def _linear(self, name: str, path: str, module: nn.Module) -> FrozenLinear:
+        bias_name = self.stored_names.get(f"{path}.bias")
+        bias = None if bias_name is None else self.checkpoint.read(bias_name)
+        if is_packed(self.checkpoint, name):
+            return read_packed(self.checkpoint, name, self.rule, bias, self.scratch)
+        source = StoredWeight(self.checkpoint, name, transposed=isinstance(module, Conv1D))
+        if module is not self.head:
+            hook = None if self.split is None else functools.partial(self.split, path)
+            return freeze(source, self.base.quant, self.rule, bias, hook, self.scratch)
+        if self.base.head == "16bit":
+            weight = copy_weight(source, self.storage, self.rule.device)
+            return self._plain_head(weight, bias, source)
+        quant = Int8() if self.base.head == "int8" else NF4()
+        return freeze(source, quant, self.rule, bias, scratch=self.scratch)
+
+    def _plain_head(self, weight: Tensor, bias: Tensor | None, source: Source) -> FrozenLinear:
+        quant = FP32() if self.storage == torch.float32 else BF16()
+        if bias is not None:
+            bias = bias.to(self.rule.device, self.rule.norms, copy=True)
+        d_out, d_in = source.shape
+        return FrozenLinear(
+            d_out, d_in, quant, self.rule.compute, weight, None, bias, source, self.scratch
+        )
+
+    def _embedding(self, name: str, module: nn.Module) -> FrozenEmbedding:
+        source = StoredWeight(self.checkpoint, name)
+        weight = copy_weight(source, self.storage, self.rule.device)
+        scale = getattr(module, "embed_scale", None)
+        if isinstance(scale, float | int):
+            scale = torch.tensor(float(scale))
+        return FrozenEmbedding(weight, self.rule.compute, scale, source)
+
+    def _tie(self, ours: str, source_name: str) -> None:
+        """Let a parameter share the storage of another, as the head does with the embedding."""
+        path, _, leaf = ours.rpartition(".")
+        module, shared = self.model.get_submodule(path), self.model.get_parameter(source_name)
+        if module is self.head:
+            if self.base.head != "16bit":
+                raise BaseModelError(
+                    f"got base.head={self.base.head}, but the head of {self.base.model} is its "
+                    "embedding, which is needed in 16 bit anyway. Leave base.head=16bit"
+                )
+            bias_name = self.stored_names.get(f"{path}.bias")
+            bias = None if bias_name is None else self.checkpoint.read(bias_name)
+            source = StoredWeight(self.checkpoint, self.stored_names[source_name])
+            module = self._plain_head(shared.data, bias, source)
+            self.model.set_submodule(path, module)
+        setattr(module, leaf, shared)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Subclasses of nn.Linear do something of their own in forward; they stay."""
+    return type(module) is nn.Linear or isinstance(module, Conv1D)
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    """A plain look-up, or one that multiplies by a fixed scale."""
+    return type(module) is nn.Embedding or (
+        isinstance(module, nn.Embedding) and hasattr(module, "embed_scale")
+    )

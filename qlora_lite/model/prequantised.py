@@ -1,0 +1,113 @@
+"""Checkpoints that bitsandbytes has quantised already, as transformers saves them.
+
+Beside `x.weight` (the codes) such a checkpoint holds `x.weight.absmax`, `x.weight.quant_map`,
+under double quantisation `x.weight.nested_absmax` and `x.weight.nested_quant_map`, and the rest as
+JSON in `x.weight.quant_state.bitsandbytes__nf4`; for int8 the row scales are `x.SCB`.
+"""
+
+import re
+from typing import Any
+
+import torch
+from bitsandbytes.functional import QuantState
+from torch import Tensor
+
+from qlora_lite.foundation.device import DeviceRule
+from qlora_lite.foundation.errors import BaseModelError
+from qlora_lite.model.frozen import FrozenLinear, Scratch
+from qlora_lite.model.quant import FP4, NESTED_BLOCK_SIZE, NF4, Int8, Quant
+from qlora_lite.shards.reader import Checkpoint
+
+COMPANION = re.compile(
+    r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)$"
+    r"|\.(SCB|weight_format)$"
+)
+
+
+def stored_quant(config: Any, asked: Quant) -> Quant | None:
+    """The quantisation of the checkpoint itself, or None if it has none.
+
+    Raises:
+        BaseModelError: if it is another library's, or of another kind than `asked`.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    if not isinstance(settings, dict):
+        settings = settings.to_dict()
+    method = settings.get("quant_method")
+    if method not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
+        raise BaseModelError(
+            f"the checkpoint is quantised with {method}; weights of bitsandbytes (nf4, fp4, int8) "
+            "and unquantised ones can be read. Take the model's original, which is quantised here"
+        )
+    quant: NF4 | FP4 | Int8
+    if settings.get("load_in_8bit"):
+        quant = Int8()
+    else:
+        kind = NF4 if settings.get("bnb_4bit_quant_type") == "nf4" else FP4
+        quant = kind(double_quant=bool(settings.get("bnb_4bit_use_double_quant")))
+    if asked.kind != quant.kind:
+        raise BaseModelError(
+            f"got base.quant={asked.kind}, but the checkpoint is quantised to {quant.kind} "
+            f"already. Take base.quant={quant.kind}, or the model's original"
+        )
+    return quant
+
+
+def is_packed(checkpoint: Checkpoint, name: str) -> bool:
+    """`name` is the codes of a weight, not a weight."""
+    return name.endswith(".weight") and (
+        f"{name}.absmax" in checkpoint or f"{name.removesuffix('weight')}SCB" in checkpoint
+    )
+
+
+def read_packed(
+    checkpoint: Checkpoint,
+    name: str,
+    rule: DeviceRule,
+    bias: Tensor | None,
+    scratch: Scratch,
+) -> FrozenLinear:
+    """The layer whose codes are stored as `name`."""
+    codes = checkpoint.read(name).to(rule.device, copy=True)
+    if bias is not None:
+        bias = bias.to(rule.device, rule.norms, copy=True)
+    quant: Quant
+    if codes.dtype == torch.int8:
+        row_scales = checkpoint.read(f"{name.removesuffix('weight')}SCB").float()
+        scales = {"scales": row_scales.flatten().to(rule.device, copy=True)}
+        d_out, d_in = codes.shape
+        quant = Int8()
+    else:
+        state = _state(checkpoint, name, rule.device)
+        # codes may be stored under the disguise of a floating type
+        codes = codes.view(torch.uint8).view(-1, 1)
+        scales = _scales(state)
+        d_out, d_in = state.shape
+        settings = {"block_size": state.blocksize, "double_quant": state.nested}
+        quant = NF4(**settings) if state.quant_type == "nf4" else FP4(**settings)
+    return FrozenLinear(
+        d_out, d_in, quant, rule.compute, codes, scales, bias, source=None, scratch=scratch
+    )
+
+
+def _state(checkpoint: Checkpoint, name: str, device: torch.device) -> QuantState:
+    parts = {
+        stored.removeprefix(f"{name}."): checkpoint.read(stored)
+        for stored in checkpoint.names
+        if stored.startswith(f"{name}.")
+    }
+    return QuantState.from_dict(parts, device)
+
+
+def _scales(state: QuantState) -> dict[str, Tensor]:
+    if not state.nested:
+        return {"scales": state.absmax.float().clone()}
+    assert state.state2.blocksize == NESTED_BLOCK_SIZE, state.state2.blocksize
+    return {
+        "scales": state.absmax.clone(),
+        "nested_scales": state.state2.absmax.float().clone(),
+        "nested_map": state.state2.code.float().clone(),
+        "offset": state.offset.float().clone(),
+    }

@@ -1,0 +1,81 @@
+"""How the frozen weights are held: NF4, FP4, int8, or unquantised, and their exact bits.
+
+4-bit weights come in blocks along the flattened weight that share one scale, an fp32 number.
+Double quantisation holds these scales in 8 bits, in blocks of 256 that share one fp32 scale
+(Dettmers et al. 2023, arXiv:2305.14314, section 3). int8 has one fp32 scale per row and is
+weight-only: codes times scales, then an ordinary product.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from qlora_lite.foundation.settings import Settings
+
+BlockSize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
+
+NESTED_BLOCK_SIZE = 256
+"""Block scales that share one scale under double quantisation, fixed by bitsandbytes."""
+
+
+class FourBit(Settings):
+    """Two weights per byte, in blocks that share a scale."""
+
+    kind: Literal["nf4", "fp4"]
+
+    double_quant: bool = True
+    """Quantise the block scales too: saves 0.37 bits per weight at block size 64."""
+
+    block_size: BlockSize = 64
+    """Weights that share one scale."""
+
+    def bits_per_weight(self, d_in: int | None = None) -> float:
+        """Codes and scales; the same for every `d_in`."""
+        if self.double_quant:
+            return 4 + 8 / self.block_size + 32 / (self.block_size * NESTED_BLOCK_SIZE)
+        return 4 + 32 / self.block_size
+
+
+class NF4(FourBit):
+    """4-bit normal float: its 16 values are quantiles of a normal distribution."""
+
+    kind: Literal["nf4"] = "nf4"
+
+
+class FP4(FourBit):
+    """4-bit floating point: sign, two bits of exponent, one of mantissa."""
+
+    kind: Literal["fp4"] = "fp4"
+
+
+class Int8(Settings):
+    """8-bit integers with one scale per output row; products are computed in the compute dtype."""
+
+    kind: Literal["int8"] = "int8"
+
+    def bits_per_weight(self, d_in: int) -> float:
+        """8, and 32 for each row of `d_in` weights."""
+        return 8 + 32 / d_in
+
+
+class BF16(Settings):
+    """Unquantised, in bfloat16."""
+
+    kind: Literal["bf16"] = "bf16"
+
+    def bits_per_weight(self, d_in: int | None = None) -> float:
+        """16."""
+        return 16.0
+
+
+class FP32(Settings):
+    """Unquantised, in float32; embedding and head too."""
+
+    kind: Literal["fp32"] = "fp32"
+
+    def bits_per_weight(self, d_in: int | None = None) -> float:
+        """32."""
+        return 32.0
+
+
+Quant = Annotated[NF4 | FP4 | Int8 | BF16 | FP32, Field(discriminator="kind")]

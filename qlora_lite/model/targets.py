@@ -1,0 +1,135 @@
+"""Which linear layers there are, and which of them a user means.
+
+| targets         | layers                                                      |
+|-----------------|-------------------------------------------------------------|
+| `all-linear`    | every linear layer of the decoder, not the head             |
+| `attention`     | those of the attention                                      |
+| `mlp`           | those of the feed-forward part                              |
+| a list          | of these words, last names (`q_proj`), paths, or path globs |
+"""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from qlora_lite.foundation.errors import AdapterError
+from qlora_lite.model.frozen import FrozenLinear
+from qlora_lite.model.shape import ModelShape
+
+Kind = Literal["attention", "mlp", "head", "other"]
+
+_ATTENTION = re.compile(r"attn|attention")
+_MLP = re.compile(r"mlp|ffn|feed_forward|experts?\b|^fc\d|dense_(h_to_4h|4h_to_h)")
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One linear layer: where it is and what it is for."""
+
+    path: str
+    d_in: int
+    d_out: int
+    block: int | None
+    """Index of its decoder layer."""
+    num_blocks: int
+    kind: Kind
+
+    @property
+    def name(self) -> str:
+        """Last part of the path, such as `q_proj`."""
+        return self.path.rpartition(".")[2]
+
+
+def linear_specs(model: nn.Module) -> list[LinearSpec]:
+    """Every linear layer, frozen or not yet (on the meta device, say), in the model's order."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    blocks_path, num_blocks = decoder_blocks(model)
+    specs = []
+    for path, module in model.named_modules():
+        if (size := _size(module)) is None:
+            continue
+        inside = path.removeprefix(f"{blocks_path}.") if path.startswith(f"{blocks_path}.") else ""
+        block, _, rest = inside.partition(".")
+        kind: Kind = "head" if module is head else _kind(rest)
+        specs.append(LinearSpec(path, *size, int(block) if block else None, num_blocks, kind))
+    return specs
+
+
+def specs_of_shape(shape: ModelShape) -> list[LinearSpec]:
+    """The same from a model's dimensions alone."""
+    kinds = {path: _kind(path.split(".", 2)[-1]) for path in shape.linears}
+    specs = [
+        LinearSpec(path, p.d_in, p.d_out, p.block, shape.layers, kinds[path])
+        for path, p in shape.linears.items()
+    ]
+    head = shape.head
+    return [*specs, LinearSpec(head.module, head.d_in, head.d_out, None, shape.layers, "head")]
+
+
+def select(specs: Sequence[LinearSpec], targets: str | Sequence[str]) -> list[LinearSpec]:
+    """The layers that `targets` means, in the model's order.
+
+    Raises:
+        AdapterError: naming the target that matches nothing, and what there is.
+    """
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    chosen: set[str] = set()
+    for target in wanted:
+        matches = {spec.path for spec in specs if _matches(spec, target)}
+        if not matches:
+            raise AdapterError(_nothing(target, specs))
+        chosen |= matches
+    return [spec for spec in specs if spec.path in chosen]
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, int]:
+    """Path and length of the decoder layers: the outermost ModuleList with the most modules."""
+    lists = {path: m for path, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    outermost = {
+        path: m for path, m in lists.items() if not any(path.startswith(f"{p}.") for p in lists)
+    }
+    assert outermost, f"{type(model).__name__} has no list of decoder layers"
+    path = max(outermost, key=lambda p: len(list(outermost[p].modules())))
+    return path, len(outermost[path])
+
+
+def _size(module: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out)"""
+    if isinstance(module, FrozenLinear):
+        return module.d_in, module.d_out
+    if type(module) is nn.Linear:
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return None
+
+
+def _kind(path: str) -> Kind:
+    if _ATTENTION.search(path):
+        return "attention"
+    return "mlp" if _MLP.search(path) else "other"
+
+
+def _matches(spec: LinearSpec, target: str) -> bool:
+    if target == "all-linear":
+        return spec.kind != "head"
+    if target in ("attention", "mlp"):
+        return spec.kind == target
+    return spec.name == target or fnmatch.fnmatchcase(spec.path, target)
+
+
+def _nothing(target: str, specs: Sequence[LinearSpec]) -> str:
+    names = sorted({spec.name for spec in specs})
+    near = difflib.get_close_matches(target, [*names, "all-linear", "attention", "mlp"], n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return (
+        f"adapter.targets: {target!r} matches no linear layer of this model. There are "
+        f"{', '.join(names)}; also all-linear, attention, mlp, paths and globs such as "
+        f"{specs[0].path.replace('.0.', '.*.')!r}.{hint}"
+    )

@@ -1,0 +1,1 @@
+"""Tensor files: read a tensor or a slice at a time, written in bounded shards."""

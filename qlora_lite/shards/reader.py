@@ -1,0 +1,182 @@
+"""Safetensors checkpoints, one tensor or one slice of it at a time.
+
+    checkpoint = Checkpoint.open(directory)
+    for name in checkpoint.names:                  # in the order of the files
+        tensor = checkpoint.read(name)
+
+Files are mapped into memory, so that reading takes no anonymous memory. What `read`, `rows` and
+`columns` return is a read-only view of such a map: copy what is kept. Pickles (`*.bin`) are never
+opened: they can run code.
+"""
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qlora_lite.foundation.errors import BaseModelError
+from qlora_lite.foundation.files import file_hash
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+_SAMPLE_BYTES, _NUM_SAMPLES = 4096, 64
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file's header says of one tensor."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    num_bytes: int
+    file: Path
+
+
+class Checkpoint:
+    """The tensors of a directory with `model.safetensors` or an index of shards."""
+
+    def __init__(self, directory: Path, files: list[Path]) -> None:
+        self.directory = directory
+        self.files = files
+        self._open: dict[Path, Any] = {}
+        self._infos = {info.name: info for file in files for info in self._header(file)}
+
+    @classmethod
+    def open(cls, directory: Path | str) -> "Checkpoint":
+        """Read the headers; no weight is touched.
+
+        Raises:
+            BaseModelError: if there is no safetensors file, a shard is missing, or one is damaged.
+        """
+        directory = Path(directory)
+        return cls(directory, _shard_files(directory))
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors, shard by shard in the order of their bytes."""
+        return list(self._infos)
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(info.num_bytes for info in self._infos.values())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._infos
+
+    def info(self, name: str) -> TensorInfo:
+        """Raises BaseModelError if there is no such tensor."""
+        if name not in self._infos:
+            raise BaseModelError(
+                f"{self.directory} has no tensor {name!r}. The checkpoint is incomplete or belongs "
+                "to another architecture than its config.json says: download it again"
+            )
+        return self._infos[name]
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor."""
+        return self._file(self.info(name).file).get_tensor(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """`tensor[start:stop]`."""
+        return self._file(self.info(name).file).get_slice(name)[start:stop]
+
+    def columns(self, name: str, start: int, stop: int) -> Tensor:
+        """`tensor[:, start:stop]`, not contiguous."""
+        return self._file(self.info(name).file).get_slice(name)[:, start:stop]
+
+    def close(self) -> None:
+        """Let the maps go; the next read opens them again."""
+        self._open.clear()
+
+    def file_hashes(self) -> dict[str, str]:
+        """SHA-256 of every file, by name: reads everything."""
+        return {file.name: file_hash(file) for file in self.files}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A quick SHA-256: of names, sizes, headers, and samples spread evenly over the bytes."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
+            with open(file, "rb") as handle:
+                header_bytes = int.from_bytes(handle.read(8), "little")
+                digest.update(handle.read(header_bytes))
+                for i in range(_NUM_SAMPLES):
+                    handle.seek(8 + header_bytes + (size - 8 - header_bytes) * i // _NUM_SAMPLES)
+                    digest.update(handle.read(_SAMPLE_BYTES))
+        return digest.hexdigest()
+
+    def _file(self, path: Path) -> Any:
+        if path not in self._open:
+            try:
+                self._open[path] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise BaseModelError(
+                    f"{path} is damaged or no safetensors file ({error}). Download it again"
+                ) from None
+        return self._open[path]
+
+    def _header(self, path: Path) -> list[TensorInfo]:
+        file = self._file(path)
+        infos = []
+        for name in file.offset_keys():
+            tensor = file.get_slice(name)
+            if tensor.get_dtype() not in DTYPES:
+                raise BaseModelError(
+                    f"{path}: tensor {name!r} has the type {tensor.get_dtype()}; "
+                    f"{', '.join(DTYPES)} can be read. Take another version of this checkpoint"
+                )
+            dtype, shape = DTYPES[tensor.get_dtype()], tuple(tensor.get_shape())
+            num_bytes = torch.Size(shape).numel() * dtype.itemsize
+            infos.append(TensorInfo(name, dtype, shape, num_bytes, path))
+        return infos
+
+
+def _shard_files(directory: Path) -> list[Path]:
+    if (directory / SINGLE).exists():
+        return [directory / SINGLE]
+    if (directory / INDEX).exists():
+        weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
+        files = [directory / name for name in sorted(set(weight_map.values()))]
+        missing = [file.name for file in files if not file.exists()]
+        if missing:
+            raise BaseModelError(
+                f"{directory} lacks {', '.join(missing)}, named in its {INDEX}. "
+                "The download is incomplete: repeat it"
+            )
+        return files
+    if pickles := sorted(path.name for path in directory.glob("*.bin")):
+        raise BaseModelError(
+            f"{directory} holds its weights as a pickle ({pickles[0]}), which can run code when it "
+            "is read. Needed is safetensors: take a revision that has it, or convert it once with "
+            "transformers (from_pretrained, then save_pretrained) if you trust its source"
+        )
+    raise BaseModelError(
+        f"{directory} has neither {SINGLE} nor {INDEX}. "
+        "Give the directory of a complete model, or its hub id"
+    )

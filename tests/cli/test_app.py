@@ -1,0 +1,155 @@
+"""The other verbs, each on a tiny base."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.cli.workplace import run_command
+
+
+def test_plan_shows_bytes_verdict_and_time_and_reads_no_data(recipe):
+    (recipe.parent / "train.jsonl").unlink()
+    ended = run_command("plan", recipe)
+    assert ended.status == 0
+    for text in ("linear layers in nf4", "bits", "peak", "fits:", "parameters trained", "tokens/s"):
+        assert text in ended.out
+
+
+def test_a_plan_over_its_budget_has_status_2_and_ways_down(recipe):
+    ended = run_command("plan", recipe, "budget=10MiB", "base.quant=bf16")
+    assert ended.status == 2
+    assert "does not fit" in ended.out
+    assert "base.quant=nf4" in ended.out
+    assert "does not fit" in ended.err
+
+
+def test_a_known_model_is_planned_offline(tmp_path):
+    written = run_command("init", "Qwen/Qwen3-8B", "--output", tmp_path / "mine.py")
+    assert written.status == 0, written.err
+    ended = run_command("plan", tmp_path / "mine.py")
+    assert ended.status in (0, 2)  # as large as this machine
+    assert "8.19 G parameters" in ended.out
+
+
+def test_an_unknown_setting_answers_with_its_path_and_a_near_match(recipe):
+    ended = run_command("plan", recipe, "optim.learning=3", "optm.lr=1")
+    assert ended.status == 2
+    ended = run_command("plan", recipe, "adapter.rnak=3")
+    assert ended.status == 2
+    assert "adapter.rnak" in ended.err
+    assert "'rank'" in ended.err
+
+
+def test_a_recipe_that_is_not_there_is_a_mistake(tmp_path):
+    ended = run_command("train", tmp_path / "nowhere.py")
+    assert ended.status == 2
+    assert "nowhere.py" in ended.err
+
+
+def test_preview_shows_tokens_lengths_and_counts(recipe):
+    ended = run_command("preview", recipe, "--rows", 2)
+    assert ended.status == 0
+    assert "[[It is 0.<|end|>]]" in ended.out
+    assert ended.out.count("[[") == 2
+    for text in ("76 rows to train on", "p50", "dropped 0", "chat template", "#"):
+        assert text in ended.out
+
+
+def test_a_recipe_json_and_a_runs_folder_are_recipes(trained):
+    by_file = run_command("preview", trained.recipe)
+    assert run_command("preview", trained.run).out == by_file.out
+    assert run_command("preview", trained.run / "recipe.json").out == by_file.out
+
+
+def test_eval_of_a_run_has_the_bare_base_beside_it(trained):
+    ended = run_command("eval", trained.run)
+    assert ended.status == 0
+    bare = _losses(ended.out, "bare base")
+    adapted = _losses(ended.out, "adapter")
+    said = re.search(r"loss ([\d.]+) \(bare base\) -> ([\d.]+)", trained.said.out).groups()
+    assert [f"{bare[0]:.3f}", f"{adapted[0]:.3f}"] == list(said)
+
+
+def test_eval_scores_several_targets_on_a_file(trained, tiny_base, tmp_path):
+    rows = [{"q": f"What is seven times {i}?", "a": f"It is {7 * i}."} for i in range(30)]
+    file = tmp_path / "other.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    ended = run_command(
+        "eval",
+        trained.run,
+        tiny_base,
+        "--data",
+        file,
+        'data.fields={"prompt": "q", "completion": "a"}',
+    )
+    assert ended.status == 0, ended.err
+    # the bare base in NF4 and the model itself are nearly the same
+    assert _losses(ended.out, "model")[0] == pytest.approx(_losses(ended.out, "bare base")[0], 0.1)
+    assert _losses(ended.out, "adapter")[0] < _losses(ended.out, "bare base")[0]
+
+
+@pytest.mark.parametrize("arguments", [["{base}"], ["{run}", "data.max_rows=3"], ["data.x=1"]])
+def test_eval_says_what_it_needs(arguments, trained, tiny_base):
+    ended = run_command("eval", *(a.format(base=tiny_base, run=trained.run) for a in arguments))
+    assert ended.status == 2
+    assert ended.err
+
+
+def test_chat_answers_lines_of_a_pipe_one_by_one(trained):
+    lines = "What is seven times 3?\n/reset\nWhat is seven times 3?\n/exit\nnever asked\n"
+    ended = subprocess.run(
+        [sys.executable, "-m", "qlora_lite", "chat", str(trained.run), "--max-new-tokens", "8"],
+        input=lines,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    first, forgotten, second = ended.stdout.splitlines()
+    assert first == second != ""
+    assert forgotten == "(forgotten)"
+
+
+def test_chat_answers_a_prompt_and_ends(tiny_base):
+    ended = run_command("chat", tiny_base, "--prompt", "hello", "--max-new-tokens", 4)
+    assert ended.status == 0
+    assert ended.out.strip()
+
+
+def test_chat_with_nothing_is_a_mistake(tmp_path):
+    assert run_command("chat", tmp_path).status == 2
+
+
+def test_merge_writes_a_model_that_scores_like_the_adapter(trained, tmp_path):
+    out = tmp_path / "merged"
+    ended = run_command("merge", trained.run, out, "--base", "trained", "--dtype", "fp32")
+    assert ended.status == 0, ended.err
+    assert str(out) in ended.out
+    data = trained.run.with_name("train.jsonl")
+    scores = run_command("eval", trained.run, out, "--data", data, "data.max_tokens=128").out
+    assert _losses(scores, "model")[0] == pytest.approx(_losses(scores, "adapter")[0], abs=1e-3)
+
+
+def test_a_format_that_is_not_there_says_what_there_is(trained, tmp_path):
+    ended = run_command("merge", trained.run, tmp_path / "out", "--format", "gguf")
+    assert ended.status == 2
+    assert "hf" in ended.err
+
+
+def test_init_writes_a_formatted_recipe_that_loads(tiny_base, tmp_path):
+    file = tmp_path / "new" / "mine.py"
+    ended = run_command("init", tiny_base, "--output", file)
+    assert ended.status == 0, ended.err
+    assert run_command("plan", file).status == 0
+    subprocess.run([sys.executable, "-m", "ruff", "format", "--check", file], check=True)
+    again = run_command("init", tiny_base, "--output", file)
+    assert again.status == 2
+    assert "overwritten" in again.err
+
+
+def _losses(table, what):
+    """The losses in a table's lines of one kind."""
+    return [float(x) for x in re.findall(rf"{what} +([\d.]+)", table)]

@@ -1,0 +1,100 @@
+"""Merging holds one tensor, whatever the size of the model."""
+
+import dataclasses
+import gc
+import json
+import multiprocessing
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from qlora_lite.adapters.lora import LoRA
+from qlora_lite.export.merge import MergedWeights, MergeSource, write
+from qlora_lite.foundation.device import choose
+from qlora_lite.model.load import Base
+from qlora_lite.model.shape import parameter_shapes
+from qlora_lite.shards.writer import ShardWriter, TensorSpec
+
+TINY = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+HALF_A_GIGABYTE = TINY | {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 3,
+}
+LARGEST_LINEAR = 2048 * 5632
+
+
+def save_random(directory: Path, config: LlamaConfig) -> MergeSource:
+    """A base in bf16 in several shards, and an adapter of rank 8 on all its linear layers."""
+    config.save_pretrained(directory)
+    shapes = parameter_shapes(config)
+    specs = [TensorSpec(p.name, torch.bfloat16, p.shape) for p in shapes]
+    with ShardWriter(directory, specs, "random", 200 * 10**6) as writer:
+        for spec in writer.pending:
+            writer.write(spec.name, torch.randn(spec.shape).to(spec.dtype) * 0.02)
+    state = {}
+    for p in shapes:
+        if p.role == "linear":
+            state[f"{p.module}.a"] = torch.randn(8, p.d_in).bfloat16()
+            state[f"{p.module}.b"] = torch.randn(p.d_out, 8).bfloat16() * 0.01
+    return MergeSource(Base(model=str(directory)), directory, choose("cpu"), LoRA(rank=8), state, 0)
+
+
+def anonymous_bytes() -> int:
+    """Memory that is the process's own, without the pages of mapped files."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no RssAnon")
+
+
+def peak_of_merge(folder: Path, base: str) -> None:
+    """Runs in a fresh process: merges a tiny base to warm up, then the large one."""
+    write(MergedWeights(save_random(folder / "tiny", LlamaConfig(**TINY)), base), folder / "warm")
+    source = json.loads((folder / "adapter.json").read_text())
+    state = {n: torch.zeros(shape, dtype=torch.bfloat16) for n, shape in source.items()}
+    base_settings = Base(model=str(folder / "large"))
+    merge = MergeSource(base_settings, folder / "large", choose("cpu"), LoRA(rank=8), state, 0)
+    gc.collect()
+    before, peak, done = anonymous_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    write(MergedWeights(merge, base), folder / f"out-{base}")
+    done.set()
+    watcher.join()
+    (folder / f"peak-{base}").write_text(str(peak - before))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["trained", "original"])
+def test_a_merge_takes_the_memory_of_one_tensor(tmp_path, base):
+    source = save_random(tmp_path / "large", LlamaConfig(**HALF_A_GIGABYTE))
+    shapes = {name: list(tensor.shape) for name, tensor in source.state.items()}
+    (tmp_path / "adapter.json").write_text(json.dumps(shapes))
+    child = multiprocessing.get_context("spawn").Process(
+        target=peak_of_merge, args=(tmp_path, base)
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    peak = int((tmp_path / f"peak-{base}").read_text())
+    print(base, peak / 2**20, "MiB; largest linear fp32", LARGEST_LINEAR * 4 / 2**20)
+    assert len(list((tmp_path / f"out-{base}").glob("*.safetensors"))) == 1
+    assert peak < 1

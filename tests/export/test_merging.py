@@ -1,0 +1,213 @@
+"""`merge`: from the folder of a run to a directory that everybody loads, and the proof of it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from huggingface_hub import metadata_load
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_lite import report
+from qlora_lite.export.merge import MergedWeights
+from qlora_lite.foundation.errors import ExportError, RunError
+from qlora_lite.run import merging
+from qlora_lite.run.loading import load_run
+from qlora_lite.run.merging import merge
+from qlora_lite.run.training import run_recipe
+from tests.end_to_end.small_run import small_recipe, write_rows
+from tests.export.trained import stored
+from tests.tiny import save_tiny
+
+CARD = """---
+license: other
+license_name: "tricky: 'name' #1"
+---
+# Base
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base with licences and a card, rows, and a finished run."""
+    folder = tmp_path_factory.mktemp("merging")
+    base = save_tiny(folder / "base", tied=True, dtype=torch.bfloat16)
+    (base / "README.md").write_text(CARD)
+    (base / "LICENSE.txt").write_text("free")
+    (base / "USE_POLICY.md").write_text("be kind")
+    (base / "modeling_evil.py").write_text("raise SystemExit")
+    recipe = small_recipe(base, write_rows(folder / "rows.jsonl"), folder / "run")
+    run_recipe(recipe)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def merged(folder):
+    return merge(folder / "run", folder / "merged")
+
+
+def test_the_better_base_is_written_and_the_table_says_so(merged):
+    labels = ["adapter on its base", "merged on the base as trained", "merged on the original base"]
+    assert [row.candidate for row in merged.table] == labels
+    written = [row for row in merged.table if row.written]
+    assert len(written) == 1
+    assert written[0].loss == min(row.loss for row in merged.table[1:])
+    assert written[0].candidate == merging.LABELS[merged.base]
+    assert merged.table[0].agreement is None
+    # the rest is what NF4 costs a model of random weights, and the rounding to bf16
+    assert merged.table[1].agreement > 0.95
+    assert merged.table[1].agreement >= merged.table[2].agreement > 0
+    assert merged.exact.is_exact
+    assert merged.written.top1 > 0.9
+
+
+def test_the_directory_has_what_other_tools_read(folder, merged):
+    names = {path.name for path in merged.out.iterdir()}
+    assert names == {
+        "README.md",
+        "LICENSE.txt",
+        "USE_POLICY.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
+    config = json.loads((merged.out / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert config["tie_word_embeddings"] is True
+    generation = json.loads((merged.out / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == 1
+    assert {t.dtype for t in stored(merged.out).values()} == {torch.bfloat16}
+    assert merged.num_bytes == sum(2 * t.numel() for t in stored(merged.out).values())
+    rows = [{"role": "user", "content": "one"}]
+    ours = AutoTokenizer.from_pretrained(merged.out)
+    theirs = AutoTokenizer.from_pretrained(folder / "base")
+    assert ours.apply_chat_template(rows) == theirs.apply_chat_template(rows)
+
+
+def test_plain_transformers_answers_as_the_run_does(folder, merged):
+    model = AutoModelForCausalLM.from_pretrained(merged.out, dtype=torch.float32)
+    trained = load_run(folder / "run")
+    trained.attached.train(False)
+    ids = torch.randint(4, 400, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = model(ids).logits, trained.model(ids).logits
+    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
+
+
+def test_the_report_and_the_card_keep_the_table(folder, merged):
+    assert report.read(folder / "run" / "report.html").merges == merged.table
+    card = (merged.out / "README.md").read_text()
+    for row in merged.table:
+        assert f"{row.loss:.4f}" in card
+    for part in ("qlora-lite merge", '"tokens_per_step": 384', "peak", "training time", "before:"):
+        assert part in card
+
+
+def test_the_head_of_the_card_is_yaml_of_the_hub(merged):
+    assert metadata_load(merged.out / "README.md") == {
+        "base_model": "base",
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "license": "other",
+        "license_name": "tricky: 'name' #1",
+        "pipeline_tag": "text-generation",
+    }
+
+
+def test_a_named_base_is_written_without_loading_a_model(folder, tmp_path, monkeypatch):
+    for loader in ("load_run", "read_back", "candidate"):
+        monkeypatch.delattr(merging, loader)
+    for base in ("trained", "original"):
+        result = merge(folder / "run", tmp_path / base, base=base, dtype="fp32", shard="20kB")
+        assert result.base == base
+        assert result.table == ()
+        assert len(list(result.out.glob("*.safetensors"))) > 3
+
+
+def test_fp32_files_on_the_trained_base_are_exact(folder, tmp_path):
+    result = merge(folder / "run", tmp_path / "out", base="trained", dtype="fp32", verify=True)
+    assert result.written.is_exact
+    assert result.written.top1 == 1
+
+
+def test_a_merge_stopped_while_it_is_checked_goes_on_without_writing_again(
+    folder, tmp_path, monkeypatch
+):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merging, "read_back", stop)
+        with pytest.raises(KeyboardInterrupt):
+            merge(folder / "run", tmp_path / "out", base="trained", verify=True)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.delattr(MergedWeights, "chunks")
+    merge(folder / "run", tmp_path / "out", base="trained", verify=True)
+    assert not any(path.name.startswith(".") for path in (tmp_path / "out").iterdir())
+
+
+def test_unfinished_work_of_another_merge_is_not_continued(folder, tmp_path, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merging, "write_companions", None)
+        with pytest.raises(TypeError):
+            merge(folder / "run", tmp_path / "out", base="original")
+    (tmp_path / ".out.writing" / "LICENSE-of-another").write_text("")
+    result = merge(folder / "run", tmp_path / "out", base="trained")
+    expected = merge(folder / "run", tmp_path / "expected", base="trained")
+    assert not (result.out / "LICENSE-of-another").exists()
+    assert (result.out / "model.safetensors").read_bytes() == (
+        expected.out / "model.safetensors"
+    ).read_bytes()
+
+
+def test_nothing_is_overwritten(folder, tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    with pytest.raises(ExportError, match="exists already"):
+        merge(folder / "run", tmp_path)
+    with pytest.raises(ExportError, match="exists already"):
+        merge(folder / "run", tmp_path / "mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_an_empty_directory_may_be_filled(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert merge(folder / "run", tmp_path / "out", base="trained").out.is_dir()
+
+
+def test_a_base_that_changed_is_refused(folder, tmp_path):
+    shutil.copytree(folder / "run", tmp_path / "run")
+    other = save_tiny(tmp_path / "other", tied=True, dtype=torch.bfloat16, seed=1)
+    record = (tmp_path / "run" / "recipe.json").read_text()
+    record = record.replace(str(folder / "base"), str(other))
+    (tmp_path / "run" / "recipe.json").write_text(record)
+    with pytest.raises(RunError, match="not the one"):
+        merge(tmp_path / "run", tmp_path / "out")
+
+
+def test_what_is_not_a_finished_run_is_refused(folder, tmp_path):
+    with pytest.raises(RunError, match="not a run"):
+        merge(tmp_path / "nowhere", tmp_path / "out")
+    shutil.copytree(folder / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    with pytest.raises(RunError, match="not finished"):
+        merge(tmp_path / "run", tmp_path / "out")
+
+
+def test_without_held_out_rows_the_trained_base_is_taken_and_checked(folder, tmp_path):
+    recipe = small_recipe(folder / "base", folder / "rows.jsonl", tmp_path / "run")
+    run_recipe(recipe.but("data.heldout_share=0", "optim.steps=3"))
+    result = merge(tmp_path / "run", tmp_path / "out")
+    assert result.base == "trained"
+    assert result.table == ()
+    assert result.exact.is_exact
+    assert any("no rows are held out" in note for note in result.notes)
+
+
+def test_a_run_without_its_report_can_be_merged(folder, tmp_path):
+    shutil.copytree(folder / "run", tmp_path / "run")
+    (tmp_path / "run" / "report.html").unlink()
+    result = merge(tmp_path / "run", tmp_path / "out", base="trained")
+    assert "## Loss" in (result.out / "README.md").read_text()

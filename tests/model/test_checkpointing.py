@@ -1,0 +1,59 @@
+"""Checkpointing changes what is kept, and no number."""
+
+import pytest
+import torch
+from torch import nn
+
+from qlora_lite.foundation.device import choose
+from qlora_lite.model.checkpointing import enable_checkpointing
+from qlora_lite.model.frozen import FrozenLinear
+from qlora_lite.model.load import Base, load_base
+from tests.tiny import save_tiny
+
+
+class Shifted(nn.Module):
+    """A frozen layer with something trained behind it."""
+
+    def __init__(self, base: FrozenLinear) -> None:
+        super().__init__()
+        self.base = base
+        self.shift = nn.Parameter(torch.zeros(base.d_out))
+
+    def forward(self, x):
+        return self.base(x) * (1 + self.shift)
+
+
+def step(directory, checkpointed: bool):
+    model = load_base(Base(model=str(directory)), choose("cpu")).model
+    for path, module in list(model.named_modules()):
+        if isinstance(module, FrozenLinear) and path.endswith((".down_proj", "mlp.c_proj")):
+            model.set_submodule(path, Shifted(module))
+    if checkpointed:
+        enable_checkpointing(model)
+    kept = 0
+
+    def count(tensor):
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+        ids = torch.arange(40)[None]
+        loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    return loss.detach(), gradients, kept
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_loss_and_gradients_are_equal_bit_for_bit_and_less_is_kept(tmp_path, family):
+    settings = {"attn_pdrop": 0.5, "resid_pdrop": 0.5} if family == "gpt2" else {}
+    directory = save_tiny(tmp_path / "m", family, **settings)
+    loss, gradients, kept = step(directory, checkpointed=False)
+    same_loss, same_gradients, kept_less = step(directory, checkpointed=True)
+    assert torch.equal(loss, same_loss)
+    assert len(gradients) == 2
+    for expected, found in zip(gradients, same_gradients, strict=True):
+        assert expected.any()
+        assert torch.equal(found, expected)
+    assert kept_less < kept / 2

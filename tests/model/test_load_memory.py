@@ -1,0 +1,32 @@
+"""Loading a base of about 1 GB, measured in fresh processes by the benchmark itself."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CHUNK_SCRATCH_BYTES = 80 * 2**20
+"""8.5 times a chunk of 4 Mi weights in 16 bit, and some for the allocator."""
+
+
+@pytest.mark.slow
+def test_the_host_holds_the_model_and_at_most_one_tensor_more(tmp_path):
+    results = tmp_path / "load.json"
+    subprocess.run(
+        [sys.executable, "tools/benchmark/load.py", "--repeats", "1", "--results", str(results)],
+        cwd=ROOT,
+        check=True,
+    )
+    rows = json.loads(results.read_text())
+    for num_shards in (1, 5):
+        ours, theirs = (
+            next(r for r in rows if (r["loader"], r["num_shards"]) == (loader, num_shards))
+            for loader in ("qlora_lite", "transformers")
+        )
+        allowed = ours["largest_16bit_tensor_bytes"] + CHUNK_SCRATCH_BYTES
+        assert ours["peak_bytes"] - ours["model_bytes"] <= allowed
+        # a machine that does other things besides: processor time, with a tenth for noise
+        assert ours["cpu_seconds"] <= 1.1 * theirs["cpu_seconds"]

@@ -1,0 +1,121 @@
+"""Recipes: from Python and JSON, varied, and what is said about mistakes."""
+
+import json
+
+import pytest
+
+from qlora_lite.adapters.lora import LoRA
+from qlora_lite.adapters.rslora import RsLoRA
+from qlora_lite.data.settings import Data
+from qlora_lite.foundation.errors import RecipeError
+from qlora_lite.model.load import Base
+from qlora_lite.model.quant import NF4, Int8
+from qlora_lite.recipe import Recipe, differences, load_recipe, vary
+
+RECIPE = Recipe(
+    base=Base(model="some/model", quant=NF4(block_size=128)),
+    adapter=LoRA(rank=8, targets="mlp"),
+    data=Data(train="rows.jsonl"),
+    output="runs/x",
+)
+
+
+def test_a_variant_is_an_overlay_with_the_same_checks():
+    other = RECIPE.but("optim.lr=1e-4", "adapter.rank=32", "budget=22GiB")
+    assert other.optim.lr == 1e-4
+    assert other.adapter == LoRA(rank=32, targets="mlp")
+    assert other.base == RECIPE.base
+    assert RECIPE.adapter.rank == 8
+
+
+def test_another_kind_keeps_what_it_shares_and_says_so():
+    other, notes = vary(RECIPE, ["adapter=rslora", "base.quant=int8"])
+    assert other.adapter == RsLoRA(rank=8, targets="mlp")
+    assert other.base.quant == Int8()
+    assert notes == [
+        "adapter=rslora: kept rank=8, targets=mlp; the rest takes the defaults of rslora"
+    ]
+
+
+def test_data_fields_may_be_json_text():
+    other = RECIPE.but('data.fields={"prompt": "question", "completion": "answer"}')
+    assert other.data.fields == {"prompt": "question", "completion": "answer"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("adapter.rnk=3", "Did you mean 'rank'"),
+        ("adapter=lore", "Did you mean 'lora'"),
+        ("base.quant=nf5", "Did you mean 'nf4'"),
+        ("optim.schedule=cosin", "Did you mean 'cosine'"),
+        ("optim.lr=-1", "optim.lr: got -1"),
+        ("budget=plenty", "22GiB"),
+        ("adapter.rank=0", "adapter.rank"),
+        ("nonsense=1", "nonsense"),
+    ],
+)
+def test_a_mistake_is_told_with_its_path_and_a_near_match(change, words):
+    with pytest.raises(RecipeError, match=words):
+        RECIPE.but(change)
+
+
+def test_a_run_record_is_a_recipe(tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps({"recipe": RECIPE.as_values(), "threads": 2}))
+    assert load_recipe(tmp_path) == RECIPE
+    assert load_recipe(tmp_path / "recipe.json") == RECIPE
+
+
+def test_a_python_recipe_may_build_on_its_neighbour(tmp_path):
+    (tmp_path / "small_one.py").write_text(
+        "from qlora_lite import Base, Data, Recipe\n"
+        "recipe = Recipe(base=Base(model='a/b'), data=Data(train='t.jsonl'), output='o')\n"
+    )
+    (tmp_path / "large_one.py").write_text(
+        "from small_one import recipe as small\nrecipe = small.but('base.model=c/d')\n"
+    )
+    assert load_recipe(tmp_path / "large_one.py").base.model == "c/d"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("recipe = 3\n", r"defines no `recipe = Recipe"),
+        ("import nowhere_to_be_found\n", r"line 1: ModuleNotFoundError"),
+        ("x = 1\ny = 1 / 0\n", r"line 2: ZeroDivisionError"),
+        ("recipe = Recipe(\n", r"line 1: SyntaxError"),
+        (
+            "from qlora_lite import LoRA\nrecipe = LoRA(rnk=3)\n",
+            r"LoRA\(\.\.\.\): rnk: .*Did you mean 'rank'",
+        ),
+    ],
+)
+def test_a_recipe_that_does_not_load_says_where(tmp_path, text, words):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("gone.py", None, "is not a file"),
+        ("recipe.yaml", "a: 1", "a .py file or"),
+        ("recipe.json", "{", "not readable JSON"),
+        ("recipe.json", "[]", "a recipe is an object"),
+        ("recipe.json", '{"base": {}}', "needed, and nothing was given"),
+    ],
+)
+def test_what_is_no_recipe_is_refused(tmp_path, name, content, words):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(tmp_path / name)
+
+
+def test_differences_name_the_path_and_both_values():
+    other = RECIPE.but("optim.lr=1e-4", "adapter=rslora")
+    found = differences(RECIPE.as_values(), other.as_values())
+    assert "optim.lr: 0.0002 -> 0.0001" in found
+    assert "adapter.kind: 'lora' -> 'rslora'" in found
