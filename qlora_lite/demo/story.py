@@ -1,0 +1,190 @@
+"""The whole story on the embedded model, by the same code as for a large one.
+
+    plan and train -> SIGKILL in the middle -> continue -> merge, measured -> answers
+
+Every sentence that the demo prints as a fact is checked; `tell` raises `BrokenClaim` if one does not
+hold.
+"""
+
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from qlora_lite.adapters.lora import LoRA
+from qlora_lite.data.settings import Data
+from qlora_lite.demo import BASE, HELDOUT, TRAIN
+from qlora_lite.foundation.files import write_json
+from qlora_lite.foundation.units import format_seconds
+from qlora_lite.model.load import Base
+from qlora_lite.model.quant import NF4
+from qlora_lite.recipe import Recipe
+from qlora_lite.report import read as read_report
+from qlora_lite.run.merging import MergeResult, merge
+from qlora_lite.training import metrics
+from qlora_lite.training.loop import Checkpoints, Evaluation
+from qlora_lite.training.optimizer import Optim
+
+STEPS = 60
+CHECKPOINT_EVERY = 15
+KILL_AFTER = 35
+"""Between two checkpoints, so that some steps are lost and made again."""
+
+LEAST_FALL = 0.1
+"""Share by which the held-out loss must fall."""
+LEAST_AGREEMENT = 0.95
+"""Share of first guesses that the bf16 files must share with the trained model."""
+
+_TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
+
+
+class BrokenClaim(AssertionError):
+    """The demo claimed something that is not so."""
+
+
+def recipe(output: Path) -> Recipe:
+    """NF4 base, LoRA on every linear layer, bf16 adapters: as for a model of any size."""
+    return Recipe(
+        base=Base(model=BASE, quant=NF4()),
+        adapter=LoRA(rank=16, alpha=32),
+        data=Data(train=TRAIN, heldout=HELDOUT, max_tokens=256),
+        optim=Optim(lr=2e-3, tokens_per_step=2048, steps=STEPS),
+        evaluation=Evaluation(every=30),
+        checkpoints=Checkpoints(every=CHECKPOINT_EVERY),
+        output=str(output),
+    )
+
+
+def tell(console: Console, parent: Path = Path("runs")) -> Path:
+    """Tell the story in a new folder under `parent`, and return that folder.
+
+    Raises:
+        BrokenClaim: if the held-out loss did not fall, the continued run differs from the killed
+            one, or the merged model differs from the trained one.
+    """
+    began = time.perf_counter()
+    folder = _new_folder(parent)
+    run = folder / "run"
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "recipe.json"
+        write_json(file, {"recipe": recipe(run).as_values()})
+        _title(console, "1. Plan and train, and be killed in the middle")
+        before = _train_and_kill(console, file, run)
+        _title(console, "2. The same command again")
+        _train(file)
+    _check_continuation(console, before, metrics.read(run / "metrics.jsonl"))
+    _check_learning(console, metrics.read(run / "metrics.jsonl"))
+    _title(console, "3. Merge, and measure it")
+    _show_merge(console, merge(run, folder / "merged"))
+    _title(console, "4. Answers to questions that it has not seen")
+    _show_samples(console, run / "report.html")
+    console.print(f"\neverything held, in {format_seconds(time.perf_counter() - began)}")
+    console.print(f"run:    {run}\nreport: {run / 'report.html'}\nmerged: {folder / 'merged'}")
+    console.print(f"now try: qlora-lite chat {folder / 'merged'}", style="bold")
+    return folder
+
+
+def _new_folder(parent: Path) -> Path:
+    """`demo`, or `demo-2` and so on: nothing is overwritten."""
+    names = itertools.chain(["demo"], (f"demo-{n}" for n in itertools.count(2)))
+    folder = next(parent / name for name in names if not (parent / name).exists())
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _command(recipe_file: Path) -> list[str]:
+    return [sys.executable, "-m", "qlora_lite", "train", str(recipe_file)]
+
+
+def _train_and_kill(console: Console, file: Path, run: Path) -> list[dict[str, Any]]:
+    """Train in a process of its own and send it SIGKILL; returns what it had logged."""
+    log = run / "metrics.jsonl"
+    with subprocess.Popen(_command(file)) as process:
+        while _last_step(log) < KILL_AFTER:
+            if process.poll() is not None:
+                raise BrokenClaim(f"training ended by itself with status {process.returncode}")
+            time.sleep(0.02)
+        process.kill()
+    console.show_cursor(True)
+    events = metrics.read(log)
+    console.print(f"\nSIGKILL to process {process.pid} after step {_last_step(log)}", style="red")
+    return events
+
+
+def _last_step(log: Path) -> int:
+    return max((e["step"] for e in metrics.read(log)), default=0) if log.exists() else 0
+
+
+def _train(file: Path) -> None:
+    status = subprocess.run(_command(file), check=False).returncode
+    if status:
+        raise BrokenClaim(f"the continued run ended with status {status}")
+
+
+def _check_continuation(
+    console: Console, before: list[dict[str, Any]], after: list[dict[str, Any]]
+) -> None:
+    """The steps that the killed process had made after its checkpoint were made again, alike."""
+    checkpoint = KILL_AFTER // CHECKPOINT_EVERY * CHECKPOINT_EVERY
+    lost = [_numbers(event) for event in before if event["step"] > checkpoint]
+    again = [_numbers(event) for event in after if event["step"] > checkpoint][: len(lost)]
+    if not lost or lost != again:
+        raise BrokenClaim(f"the continued run differs from the killed one: {lost} became {again}")
+    console.print(
+        f"steps {checkpoint + 1} to {lost[-1]['step']} were lost and made again: the same losses "
+        "and gradients to the last bit",
+        style="green",
+    )
+
+
+def _numbers(event: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in event.items() if name not in _TIMES}
+
+
+def _check_learning(console: Console, events: list[dict[str, Any]]) -> None:
+    losses = [event["heldout_loss"] for event in events if "heldout_loss" in event]
+    first, last = losses[0], losses[-1]
+    if last > (1 - LEAST_FALL) * first:
+        raise BrokenClaim(f"the held-out loss went from {first:.3f} to {last:.3f} only")
+    console.print(f"held-out loss {first:.3f} -> {last:.3f}", style="green")
+
+
+def _show_merge(console: Console, result: MergeResult) -> None:
+    table = Table("model", "held-out loss", "same first guess", "written")
+    for row in result.table:
+        agreement = "" if row.agreement is None else f"{row.agreement:.1%}"
+        written = "yes" if row.written else ""
+        table.add_row(row.candidate, f"{row.loss:.4f}", agreement, written)
+    console.print(table)
+    if result.exact is None or not result.exact.is_exact:
+        raise BrokenClaim(f"merged in fp32 it differs from the trained model: {result.exact}")
+    if result.written is None or result.written.top1 < LEAST_AGREEMENT:
+        raise BrokenClaim(f"the written files differ from the trained model: {result.written}")
+    console.print(
+        f"merged in fp32, the logits are the adapter's on its base to "
+        f"{result.exact.relative_error:.0e}; the bf16 files that were written have the same first "
+        f"guess at {result.written.top1:.1%} of the tokens",
+        style="green",
+    )
+
+
+def _show_samples(console: Console, report: Path) -> None:
+    for sample in read_report(report).samples:
+        console.print(Text(sample.prompt.removeprefix("user").strip(), style="bold"))
+        for name, text in (("before", sample.before), ("after", sample.after)):
+            console.print(Text(f"  {name:8} {json.dumps(text, ensure_ascii=False)[1:-1][:160]}"))
+        console.print(Text(f"  expected {sample.expected}", style="dim"))
+
+
+def _title(console: Console, text: str) -> None:
+    console.print()
+    console.print(Rule(text, align="left"))

@@ -1,0 +1,49 @@
+"""Every family that a recipe names, from quantised base to merged model, in tiny dimensions."""
+
+import signal
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qlora_lite.model.causal import CausalModel
+from qlora_lite.run.loading import load_run
+from qlora_lite.run.merging import merge
+from qlora_lite.training import metrics
+from tests.end_to_end.small_run import finish_in_child, run_in_child, small_recipe, write_rows
+from tests.tiny import save_tiny
+
+RECIPES = {
+    "gpt2": {"family": "gpt2", "tied": True},
+    "qwen3_0_6b": {"family": "qwen3", "tied": True},
+    "qwen3_8b": {"family": "qwen3", "tied": False, "num_shards": 2},
+    "llama3_1_8b": {"family": "llama", "tied": False, "dtype": torch.bfloat16},
+    "mistral_7b": {"family": "mistral", "tied": False},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_it_learns_is_killed_goes_on_and_merges_to_the_same_logits(tmp_path, name, quant):
+    save_tiny(tmp_path / "base", **RECIPES[name])
+    data = write_rows(tmp_path / "train.jsonl")
+    recipe = small_recipe(
+        tmp_path / "base", data, tmp_path / "run", f"base.quant={quant}", "optim.lr=1e-2"
+    )
+    child = run_in_child(recipe, "step")
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    finish_in_child(recipe)
+    losses = [e["loss"] for e in metrics.read(tmp_path / "run" / "metrics.jsonl") if "loss" in e]
+    assert len(losses) == 12
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+
+    result = merge(tmp_path / "run", tmp_path / "merged", base="trained", dtype="fp32")
+    ids = torch.arange(5, 45).view(1, 40)
+    positions = torch.arange(40)[None]
+    merged = AutoModelForCausalLM.from_pretrained(result.out, dtype=torch.float32).eval()
+    ours = CausalModel(load_run(tmp_path / "run").base.model)
+    with torch.no_grad():
+        expected = ours.logits(ours.hidden(ids, positions))
+        got = merged(input_ids=ids).logits
+    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
