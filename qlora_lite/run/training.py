@@ -3,7 +3,8 @@
 claim the folder -> read data -> plan -> load the base, attach the adapter -> train -> finish
 """
 
-from collections.abc import Callable, Iterator
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from qlora_lite.data.preview import preview_row
 from qlora_lite.evaluation.perplexity import score
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.device import DeviceRule
-from qlora_lite.foundation.errors import BudgetError
+from qlora_lite.foundation.errors import BudgetError, RecipeError
 from qlora_lite.foundation.files import lock
 from qlora_lite.foundation.watch import Watcher
 from qlora_lite.memory.plan import Plan, describe, require_fit
@@ -70,6 +71,7 @@ def run_recipe(
     recipe = with_absolute_paths(recipe)
     folder = RunFolder(Path(recipe.output))
     folder.claim(recipe, extend)
+    _require_trackers(recipe.tracking)
     folder.path.mkdir(parents=True, exist_ok=True)
     with lock(folder.path):
         folder.claim(recipe, extend)
@@ -234,6 +236,15 @@ def _refuse_what_does_not_fit(recipe: Recipe, plan: Plan) -> None:
     """A budget that was given is kept; without one the plan only warns."""
     if recipe.budget:
         require_fit(plan)
+
+
+def _require_trackers(names: Sequence[str]) -> None:
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RecipeError(
+            f"tracking={list(names)}: the package {missing[0]} is not installed. Run "
+            "`pip install qlora-lite[track]`, or leave that tracker out"
+        )
 
 
 @contextmanager

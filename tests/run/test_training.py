@@ -1,0 +1,200 @@
+"""A run from recipe to adapter: what it leaves, when it stops at once, and what it refuses."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_lite.foundation.errors import BudgetError, RecipeError, TrainingError
+from qlora_lite.foundation.watch import Watcher
+from qlora_lite.report import read as read_report
+from qlora_lite.run.loading import load_run
+from qlora_lite.run.training import run_recipe
+from qlora_lite.training import metrics
+from tests.end_to_end.small_run import small_recipe, write_rows
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    save_tiny(folder / "base", "llama")
+    write_rows(folder / "train.jsonl")
+    return folder
+
+
+def recipe_in(folder, name, *changes, base="base"):
+    return small_recipe(folder / base, folder / "train.jsonl", folder / name, *changes)
+
+
+def events_of(folder, name):
+    return metrics.read(folder / name / "metrics.jsonl")
+
+
+def losses_of(folder, name):
+    return [event["loss"] for event in events_of(folder, name) if "loss" in event]
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    return run_recipe(recipe_in(folder, "plain", "adapter.dropout=0", "adapter.dtype=fp32"))
+
+
+def test_it_learns_and_leaves_what_the_contract_says(folder, plain):
+    assert plain.scores["loss"] < plain.scores["loss_before"]
+    assert sorted(path.name for path in plain.directory.iterdir()) == [
+        ".lock",
+        "adapter",
+        "checkpoints",
+        "metrics.jsonl",
+        "recipe.json",
+        "report.html",
+    ]
+    first = events_of(folder, "plain")[1]
+    assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second"} < set(first)
+    record = json.loads((plain.directory / "recipe.json").read_text())
+    assert set(record) >= {"recipe", "versions", "threads", "fingerprints", "git_revision"}
+    page = read_report(plain.directory / "report.html")
+    assert page.samples == plain.samples
+    assert len(page.samples) == 3
+    assert page.memory[0] == ("peak", plain.predicted_peak_bytes, plain.peak_bytes)
+
+
+def test_four_micro_batches_are_one_batch(folder, plain):
+    run_recipe(
+        recipe_in(
+            folder,
+            "whole",
+            "adapter.dropout=0",
+            "adapter.dtype=fp32",
+            "optim.micro_batch_tokens=384",
+        )
+    )
+    assert losses_of(folder, "whole") == pytest.approx(losses_of(folder, "plain"), rel=1e-5)
+
+
+def test_checkpointing_changes_nothing(folder, plain):
+    run_recipe(
+        recipe_in(
+            folder, "kept", "adapter.dropout=0", "adapter.dtype=fp32", "optim.checkpointing=false"
+        )
+    )
+    assert losses_of(folder, "kept") == losses_of(folder, "plain")
+
+
+def test_padded_batches_learn_as_packed_ones_do(folder, plain):
+    run_recipe(
+        recipe_in(
+            folder, "padded", "adapter.dropout=0", "adapter.dtype=fp32", "data.packing=false"
+        )
+    )
+    assert losses_of(folder, "padded")[-1] == pytest.approx(losses_of(folder, "plain")[-1], rel=0.2)
+
+
+def test_the_loss_is_the_mean_over_the_trained_tokens_of_a_step(folder, plain):
+    first = events_of(folder, "plain")[1]
+    run = load_run(plain.directory)
+    from qlora_lite.data.load import load_data
+    from qlora_lite.run.training import training_batches
+
+    data = load_data(run.recipe.data, run.tokenizer, run.recipe.seed)
+    batches = training_batches(run.recipe, data, 128).step(0)
+    total, count = 0.0, 0
+    with torch.no_grad(), run.attached.disabled():
+        for batch in batches:
+            logits = run.model(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+            ).logits
+            log_probabilities = logits.log_softmax(-1)
+            for b, t in (batch.targets >= 0).nonzero().tolist():
+                total -= log_probabilities[b, t, batch.targets[b, t]].item()
+                count += 1
+    assert count == first["trained_tokens"]
+    assert first["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_early_stopping_keeps_the_best_adapter_and_says_so(folder):
+    changes = ("optim.lr=0.5", "optim.schedule=constant", "evaluation.every=1")
+    result = run_recipe(recipe_in(folder, "early", *changes, "evaluation.patience=2"))
+    scorings = {e["step"]: e["heldout_loss"] for e in events_of(folder, "early") if len(e) < 7}
+    best = min(scorings, key=lambda step: scorings[step])
+    assert max(scorings) == best + 2 < 12
+    assert result.steps == best
+    assert result.scores["loss"] == scorings[best]
+    sidecar = json.loads((folder / "early" / "adapter" / "qlora_lite.json").read_text())
+    assert (sidecar["state"], sidecar["steps"]) == ("best", best)
+
+
+def test_a_run_may_begin_from_an_adapter(folder, plain):
+    start = f"adapter.start={plain.directory / 'adapter'}"
+    result = run_recipe(
+        recipe_in(folder, "continued", "adapter.dropout=0", "adapter.dtype=fp32", start)
+    )
+    assert result.scores["loss_before"] == pytest.approx(plain.scores["loss"], rel=1e-6)
+
+
+def _broken_base(folder, name, change):
+    """A copy of the base with a tensor changed."""
+    directory = save_tiny(folder / name, "llama")
+    file = directory / "model.safetensors"
+    tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+def test_a_loss_that_is_not_finite_stops_at_once_and_shows_rows(folder):
+    def change(tensors):
+        tensors["model.norm.weight"][3] = math.nan
+
+    _broken_base(folder, "nan", change)
+    recipe = recipe_in(folder, "run-nan", base="nan").but("data.heldout_share=0")
+    with pytest.raises(TrainingError, match=r"the loss is nan(.|\n)*⟦it is"):
+        run_recipe(recipe)
+
+
+def test_a_first_loss_far_above_guessing_stops_at_once(folder):
+    def change(tensors):
+        tensors["lm_head.weight"] *= 30
+
+    _broken_base(folder, "absurd", change)
+    with pytest.raises(TrainingError, match=r"worse than guessing(.|\n)*line \d+"):
+        run_recipe(recipe_in(folder, "run-absurd", base="absurd"))
+
+
+def test_a_gradient_that_is_exactly_zero_stops_at_once(folder):
+    def change(tensors):
+        tensors["lm_head.weight"].zero_()
+
+    _broken_base(folder, "zero", change)
+    with pytest.raises(TrainingError, match="gradient norm is 0"):
+        run_recipe(recipe_in(folder, "run-zero", base="zero"))
+
+
+def test_a_budget_that_is_too_small_is_refused_before_anything_is_loaded(folder):
+    class Loud(Watcher):
+        def loading(self, done_bytes, total_bytes):
+            raise AssertionError("the base was read")
+
+    with pytest.raises(BudgetError, match=r"needed, 1\.00 MiB allowed"):
+        run_recipe(recipe_in(folder, "tight", "budget=1MiB"), watcher=Loud())
+    assert not (folder / "tight" / "recipe.json").exists()
+
+
+def test_a_tracker_gets_every_step(folder):
+    run_recipe(recipe_in(folder, "tracked", 'tracking=["tensorboard"]', "optim.steps=3"))
+    assert list((folder / "tracked").rglob("events.out.tfevents*"))
+
+
+def test_a_tracker_that_is_not_installed_is_named(folder):
+    with pytest.raises(RecipeError, match=r"wandb.*qlora-lite\[track\]"):
+        run_recipe(recipe_in(folder, "untracked", 'tracking=["wandb"]'))
+
+
+def test_a_run_can_be_repeated_from_its_record(folder, plain):
+    from qlora_lite.recipe import load_recipe
+
+    again = load_recipe(plain.directory).but(f"output={folder / 'again'}")
+    run_recipe(again)
+    assert losses_of(folder, "again") == losses_of(folder, "plain")
