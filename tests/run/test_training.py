@@ -86,9 +86,7 @@ def test_checkpointing_changes_nothing(folder, plain):
 
 def test_padded_batches_learn_as_packed_ones_do(folder, plain):
     run_recipe(
-        recipe_in(
-            folder, "padded", "adapter.dropout=0", "adapter.dtype=fp32", "data.packing=false"
-        )
+        recipe_in(folder, "padded", "adapter.dropout=0", "adapter.dtype=fp32", "data.packing=false")
     )
     assert losses_of(folder, "padded")[-1] == pytest.approx(losses_of(folder, "plain")[-1], rel=0.2)
 

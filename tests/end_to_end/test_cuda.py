@@ -1,0 +1,53 @@
+"""The same promises on a CUDA card."""
+
+import pytest
+import torch
+
+from qlora_lite.run.merging import merge
+from qlora_lite.run.training import run_recipe
+from qlora_lite.training import metrics
+from tests.end_to_end.small_run import small_recipe, write_rows
+from tests.tiny import save_tiny
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cuda")
+    save_tiny(folder / "base", "llama", dtype=torch.bfloat16)
+    write_rows(folder / "train.jsonl")
+    return folder
+
+
+def run(folder, name, *changes):
+    recipe = small_recipe(folder / "base", folder / "train.jsonl", folder / name)
+    result = run_recipe(recipe.but("device=cuda", "optim.lr=1e-2", *changes))
+    return result, [e["loss"] for e in metrics.read(folder / name / "metrics.jsonl") if "loss" in e]
+
+
+@pytest.mark.parametrize("quant", ["nf4", "fp4", "int8", "bf16", "fp32"])
+@pytest.mark.parametrize("states", ["32bit", "8bit", "paged_8bit"])
+def test_it_learns_in_every_precision_with_every_optimizer(folder, quant, states):
+    result, losses = run(
+        folder, f"{quant}-{states}", f"base.quant={quant}", f"optim.states={states}"
+    )
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    assert result.scores["loss"] < result.scores["loss_before"]
+
+
+def test_fp16_compute_scales_its_loss(folder):
+    _, losses = run(folder, "fp16", "base.compute=fp16")
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+
+
+def test_it_starts_where_a_cpu_starts(folder):
+    _, on_cuda = run(folder, "cuda-start", "optim.steps=1", "adapter.dropout=0")
+    _, on_cpu = run(folder, "cpu-start", "optim.steps=1", "adapter.dropout=0", "device=cpu")
+    assert on_cuda[0] == pytest.approx(on_cpu[0], rel=2e-2)  # bf16 against fp32 compute
+
+
+def test_what_is_merged_is_what_was_trained(folder):
+    run(folder, "merged-run")
+    result = merge(folder / "merged-run", folder / "merged", base="trained", verify=True)
+    assert result.written.top1 > 0.95

@@ -1,0 +1,140 @@
+"""The order of one optimizer step, and what a method can do in it."""
+
+import pytest
+import torch
+
+from qlora_lite.adapters.attach import attach
+from qlora_lite.adapters.lora import LoRA, LoRAMethod
+from qlora_lite.adapters.method import StepInfo
+from qlora_lite.data.batches import make_batch, make_bin
+from qlora_lite.data.examples import Example
+from qlora_lite.foundation import device
+from qlora_lite.model.causal import CausalModel
+from qlora_lite.model.load import Base, load_base
+from qlora_lite.model.targets import linear_specs
+from qlora_lite.training.engine import TorchEngine
+from qlora_lite.training.optimizer import AdamW
+from qlora_lite.training.step import optimizer_step
+from tests.tiny import save_tiny
+
+
+class Recorder(LoRAMethod):
+    """LoRA that writes down when it was called, and with what gradients."""
+
+    def __init__(self, settings):
+        super().__init__(settings)
+        self.calls = []
+        self.weight = 0.0
+        self.output_weight = 0.0
+
+    def begin_step(self, step):
+        self.calls.append(("begin_step", step.step))
+
+    def penalty(self):
+        self.calls.append(("penalty",))
+        return self.weight * sum(layer.b.float().sum() for layer in self.layers.values())
+
+    def output_loss(self, chunk):
+        self.calls.append(("output_loss", len(chunk.targets)))
+        return self.output_weight * chunk.logits.sum()
+
+    def before_step(self, access, step):
+        self.before = {n: access.gradient(p).clone() for n, p in self._parameters()}
+        self.values = {n: access.read(p) for n, p in self._parameters()}
+        self.calls.append(("before_step", step.skipped))
+
+    def after_step(self, access, step):
+        moved = any(not torch.equal(access.read(p), self.values[n]) for n, p in self._parameters())
+        alive = all(access.gradient(p) is not None for _, p in self._parameters())
+        self.calls.append(("after_step", moved, alive))
+
+    def _parameters(self):
+        for path, layer in self.layers.items():
+            for name, parameter in layer.trained().items():
+                yield f"{path}.{name}", parameter
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("base") / "llama", "llama")
+
+
+def workplace(directory):
+    base = load_base(Base(model=str(directory)), device.choose("cpu"))
+    method = Recorder(LoRA(rank=2, targets="attention"))
+    attached = attach(base.model, method, linear_specs(base.model), 0, torch.float32)
+    optimizer = AdamW(
+        attached.groups(),
+        weight_decay=0.0,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        states="32bit",
+        rounding="master",
+    )
+    return CausalModel(base.model), method, TorchEngine(optimizer, torch.float32)
+
+
+def batches(*lengths):
+    draw = torch.Generator().manual_seed(0)
+    for length in lengths:
+        ids = torch.randint(5, 400, (length,), generator=draw, dtype=torch.int32)
+        mask = torch.arange(length) >= length // 3
+        yield make_batch([make_bin([Example(ids, mask, 0)])])
+
+
+def info():
+    return StepInfo(4, 10, 1e-2, torch.Generator().manual_seed(0))
+
+
+def step(model, method, engine, lengths):
+    seen = []
+    result = optimizer_step(
+        model, list(batches(*lengths)), method, engine, info(), 1.0, lambda *a: seen.append(a)
+    )
+    return result, seen
+
+
+def test_hooks_come_in_the_order_of_the_contract(directory):
+    model, method, engine = workplace(directory)
+    result, seen = step(model, method, engine, [12, 9])
+    assert method.calls == [
+        ("begin_step", 4),
+        ("output_loss", 8),
+        ("output_loss", 6),
+        ("penalty",),
+        ("before_step", False),
+        ("after_step", True, True),
+    ]
+    assert result.num_targets == 14
+    assert len(seen) == 2
+    assert all(engine.gradient(p) is None for _, p in method._parameters())
+
+
+def test_a_penalty_counts_once_whatever_the_number_of_micro_batches(directory):
+    plain = workplace(directory)
+    step(*plain, [12, 9, 7])
+    with_penalty = workplace(directory)
+    with_penalty[1].weight = 0.25
+    step(*with_penalty, [12, 9, 7])
+    for name, gradient in with_penalty[1].before.items():
+        expected = plain[1].before[name] + (0.25 if name.endswith(".b") else 0.0)
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_a_loss_on_outputs_is_a_mean_over_the_trained_tokens_of_the_step(directory):
+    one = workplace(directory)
+    one[1].output_weight = 0.1
+    whole, _ = step(*one, [12, 9])
+    two = workplace(directory)
+    losses = [step(*workplace(directory), [12, 9])[0].loss]
+    two[1].output_weight = 0.1
+    assert whole.loss != losses[0]
+    model = two[0]
+    expected, count = 0.0, 0
+    with torch.no_grad():
+        for batch in batches(12, 9):
+            hidden = model.hidden(batch.input_ids, batch.position_ids)
+            logits = model.logits(hidden)[batch.targets >= 0]
+            expected += 0.1 * logits.sum().item()
+            count += len(logits)
+    assert whole.loss - losses[0] == pytest.approx(expected / count, rel=1e-3)
