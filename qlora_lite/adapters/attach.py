@@ -31,7 +31,6 @@ class TrainedLinear(nn.Module):
 
     def __init__(self, base: FrozenLinear) -> None:
         super().__init__()
-        self.compute = base.compute
         self.weight = nn.Parameter(base.dense().float())
         self.bias = None if base.bias is None else nn.Parameter(base.bias.detach().float())
 
@@ -49,11 +48,11 @@ class TrainedEmbedding(nn.Module):
     def __init__(self, base: FrozenEmbedding) -> None:
         super().__init__()
         self.compute = base.compute
-        self.padding_idx = None
+        self.scaled = base.scaled
         self.weight = nn.Parameter(base.dense().float())
 
     def forward(self, ids: Tensor) -> Tensor:
-        return nn.functional.embedding(ids, self.weight).to(self.compute)
+        return self.scaled(nn.functional.embedding(ids, self.weight).to(self.compute))
 
 
 @dataclass

@@ -36,11 +36,11 @@ class LoRAEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) -> (..., hidden)"""
-        y = self.base(ids)
         if not self.enabled:
-            return y
-        rows = F.embedding(ids, self.a.T).to(y.dtype)
-        return y + F.linear(rows, self.b.to(y.dtype)) * self.scale
+            return self.base(ids)
+        rows = self.base.rows(ids)
+        low = F.embedding(ids, self.a.T).to(rows.dtype)
+        return self.base.scaled(rows + F.linear(low, self.b.to(rows.dtype)) * self.scale)
 
     def delta(self) -> Tensor:
         """What merging adds to the embedding, (vocabulary, hidden) in fp32."""

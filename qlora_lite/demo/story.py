@@ -2,8 +2,8 @@
 
     plan and train -> SIGKILL in the middle -> continue -> merge, measured -> answers
 
-Every sentence that the demo prints as a fact is checked; `tell` raises `BrokenClaim` if one does not
-hold.
+Every sentence that the demo prints as a fact is checked; `tell` raises `BrokenClaim` if one does
+not hold.
 """
 
 import itertools

@@ -230,8 +230,15 @@ class FrozenEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) -> (..., hidden)"""
-        rows = F.embedding(ids, self.weight).to(self.compute)
-        return rows if self.scale is None else rows * self.scale.to(self.compute)
+        return self.scaled(self.rows(ids))
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the table in the compute dtype, (...) -> (..., hidden)."""
+        return F.embedding(ids, self.weight).to(self.compute)
+
+    def scaled(self, rows: Tensor) -> Tensor:
+        """What the architecture makes of rows that were looked up."""
+        return rows if self.scale is None else rows * self.scale.to(rows.dtype)
 
     def dense(self) -> Tensor:
         """A copy of the table (tokens, hidden) in the compute dtype, without `scale`."""

@@ -128,7 +128,7 @@ def _sidecar(end: Finish, outcome: Outcome) -> dict[str, Any]:
         "tokens": end.progress.tokens,
         "seconds": end.progress.seconds,
         "scores": outcome.scores,
-        "predicted_peak_bytes": end.plan.peak_bytes,
+        "predicted_peak_bytes": end.plan.ledger.measured_bytes,
         "peak_bytes": outcome.peak_bytes,
         "versions": end.folder.read_record()["versions"],
     }
@@ -153,7 +153,7 @@ def _report(end: Finish, outcome: Outcome) -> Report:
         recipe=end.recipe.as_values(),
         metrics=metrics.read(end.folder.metrics),
         facts=facts,
-        memory=[("peak", end.plan.peak_bytes, outcome.peak_bytes), *terms],
+        memory=[("peak", end.plan.ledger.measured_bytes, outcome.peak_bytes), *terms],
         samples=outcome.samples,
     )
 

@@ -61,7 +61,7 @@ def run_shape(recipe: Recipe, model: ModelShape, rule: DeviceRule) -> RunShape:
         embedding_rank=adapter.embedding_rank,
         whole_parameters=_num_whole(model, whole, adapter.train_norms),
         checkpointing=optim.checkpointing,
-        attention="eager" if recipe.base.attention == "eager" else "sdpa",
+        attention="sdpa" if recipe.base.attention == "auto" else recipe.base.attention,
         micro_batch_tokens=optim.micro_batch_tokens,
     )
 

@@ -24,6 +24,8 @@ from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import BudgetError, RecipeError
 from qlora_lite.foundation.files import lock
 from qlora_lite.foundation.watch import Watcher
+from qlora_lite.memory.allocator import give_back_freed_memory
+from qlora_lite.memory.measure import reset_peak
 from qlora_lite.memory.plan import Plan, describe, require_fit
 from qlora_lite.model.checkpointing import enable_checkpointing
 from qlora_lite.model.load import load_tokenizer
@@ -83,6 +85,7 @@ def run_recipe(
 def _train(recipe: Recipe, folder: RunFolder, extend: bool, watcher: Watcher) -> RunResult:
     rule = devices.choose(recipe.device, recipe.base.compute)
     watcher.note(rule.line)
+    give_back_freed_memory()
     tokenizer = load_tokenizer(recipe.base)
     data = load_data(recipe.data, tokenizer, recipe.seed)
     watcher.prepared(data)
@@ -104,6 +107,7 @@ def _train(recipe: Recipe, folder: RunFolder, extend: bool, watcher: Watcher) ->
     batches = training_batches(recipe, data, plan.micro_batch_tokens)
     with _trackers(recipe, folder) as track:
         job = _job(recipe, folder, loaded, data, batches, rule, extend, track, watcher)
+        reset_peak(rule.device)
         try:
             progress = train(job)
         except torch.OutOfMemoryError as error:
@@ -120,7 +124,7 @@ def _train(recipe: Recipe, folder: RunFolder, extend: bool, watcher: Watcher) ->
         steps=end.kept_step,
         scores=outcome.scores,
         samples=outcome.samples,
-        predicted_peak_bytes=plan.peak_bytes,
+        predicted_peak_bytes=plan.ledger.measured_bytes,
         peak_bytes=outcome.peak_bytes,
     )
 

@@ -106,6 +106,7 @@ class AdamW:
             betas=betas,
             eps=eps,
         )
+        self.drop_gradients()
 
     def take_gradients(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
         """Hand the fp32 gradients of a step to the images that will be moved."""

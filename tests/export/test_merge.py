@@ -152,11 +152,14 @@ def test_embedding_and_head_are_what_training_held(tmp_path):
 
 
 @pytest.mark.parametrize("base", ["trained", "original"])
-def test_the_candidate_in_memory_is_the_model_that_is_written(tmp_path, base):
-    trained = train_a_little(tmp_path / "base", NF4(), EVERYTHING, tied=True)
-    out = write_directory(trained, tmp_path / "out", base, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_candidate_in_memory_is_the_model_that_is_written(tmp_path, family, base, dtype):
+    adapter = EVERYTHING.model_copy(update={"ranks": {"1": 0}})
+    trained = train_a_little(tmp_path / "base", NF4(), adapter, family=family, tied=True)
+    out = write_directory(trained, tmp_path / "out", base, dtype)
     source = trained.source
-    weights = MergedWeights(source, base, torch.bfloat16)
+    weights = MergedWeights(source, base, dtype)
     in_memory = sample_logits(candidate(weights, source.base, source.rule), batches())
     from_files = sample_logits(read_back(out, source.base, source.rule), batches())
     assert torch.equal(in_memory, from_files)

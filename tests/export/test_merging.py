@@ -1,7 +1,9 @@
 """`merge`: from the folder of a run to a directory that everybody loads, and the proof of it."""
 
 import json
+import runpy
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -211,3 +213,15 @@ def test_a_run_without_its_report_can_be_merged(folder, tmp_path):
     (tmp_path / "run" / "report.html").unlink()
     result = merge(tmp_path / "run", tmp_path / "out", base="trained")
     assert "## Loss" in (result.out / "README.md").read_text()
+
+
+def test_the_script_does_what_the_command_does(folder, tmp_path, monkeypatch):
+    script = Path(merging.__file__).parents[2] / "tools" / "merge_and_export.py"
+    out = tmp_path / "out"
+    monkeypatch.setattr(
+        "sys.argv", [str(script), str(folder / "run"), str(out), "--base", "trained"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code in (0, None)
+    assert (out / "model.safetensors").is_file()

@@ -1,0 +1,115 @@
+"""Is the merged model the trained one? Its logits are compared with those of adapter on base.
+
+    reference = sample_logits(trained, batches)
+    agreement = compare(reference, sample_logits(read_back(directory, rule), batches))
+
+The same exact arithmetic would give the same logits; floating-point sums differ in their last
+digits, and 16-bit files in the rounding of every weight.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from qlora_lite.data.batches import IGNORED, Batch
+from qlora_lite.export.merge import MergedWeights
+from qlora_lite.foundation.device import DeviceRule
+from qlora_lite.model.causal import CausalModel
+from qlora_lite.model.load import Base, skeleton
+
+SAMPLED_TOKENS = 256
+"""Tokens whose logits are kept: 128 MB for a vocabulary of 128k."""
+
+EXACT = 1e-4
+"""Largest difference relative to the largest logit, where everything is fp32."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near two models' logits are."""
+
+    relative_error: float
+    """Largest absolute difference over the largest absolute logit."""
+    top1: float
+    """Share of tokens at which both have the same first guess."""
+    num_tokens: int
+
+    @property
+    def is_exact(self) -> bool:
+        """Equal but for the order of fp32 sums."""
+        return self.relative_error <= EXACT
+
+
+@torch.no_grad()
+def sample_logits(model: CausalModel, batches: Iterable[Batch]) -> Tensor:
+    """Logits at the first trained tokens, (tokens, vocabulary) in fp32 on the CPU."""
+    model.module.eval()
+    found: list[Tensor] = []
+    missing = SAMPLED_TOKENS
+    for batch in batches:
+        hidden = model.hidden(batch.input_ids.to(model.device), batch.position_ids.to(model.device))
+        kept = hidden[batch.targets.to(model.device) != IGNORED][:missing]
+        found.append(model.logits(kept).float().cpu())
+        missing -= len(kept)
+        if not missing:
+            break
+    return torch.cat(found)
+
+
+def compare(reference: Tensor, other: Tensor) -> Agreement:
+    """Logits of two models at the same tokens, (tokens, vocabulary)."""
+    error = (other - reference).abs().max() / reference.abs().max()
+    top1 = (other.argmax(-1) == reference.argmax(-1)).float().mean()
+    return Agreement(error.item(), top1.item(), len(reference))
+
+
+def candidate(weights: MergedWeights, base: Base, rule: DeviceRule) -> CausalModel:
+    """The model that `weights` would make once written, computing as training did."""
+    config = weights.model.config
+    if weights.untied:
+        config.tie_word_embeddings = False
+    model = skeleton(config, base)
+    for spec in weights.specs:
+        path, _, leaf = weights.parameter_name(spec.name).rpartition(".")
+        module = model.get_submodule(path)
+        tensor = weights.tensor(spec.name).to(rule.device)
+        if leaf in module._buffers:
+            module._buffers[leaf] = tensor
+        else:
+            module._parameters[leaf] = nn.Parameter(tensor.to(rule.compute), requires_grad=False)
+    for copy, origin in model.all_tied_weights_keys.items():
+        path, _, leaf = copy.rpartition(".")
+        setattr(model.get_submodule(path), leaf, model.get_parameter(origin))
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(rule.device)
+    return CausalModel(model)
+
+
+def read_back(directory: Path, base: Base, rule: DeviceRule) -> CausalModel:
+    """A written directory as everybody loads it: plain transformers, in the compute dtype."""
+    attention = {} if base.attention == "auto" else {"attn_implementation": base.attention}
+    with _quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=rule.compute, trust_remote_code=base.trust_remote_code, **attention
+        )
+    return CausalModel(model.to(rule.device).eval())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar of transformers."""
+    had_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had_bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,155 @@
+"""A recipe file for any model: sensible settings by its size, and what the plan says of them."""
+
+import json
+import re
+from pathlib import Path
+
+from qlora_lite.data.settings import Data
+from qlora_lite.foundation import device as devices
+from qlora_lite.foundation.errors import RecipeError
+from qlora_lite.foundation.files import write_text
+from qlora_lite.foundation.units import format_bytes, format_count
+from qlora_lite.memory.known import known_config
+from qlora_lite.memory.measure import available_bytes
+from qlora_lite.memory.plan import Plan
+from qlora_lite.model.load import Base
+from qlora_lite.model.shape import model_shape, read_config
+from qlora_lite.recipe import Recipe
+from qlora_lite.run.planning import plan_recipe
+
+PLACEHOLDER = "YOUR_DATA.jsonl"
+LONGEST_ROW = 2048
+SPARED = 0.9
+"""Share of the memory that is free now which the budget takes: the machine does other things."""
+
+_TEMPLATE = '''\
+"""{name}: {size} parameters in NF4, a LoRA of rank {rank} on every linear layer.
+
+Planned on this machine: {needs} (an estimate by formula; `qlora-lite plan {file}`).
+See what is trained with `qlora-lite preview {file}`, then run `qlora-lite train {file}`.
+"""
+
+from qlora_lite import NF4, Base, Data, LoRA, Optim, Recipe, main
+
+recipe = Recipe(
+    base=Base(
+        model={model},
+        quant=NF4(),
+    ),
+    adapter=LoRA(
+        rank={rank},
+        alpha={alpha},
+        targets="all-linear",
+    ),
+    data=Data(
+        train={placeholder},  # <- your file (.jsonl, .csv, .parquet, .txt) or a hub id
+        max_tokens={max_tokens},
+    ),
+    optim=Optim(
+        lr={lr},
+        tokens_per_step=16_384,
+        epochs=1,
+    ),
+    budget="{budget}",
+    output={output},
+)
+
+if __name__ == "__main__":
+    main(recipe)
+'''
+
+
+def write_recipe(model: str, output: Path | None = None) -> tuple[Path, Plan]:
+    """Write a recipe for a model directory or a hub id; only `config.json` is read.
+
+    Args:
+        output: the file; `name_of_the_model.py` in this folder unless given.
+
+    Raises:
+        RecipeError: if the file exists, or cannot be a recipe.
+        BaseModelError: if there is no such model.
+    """
+    file = output or Path(f"{_slug(model)}.py")
+    if file.suffix != ".py":
+        raise RecipeError(f"got {file}; a recipe is a Python file: give a name that ends in .py")
+    if file.exists():
+        raise RecipeError(
+            f"{file} exists, and nothing is overwritten. Give another name: --output FILE"
+        )
+    text, plan = recipe_text(model, file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, text)
+    return file, plan
+
+
+def recipe_text(model: str, file: Path) -> tuple[str, Plan]:
+    """The text of a recipe for `model` that will stand in `file`, and its plan."""
+    if Path(model).is_dir():
+        model = str(Path(model).resolve())
+    config = read_config(model, known=known_config(model))
+    num_parameters = model_shape(config).num_parameters
+    rank, lr = settings_for(num_parameters)
+    context = getattr(config.get_text_config(), "max_position_embeddings", LONGEST_ROW)
+    max_tokens = min(context, LONGEST_ROW)
+    budget = _budget()
+    name = _slug(model)
+    recipe = Recipe.model_validate(
+        {
+            "base": Base(model=model),
+            "adapter": {"kind": "lora", "rank": rank, "alpha": 2 * rank},
+            "data": Data(train=PLACEHOLDER, max_tokens=max_tokens),
+            "optim": {"lr": lr},
+            "budget": budget,
+            "output": f"runs/{name}",
+        }
+    )
+    plan = plan_recipe(recipe)
+    text = _TEMPLATE.format(
+        name=re.sub(r'["\\\\]', "", Path(model).name),
+        size=format_count(num_parameters),
+        needs=f"{format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)}",
+        file=file.name,
+        model=_quoted(model),
+        placeholder=_quoted(PLACEHOLDER),
+        rank=rank,
+        alpha=2 * rank,
+        max_tokens=max_tokens,
+        lr=_exponent(lr),
+        budget=budget,
+        output=_quoted(recipe.output),
+    )
+    return text, plan
+
+
+def settings_for(num_parameters: int) -> tuple[int, float]:
+    """Rank and learning rate by size.
+
+    1e-4 above 20 G and 2e-4 below are those of Dettmers et al. 2023 (arXiv:2305.14314, table 9);
+    small models have room to learn only in a higher rank, and bear a higher rate.
+    """
+    if num_parameters > 20e9:
+        return 16, 1e-4
+    if num_parameters > 1e9:
+        return 16, 2e-4
+    return 32, 5e-4
+
+
+def _budget() -> str:
+    """What this machine can spare, in whole tenths of a GiB."""
+    free = available_bytes(devices.choose().device) * SPARED
+    return f"{free / 2**30:.1f}GiB"
+
+
+def _slug(model: str) -> str:
+    """`Qwen/Qwen3-0.6B` as a name of a file: `qwen3_0_6b`."""
+    return re.sub(r"[^a-z0-9]+", "_", Path(model).resolve().name.lower()).strip("_") or "model"
+
+
+def _quoted(text: str) -> str:
+    """A Python string in the quotes that the formatter prefers."""
+    return repr(text) if text.count('"') > text.count("'") else json.dumps(text, ensure_ascii=False)
+
+
+def _exponent(lr: float) -> str:
+    """`0.0002` as `2e-4`."""
+    return f"{lr:.0e}".replace("e-0", "e-")

@@ -1,0 +1,139 @@
+"""How well runs and models predict rows: for a run the adapter, and the bare base beside it."""
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_lite.data.batches import Batch, in_order
+from qlora_lite.data.load import load_data
+from qlora_lite.data.settings import Data
+from qlora_lite.data.templates import ChatTemplate
+from qlora_lite.data.tokenise import tokenise
+from qlora_lite.evaluation.perplexity import Score, score
+from qlora_lite.foundation.errors import DataError
+from qlora_lite.foundation.overrides import check, overlay
+from qlora_lite.foundation.settings import Settings
+from qlora_lite.foundation.watch import Watcher
+from qlora_lite.run.folder import RunFolder
+from qlora_lite.run.loading import Loaded, load
+from qlora_lite.run.training import held_out_batches
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One model's score."""
+
+    target: str
+    """The run or model, as it was given."""
+    what: str
+    """`adapter` or `bare base` of a run, `model` otherwise."""
+    score: Score
+
+
+class _Rows(Settings):
+    """The part of a recipe that says which rows are scored and how they are read."""
+
+    data: Data
+
+
+def score_targets(
+    targets: Sequence[str],
+    data: str | None = None,
+    assignments: Sequence[str] = (),
+    device: str = "auto",
+    watcher: Watcher | None = None,
+) -> list[ScoreRow]:
+    """Score runs and models, one loaded at a time.
+
+    Args:
+        targets: run folders, model directories or hub ids.
+        data: the file to score on, all its rows; a run's held-out rows unless given.
+        assignments: how the rows of `data` are read: `data.fields=...` and the like, laid over
+            a run's own data settings.
+
+    Raises:
+        QloraLiteError: if a target or the data cannot be used as asked.
+    """
+    watcher = watcher or Watcher()
+    _check_rows_are_known(targets, data, assignments)
+    rows: list[ScoreRow] = []
+    for target in targets:
+        rows += _score(target, load(target, device, watcher), data, assignments, watcher)
+        gc.collect()
+    return rows
+
+
+def _check_rows_are_known(
+    targets: Sequence[str], data: str | None, assignments: Sequence[str]
+) -> None:
+    if data is not None:
+        return
+    if assignments:
+        raise DataError(
+            f"got {' '.join(assignments)} without a file. Held-out rows are read as the run read "
+            "them; settings are for other rows: --data FILE"
+        )
+    for target in targets:
+        if not (Path(target) / "recipe.json").is_file():
+            raise DataError(
+                f"{target} is not a run, so it has no held-out rows of its own. "
+                "Give the rows to score: --data FILE"
+            )
+
+
+def _score(
+    target: str,
+    loaded: Loaded,
+    data: str | None,
+    assignments: Sequence[str],
+    watcher: Watcher,
+) -> list[ScoreRow]:
+    if data is None:
+        batches = list(_held_out(target, loaded, watcher))
+    else:
+        batches = list(_of_file(loaded, data, assignments))
+    if loaded.attached is None:
+        return [ScoreRow(target, "model", score(loaded.causal, batches))]
+    with loaded.attached.disabled():
+        bare = ScoreRow(target, "bare base", score(loaded.causal, batches))
+    return [bare, ScoreRow(target, "adapter", score(loaded.causal, batches))]
+
+
+def _held_out(target: str, loaded: Loaded, watcher: Watcher) -> Iterator[Batch]:
+    """The rows that the run did not train on."""
+    assert loaded.recipe is not None
+    prepared = load_data(loaded.recipe.data, loaded.tokenizer, loaded.recipe.seed)
+    if not len(prepared.heldout):
+        raise DataError(f"{target} held out no rows. Give the rows to score: --data FILE")
+    if prepared.fingerprint != RunFolder(Path(target)).read_sidecar()["data_fingerprint"]:
+        watcher.note(
+            f"the data of {target} changed since it was trained: rows that count as held out now "
+            "may have been trained on"
+        )
+    return held_out_batches(loaded.recipe, prepared)
+
+
+def _of_file(loaded: Loaded, file: str, assignments: Sequence[str]) -> Iterator[Batch]:
+    """Every row of a file, read as the run reads its own, with what `assignments` change."""
+    values: dict[str, Any] = {"max_tokens": _context(loaded)}
+    if loaded.recipe is not None:
+        values = loaded.recipe.data.model_dump(mode="json", exclude_unset=True)
+        values.pop("max_rows", None)
+    changed, _ = overlay({"data": values | {"train": file}}, assignments, _Rows)
+    data = check(_Rows, changed).data
+    rows = tokenise(data, data.train, ChatTemplate(loaded.tokenizer), data.max_rows)
+    return in_order(
+        rows.examples,
+        max_tokens=data.max_tokens,
+        micro_batch_tokens=data.max_tokens,
+        packing=data.packing,
+    )
+
+
+def _context(loaded: Loaded) -> int:
+    """The default length of a row, and no longer than the model can read."""
+    longest: int = Data.model_fields["max_tokens"].default
+    config = loaded.base.config.get_text_config()
+    return min(longest, getattr(config, "max_position_embeddings", longest))

@@ -1,0 +1,130 @@
+"""A merged directory: complete or absent, and with the right companions of its weights."""
+
+import json
+import multiprocessing
+
+import pytest
+import torch
+
+from qlora_lite.export.directory import unfinished, write_companions
+from qlora_lite.foundation.errors import ExportError, RunError
+from tests.tiny import tiny_tokenizer
+
+
+@pytest.fixture
+def base(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "llama",
+                "torch_dtype": "float16",
+                "quantization_config": {"load_in_4bit": True},
+                "_name_or_path": "/somewhere",
+                "rope_theta": 1e6,
+                "bos_token_id": 0,
+                "eos_token_id": 5,
+            }
+        )
+    )
+    for name in ("LICENSE", "NOTICE.txt", "Use_Policy.md", "code.py", "notes.txt"):
+        (base / name).write_text(name)
+    return base
+
+
+def companions(base, out, **changes):
+    out.mkdir()
+    settings = {
+        "dtype": torch.bfloat16,
+        "is_tied": None,
+        "end_ids": [1],
+        "with_code": False,
+    }
+    write_companions(out, base, tiny_tokenizer(), **(settings | changes))
+    return {path.name: path.read_text() for path in out.iterdir()}
+
+
+def test_the_config_is_the_bases_own_but_for_what_changed(base, tmp_path):
+    found = companions(base, tmp_path / "out")
+    assert json.loads(found["config.json"]) == {
+        "model_type": "llama",
+        "rope_theta": 1e6,
+        "bos_token_id": 0,
+        "eos_token_id": 5,
+        "dtype": "bfloat16",
+    }
+
+
+def test_a_head_that_is_no_longer_tied_is_recorded(base, tmp_path):
+    found = companions(base, tmp_path / "out", is_tied=False)
+    assert json.loads(found["config.json"])["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, {"bos_token_id": 0, "eos_token_id": [1, 5]}),
+        ({"eos_token_id": 1, "top_p": 0.9}, {"eos_token_id": 1, "top_p": 0.9}),
+        ({"eos_token_id": [7, 1]}, {"eos_token_id": [1, 7]}),
+        ({"temperature": 0.6}, {"temperature": 0.6, "eos_token_id": 1}),
+    ],
+)
+def test_generation_stops_at_the_end_of_turn_and_where_the_base_stops(
+    base, tmp_path, before, after
+):
+    if before is not None:
+        (base / "generation_config.json").write_text(json.dumps(before))
+    found = companions(base, tmp_path / "out")
+    assert json.loads(found["generation_config.json"]) == after
+
+
+def test_licences_go_along_and_code_only_on_request(base, tmp_path):
+    found = companions(base, tmp_path / "out")
+    assert {"LICENSE", "NOTICE.txt", "Use_Policy.md"} <= found.keys()
+    assert not {"code.py", "notes.txt"} & found.keys()
+    assert "code.py" in companions(base, tmp_path / "with_code", with_code=True)
+
+
+def test_a_directory_appears_only_when_it_is_whole(tmp_path):
+    out = tmp_path / "deep" / "out"
+    with pytest.raises(ZeroDivisionError), unfinished(out, "a") as aside:
+        (aside / "part").write_text("1")
+        raise ZeroDivisionError
+    assert not out.exists()
+    with unfinished(out, "a") as aside:
+        assert (aside / "part").read_text() == "1"
+    assert [path.name for path in out.iterdir()] == ["part"]
+
+
+def test_work_on_something_else_is_thrown_away(tmp_path):
+    with pytest.raises(ZeroDivisionError), unfinished(tmp_path / "out", "a") as aside:
+        (aside / "part").mkdir()
+        raise ZeroDivisionError
+    with unfinished(tmp_path / "out", "b") as aside:
+        assert not (aside / "part").exists()
+
+
+def try_to_write(out, answers):
+    try:
+        with unfinished(out, "a"):
+            answers.put("entered")
+    except RunError as error:
+        answers.put(str(error))
+
+
+def test_two_processes_cannot_write_the_same_directory(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    answers = context.Queue()
+    with unfinished(tmp_path / "out", "a"):
+        child = context.Process(target=try_to_write, args=(tmp_path / "out", answers))
+        child.start()
+        assert "in use by process" in answers.get(timeout=60)
+        child.join()
+
+
+def test_what_appeared_meanwhile_is_not_overwritten(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ExportError, match="exists already"), unfinished(out, "a"):
+        out.write_text("somebody else's")
+    assert out.read_text() == "somebody else's"
