@@ -36,9 +36,16 @@ class DeviceRule:
     optimizer_states: Literal["32bit", "8bit"]
 
     @property
+    def is_here(self) -> bool:
+        """The device is in this machine, not only planned for."""
+        return self.device.type != "cuda" or torch.cuda.is_available()
+
+    @property
     def line(self) -> str:
         """The one line that a run prints."""
-        if self.device.type == "cuda":
+        if not self.is_here:
+            where = "a CUDA card that is not here"
+        elif self.device.type == "cuda":
             where = torch.cuda.get_device_name(self.device)
         else:
             where = f"CPU, {torch.get_num_threads()} threads"
@@ -49,8 +56,11 @@ class DeviceRule:
         )
 
 
-def choose(device: str = "auto", compute: str = "auto") -> DeviceRule:
+def choose(device: str = "auto", compute: str = "auto", *, is_imagined: bool = False) -> DeviceRule:
     """The rule for a device (`auto`, `cpu`, `cuda:1`), and another compute dtype on request.
+
+    Args:
+        is_imagined: a plan may be made for a card that is not in this machine; it has bf16 then.
 
     Raises:
         DeviceError: if the device is not there or is of a kind that was not tested.
@@ -63,7 +73,7 @@ def choose(device: str = "auto", compute: str = "auto") -> DeviceRule:
             f"got device {device!r}; cpu and cuda are supported. "
             "Take device=cpu, or a machine with a CUDA card"
         )
-    if kind == "cuda" and not torch.cuda.is_available():
+    if kind == "cuda" and not torch.cuda.is_available() and not is_imagined:
         raise DeviceError(
             f"got device {device!r}, but this PyTorch ({torch.__version__}) sees no CUDA card. "
             "Take device=cpu, or install a CUDA build of PyTorch and its driver"
@@ -73,7 +83,7 @@ def choose(device: str = "auto", compute: str = "auto") -> DeviceRule:
         return DeviceRule(
             torch.device("cpu"), dtype, torch.bfloat16, torch.float32, torch.bfloat16, "32bit"
         )
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    has_bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(False)
     dtype = (
         (torch.bfloat16 if has_bf16 else torch.float16) if compute == "auto" else DTYPES[compute]
     )

@@ -8,6 +8,7 @@ in the order of the files: linear layers are quantised in chunks of rows, the re
 the finished model the host holds one chunk.
 """
 
+import ctypes
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,10 @@ SplitLayer = Callable[[str, Tensor, RoundTrip], Tensor]
 
 Progress = Callable[[int, int], None]
 """(bytes read, bytes in all)"""
+
+
+RETURN_EVERY_BYTES = 2**26
+"""Bytes read between two times of giving freed memory back: each costs new page faults."""
 
 
 class Base(Settings):
@@ -207,13 +212,17 @@ class _Loading:
         self.stored_names = {ours: name for name, ours in self.names.items()}
 
     def run(self, progress: Progress | None) -> None:
-        total, done = self.checkpoint.num_bytes, 0
+        total, done, returned = self.checkpoint.num_bytes, 0, 0
         for name in self.checkpoint.names:
             if name in self.names:
                 self._install(name, self.names[name])
             done += self.checkpoint.info(name).num_bytes
+            if done - returned > RETURN_EVERY_BYTES:
+                _return_free_memory()
+                returned = done
             if progress is not None:
                 progress(done, total)
+        _return_free_memory()
         for copy, source in self.tied.items():
             self._tie(copy, source)
         for module in self.model.modules():
@@ -241,7 +250,19 @@ class _Loading:
                     f"base.model={self.base.model}: {name} is {shape}, and its config.json says "
                     f"{shapes[ours]}. They belong to different models: download both again"
                 )
+        for copy, source in self.tied.items():
+            self._check_tie(copy, next(name for name, ours in names.items() if ours == source))
         return names
+
+    def _check_tie(self, copy: str, source: str) -> None:
+        """Where a checkpoint holds a tied tensor twice, both must agree."""
+        if copy == source or copy not in self.checkpoint:
+            return
+        if not torch.equal(self.checkpoint.read(copy), self.checkpoint.read(source)):
+            raise BaseModelError(
+                f"base.model={self.base.model}: its config.json ties {copy} to {source}, but they "
+                'differ. If both were trained, put "tie_word_embeddings": false into config.json'
+            )
 
     def _install(self, name: str, ours: str) -> None:
         path, _, leaf = ours.rpartition(".")
@@ -308,6 +329,16 @@ class _Loading:
             module = self._plain_head(shared.data, bias, source)
             self.model.set_submodule(path, module)
         setattr(module, leaf, shared)
+
+
+def _return_free_memory() -> None:
+    """Give freed scratch back to the system, where the C library can be told to (glibc).
+
+    It would keep it, in holes between the codes of the layers: 300 MiB above a model of 420 MiB.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _is_linear(module: nn.Module) -> bool:

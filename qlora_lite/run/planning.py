@@ -6,6 +6,7 @@ from qlora_lite.adapters.attach import choose
 from qlora_lite.adapters.catalogue import method_for
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.device import DeviceRule
+from qlora_lite.foundation.errors import BudgetError
 from qlora_lite.foundation.units import parse_bytes
 from qlora_lite.memory.known import known_config
 from qlora_lite.memory.ledger import RunShape
@@ -23,7 +24,7 @@ def plan_recipe(recipe: Recipe, rule: DeviceRule | None = None) -> Plan:
     Raises:
         QloraLiteError: if the base cannot be found, or the targets match nothing.
     """
-    rule = rule or devices.choose(recipe.device, recipe.base.compute)
+    rule = rule or devices.choose(recipe.device, recipe.base.compute, is_imagined=True)
     config = read_config(
         recipe.base.model,
         recipe.base.revision,
@@ -31,8 +32,18 @@ def plan_recipe(recipe: Recipe, rule: DeviceRule | None = None) -> Plan:
         known=known_config(recipe.base.model),
     )
     shape = model_shape(config, recipe.base.trust_remote_code)
-    budget = parse_bytes(recipe.budget) if recipe.budget else available_bytes(rule.device)
-    return make_plan(shape, run_shape(recipe, shape, rule), budget)
+    return make_plan(shape, run_shape(recipe, shape, rule), _budget(recipe, rule))
+
+
+def _budget(recipe: Recipe, rule: DeviceRule) -> int:
+    if recipe.budget:
+        return parse_bytes(recipe.budget)
+    if not rule.is_here:
+        raise BudgetError(
+            "got device=cuda on a machine without a CUDA card, so its memory is not known. "
+            'Say how much there is: budget="22GiB" for a card of 24 GB'
+        )
+    return available_bytes(rule.device)
 
 
 def run_shape(recipe: Recipe, model: ModelShape, rule: DeviceRule) -> RunShape:

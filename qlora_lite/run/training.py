@@ -1,6 +1,6 @@
 """From recipe to adapter: the few sentences that carry out a run.
 
-claim the folder -> read data -> plan -> load the base, attach the adapter -> train -> finish
+claim the folder -> plan -> read data -> load the base, attach the adapter -> train -> finish
 """
 
 import importlib.util
@@ -86,12 +86,11 @@ def _train(recipe: Recipe, folder: RunFolder, extend: bool, watcher: Watcher) ->
     rule = devices.choose(recipe.device, recipe.base.compute)
     watcher.note(rule.line)
     give_back_freed_memory()
-    tokenizer = load_tokenizer(recipe.base)
-    data = load_data(recipe.data, tokenizer, recipe.seed)
-    watcher.prepared(data)
     plan = plan_recipe(recipe, rule)
     watcher.planned(plan)
     _refuse_what_does_not_fit(recipe, plan)
+    data = load_data(recipe.data, load_tokenizer(recipe.base), recipe.seed)
+    watcher.prepared(data)
 
     loaded = load_for_training(recipe, watcher=watcher)
     fingerprints = {"data": data.fingerprint, "base": loaded.base.checkpoint.fingerprint}

@@ -100,15 +100,9 @@ def test_eval_says_what_it_needs(arguments, trained, tiny_base):
 
 def test_chat_answers_lines_of_a_pipe_one_by_one(trained):
     lines = "What is seven times 3?\n/reset\nWhat is seven times 3?\n/exit\nnever asked\n"
-    ended = subprocess.run(
-        [sys.executable, "-m", "qlora_lite", "chat", str(trained.run), "--max-new-tokens", "8"],
-        input=lines,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    first, forgotten, second = ended.stdout.splitlines()
+    ended = run_command("chat", trained.run, "--max-new-tokens", 8, typed=lines)
+    assert ended.status == 0, ended.err
+    first, forgotten, second = ended.out.splitlines()
     assert first == second != ""
     assert forgotten == "(forgotten)"
 
@@ -131,6 +125,15 @@ def test_merge_writes_a_model_that_scores_like_the_adapter(trained, tmp_path):
     data = trained.run.with_name("train.jsonl")
     scores = run_command("eval", trained.run, out, "--data", data, "data.max_tokens=128").out
     assert _losses(scores, "model")[0] == pytest.approx(_losses(scores, "adapter")[0], abs=1e-3)
+
+
+def test_a_merge_shows_the_candidates_that_it_chose_from(trained, tmp_path):
+    ended = run_command("merge", trained.run, tmp_path / "merged", "--shard", "100kB")
+    assert ended.status == 0, ended.err
+    for candidate in ("adapter on its base", "on the base as trained", "on the original base"):
+        assert candidate in ended.out
+    assert ended.out.count(" written") == 1
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
 
 
 def test_a_format_that_is_not_there_says_what_there_is(trained, tmp_path):

@@ -29,7 +29,7 @@ def test_help_names_every_verb_without_importing_torch_within_a_second():
         subprocess.run([sys.executable, "-c", HELP], capture_output=True, check=True)
     assert time.perf_counter() - began < 1
     assert ended.stderr.strip() == "False"
-    for verb in ("init", "plan", "preview", "train", "merge", "eval", "chat"):
+    for verb in ("init", "plan", "preview", "train", "merge", "eval", "chat", "demo"):
         assert f" {verb} " in ended.stdout
 
 

@@ -2,10 +2,8 @@
 
 import re
 import signal
-import subprocess
-import sys
 
-from tests.cli.workplace import run_command
+from tests.cli.workplace import run_command, run_file, start_process
 
 
 def test_a_run_says_plan_row_progress_scores_memory_and_path(trained):
@@ -18,7 +16,7 @@ def test_a_run_says_plan_row_progress_scores_memory_and_path(trained):
         "step 1/6",
         "step 6/6",
         "(bare base) ->",
-        "measured",
+        "predicted (",
         str(trained.run / "adapter"),
     ]
     places = [said.index(stage) for stage in stages]
@@ -63,14 +61,8 @@ def test_what_a_new_kind_keeps_is_said(recipe):
 
 
 def test_ctrl_c_saves_with_status_130_and_the_file_itself_continues(recipe):
-    arguments = ["optim.steps=3000", "checkpoints.every=3000", "evaluation.every=3000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qlora_lite", "train", str(recipe), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=_unbuffered(),
-    )
+    rarely = ["checkpoints.every=3000", "evaluation.every=3000"]
+    process = start_process("-m", "qlora_lite", "train", recipe, "optim.steps=3000", *rarely)
     assert process.stdout is not None
     while "step 1/" not in process.stdout.readline():
         assert process.poll() is None
@@ -80,20 +72,18 @@ def test_ctrl_c_saves_with_status_130_and_the_file_itself_continues(recipe):
     assert "Traceback" not in err
     done = int(re.search(r"SIGINT after step (\d+)", err)[1])
 
-    recipe.write_text(recipe.read_text().replace("steps=6", f"steps={done + 1}"), encoding="utf-8")
-    file = [sys.executable, str(recipe)]
-    shown = subprocess.run([*file, "--help"], capture_output=True, text=True, check=True)
-    assert "--extend" in shown.stdout
-    changed = ["checkpoints.every=3000", "evaluation.every=3000"]
-    ended = subprocess.run(
-        [*file, *changed, "--extend"], capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert f"going on after step {done}" in ended.stdout
-    assert f"step {done + 1}/{done + 1}" in ended.stdout
+    text = recipe.read_text(encoding="utf-8").replace("steps=6", f"steps={done + 1}")
+    recipe.write_text(text, encoding="utf-8")
+    ended = run_file(recipe, *rarely, "--extend")
+    assert ended.status == 0, ended.err
+    assert f"going on after step {done}" in ended.out
+    assert f"step {done + 1}/{done + 1}" in ended.out
 
 
-def _unbuffered():
-    import os
-
-    return os.environ | {"PYTHONUNBUFFERED": "1"}
+def test_a_recipe_file_has_the_options_of_train(recipe):
+    shown = run_file(recipe, "--help")
+    assert shown.status == 0
+    assert "--extend" in shown.out
+    refused = run_file(recipe, "optm.lr=1")
+    assert refused.status == 2
+    assert "Did you mean 'optim'" in refused.err

@@ -3,8 +3,16 @@
 import contextlib
 import io
 import json
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
+
+import pytest
 
 from qlora_lite.cli import main
 
@@ -36,16 +44,28 @@ class Ended:
     err: str
 
 
-def run_command(*arguments: object) -> Ended:
-    """`qlora-lite ARGUMENTS` in this process."""
+def run_command(*arguments: object, typed: str = "") -> Ended:
+    """`qlora-lite ARGUMENTS` in this process; `typed` is what comes through its pipe."""
+    return _ended(lambda: main([str(argument) for argument in arguments]), typed)
+
+
+def run_file(file: Path, *arguments: object) -> Ended:
+    """`python FILE ARGUMENTS` in this process."""
+    with mock.patch.object(sys, "argv", [str(file), *map(str, arguments)]):
+        return _ended(lambda: runpy.run_path(str(file), run_name="__main__"))
+
+
+def _ended(command: Callable[[], object], typed: str = "") -> Ended:
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as ended:
-            status = ended.code
-    assert isinstance(status, int)
-    return Ended(status, out.getvalue(), err.getvalue())
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.object(sys, "stdin", io.StringIO(typed)),
+        pytest.raises(SystemExit) as ended,
+    ):
+        command()
+    assert isinstance(ended.value.code, int)
+    return Ended(ended.value.code, out.getvalue(), err.getvalue())
 
 
 def write_recipe(folder: Path, base: Path) -> Path:
@@ -65,3 +85,14 @@ def write_recipe(folder: Path, base: Path) -> Path:
     text = RECIPE.format(base=str(base), train=str(data), output=str(folder / "run"))
     recipe.write_text(text, encoding="utf-8")
     return recipe
+
+
+def start_process(*arguments: object) -> subprocess.Popen[str]:
+    """Python in a process of its own, with lines as they are written, on one thread."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
+    )

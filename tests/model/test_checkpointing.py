@@ -56,4 +56,4 @@ def test_loss_and_gradients_are_equal_bit_for_bit_and_less_is_kept(tmp_path, fam
     for expected, found in zip(gradients, same_gradients, strict=True):
         assert expected.any()
         assert torch.equal(found, expected)
-    assert kept_less < kept / 2
+    assert kept_less < 0.7 * kept

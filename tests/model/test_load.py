@@ -255,6 +255,12 @@ def test_a_shape_of_another_model_is_named(tmp_path, tiny_llama):
         load(directory)
 
 
+def test_a_tie_that_the_weights_contradict_is_named(tmp_path, tiny_llama):
+    directory = edited(tmp_path, tiny_llama, tie_word_embeddings=True)
+    with pytest.raises(BaseModelError, match=r"ties lm_head\.weight to .*embed_tokens.*differ"):
+        load(directory)
+
+
 def test_other_quantisation_methods_are_refused(tmp_path, tiny_llama):
     directory = edited(
         tmp_path, tiny_llama, quantization_config={"quant_method": "gptq", "bits": 4}
@@ -296,7 +302,7 @@ class OwnModel(LlamaForCausalLM):
 def test_a_hub_id_offline_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(BaseModelError, match="nobody/nothing.*directory of a downloaded model"):
+    with pytest.raises(BaseModelError, match=r"nobody/nothing.*directory of a downloaded model"):
         locate(Base(model="nobody/nothing"))
 
 

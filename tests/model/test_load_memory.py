@@ -1,6 +1,7 @@
 """Loading a base of about 1 GB, measured in fresh processes by the benchmark itself."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CHUNK_SCRATCH_BYTES = 80 * 2**20
-"""8.5 times a chunk of 4 Mi weights in 16 bit, and some for the allocator."""
+CHUNK_SCRATCH_BYTES = 40 * 2**20
+"""8.5 times a chunk of 2 Mi weights in 16 bit, and some for the allocator."""
 
 
 @pytest.mark.slow
@@ -18,6 +19,7 @@ def test_the_host_holds_the_model_and_at_most_one_tensor_more(tmp_path):
     subprocess.run(
         [sys.executable, "tools/benchmark/load.py", "--repeats", "1", "--results", str(results)],
         cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         check=True,
     )
     rows = json.loads(results.read_text())
@@ -28,5 +30,5 @@ def test_the_host_holds_the_model_and_at_most_one_tensor_more(tmp_path):
         )
         allowed = ours["largest_16bit_tensor_bytes"] + CHUNK_SCRATCH_BYTES
         assert ours["peak_bytes"] - ours["model_bytes"] <= allowed
-        # a machine that does other things besides: processor time, with a tenth for noise
-        assert ours["cpu_seconds"] <= 1.1 * theirs["cpu_seconds"]
+        # processor time of one thread, so that other work on the machine does not count
+        assert ours["cpu_seconds"] <= theirs["cpu_seconds"]

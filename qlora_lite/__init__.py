@@ -1,0 +1,95 @@
+"""Fine-tune the largest causal language model that your memory allows.
+
+    from qlora_lite import NF4, Base, Data, LoRA, Recipe, merge, train
+
+    recipe = Recipe(
+        base=Base(model="Qwen/Qwen3-8B", quant=NF4()),
+        adapter=LoRA(rank=16),
+        data=Data(train="train.jsonl"),
+        output="runs/mine",
+    )
+    train(recipe)
+    merge(recipe.output, "merged")
+
+The functions take and return plain values, raise the errors of `qlora_lite.foundation.errors` and
+print nothing. A name is imported when it is first used, so `import qlora_lite` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlora_lite.adapters.lora import LoRA
+    from qlora_lite.adapters.rslora import RsLoRA
+    from qlora_lite.cli.script import main
+    from qlora_lite.data.settings import Data
+    from qlora_lite.model.load import Base
+    from qlora_lite.model.quant import BF16, FP4, FP32, NF4, Int8
+    from qlora_lite.recipe import Recipe
+    from qlora_lite.run.merging import merge
+    from qlora_lite.run.planning import plan_recipe as plan
+    from qlora_lite.run.speaking import load
+    from qlora_lite.run.training import run_recipe as train
+    from qlora_lite.training.loop import Checkpoints, Evaluation
+    from qlora_lite.training.optimizer import Optim
+
+    __version__: str
+
+_HOMES = {
+    "NF4": "qlora_lite.model.quant:NF4",
+    "FP4": "qlora_lite.model.quant:FP4",
+    "Int8": "qlora_lite.model.quant:Int8",
+    "BF16": "qlora_lite.model.quant:BF16",
+    "FP32": "qlora_lite.model.quant:FP32",
+    "Base": "qlora_lite.model.load:Base",
+    "Data": "qlora_lite.data.settings:Data",
+    "LoRA": "qlora_lite.adapters.lora:LoRA",
+    "RsLoRA": "qlora_lite.adapters.rslora:RsLoRA",
+    "Optim": "qlora_lite.training.optimizer:Optim",
+    "Evaluation": "qlora_lite.training.loop:Evaluation",
+    "Checkpoints": "qlora_lite.training.loop:Checkpoints",
+    "Recipe": "qlora_lite.recipe:Recipe",
+    "main": "qlora_lite.cli.script:main",
+    "plan": "qlora_lite.run.planning:plan_recipe",
+    "train": "qlora_lite.run.training:run_recipe",
+    "load": "qlora_lite.run.speaking:load",
+    "merge": "qlora_lite.run.merging:merge",
+}
+
+__all__ = [
+    "BF16",
+    "FP4",
+    "FP32",
+    "NF4",
+    "Base",
+    "Checkpoints",
+    "Data",
+    "Evaluation",
+    "Int8",
+    "LoRA",
+    "Optim",
+    "Recipe",
+    "RsLoRA",
+    "__version__",
+    "load",
+    "main",
+    "merge",
+    "plan",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("qlora-lite")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qlora_lite' has no attribute {name!r}")
+    module, _, attribute = _HOMES[name].partition(":")
+    value = globals()[name] = getattr(importlib.import_module(module), attribute)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

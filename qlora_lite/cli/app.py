@@ -1,0 +1,211 @@
+"""The verbs. Each loads what it needs when it runs, so that help answers at once."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from qlora_lite.cli.display import Display
+from qlora_lite.cli.script import Assignments, Extend, train_recipe
+from qlora_lite.cli.status import status_of
+from qlora_lite.cli.tables import show, time_line
+from qlora_lite.foundation.console import console
+
+app = typer.Typer(
+    name="qlora-lite",
+    help="Fine-tune the largest causal language model that your memory allows.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A recipe file, a recipe.json or a run's folder.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Carry out a command line, and exit with its status."""
+    sys.exit(status_of(lambda: app(arguments)))
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import version
+
+        typer.echo(version("qlora-lite"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or a hub id.")],
+    output: Annotated[Path | None, typer.Option(help="The file to write.")] = None,
+) -> None:
+    """Write a recipe file for any model."""
+    from qlora_lite.run.initialising import write_recipe
+
+    file, plan = write_recipe(model, output)
+    with Display() as display:
+        display.say(f"{file}: {plan.verdict}")
+        display.say("Put your data where it says train=, then:")
+        display.say(f"  qlora-lite preview {file}\n  qlora-lite train {file}")
+
+
+@app.command()
+def plan(recipe: RecipeFile, settings: Assignments = None) -> None:
+    """Will it fit? Bytes and time, from config.json alone."""
+    from qlora_lite.foundation import device as devices
+    from qlora_lite.foundation.errors import BudgetError
+    from qlora_lite.memory.measure import matmul_flops_per_second
+    from qlora_lite.recipe import load_recipe, vary
+    from qlora_lite.run.planning import plan_recipe
+
+    asked, notes = vary(load_recipe(recipe), settings or [])
+    rule = devices.choose(asked.device, asked.base.compute, is_imagined=True)
+    with Display() as display:
+        for note in [*notes, rule.line]:
+            display.note(note)
+        planned = plan_recipe(asked, rule)
+        display.planned(planned)
+        if rule.is_here:
+            rate = matmul_flops_per_second(rule.device, rule.compute)
+            display.say(time_line(rate, planned.flops_per_token, asked.optim))
+    if asked.budget and not planned.fits:
+        raise BudgetError(f"{planned.verdict}. Take some of the ways down, or a larger budget=...")
+
+
+@app.command()
+def preview(
+    recipe: RecipeFile,
+    settings: Assignments = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows are shown.")] = 3,
+) -> None:
+    """The exact tokens and which are trained, lengths, what is cut or dropped."""
+    from qlora_lite.cli.rows import show_preview
+    from qlora_lite.data import preview as previewing
+    from qlora_lite.data.load import load_data
+    from qlora_lite.model.load import load_tokenizer
+    from qlora_lite.recipe import load_recipe, vary
+
+    asked, notes = vary(load_recipe(recipe), settings or [])
+    with Display() as display:
+        for note in notes:
+            display.note(note)
+    data = load_data(asked.data, load_tokenizer(asked.base), asked.seed)
+    show_preview(console, previewing.preview(data, rows))
+
+
+@app.command()
+def train(recipe: RecipeFile, settings: Assignments = None, extend: Extend = False) -> None:
+    """Train; the same command again continues an interrupted run."""
+    from qlora_lite.recipe import load_recipe
+
+    train_recipe(load_recipe(recipe), settings or [], extend)
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    base: Annotated[
+        Literal["auto", "trained", "original"],
+        typer.Option(
+            help="Add the update to the base as it was trained on, to the original weights, or "
+            "to whichever scores better on the held-out rows."
+        ),
+    ] = "auto",
+    dtype: Annotated[
+        Literal["bf16", "fp16", "fp32"] | None,
+        typer.Option(help="Of the written weights; the original's unless given."),
+    ] = None,
+    shard: Annotated[str, typer.Option(help="Largest size of a file.")] = "5GB",
+    format: Annotated[Literal["hf"], typer.Option(help="A Hugging Face directory.")] = "hf",
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Read it back and compare; --base auto always does."),
+    ] = False,
+) -> None:
+    """Add the adapter to its base: a model that needs nothing of ours, and a proof of it."""
+    from qlora_lite.run import merging
+
+    with Display() as display:
+        result = merging.merge(
+            run, out, base=base, dtype=dtype, shard=shard, verify=verify, watcher=display
+        )
+    display.merged(result)
+
+
+@app.command("eval")
+def evaluate(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN|MODEL...",
+            help="Runs, model directories or hub ids; data.KEY=VALUE says how --data is read.",
+        ),
+    ],
+    data: Annotated[
+        str | None, typer.Option(help="Rows to score; a run's held-out rows unless given.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Perplexity and accuracy, with the bare base beside the adapter."""
+    from qlora_lite.cli.tables import score_table
+    from qlora_lite.run.scoring import score_targets
+
+    settings = [text for text in targets if "=" in text and not Path(text).exists()]
+    models = [text for text in targets if text not in settings]
+    if not models:
+        raise typer.BadParameter("name a run or a model to score")
+    with Display() as display:
+        rows = score_targets(models, data, settings, device, display)
+    show(console, score_table(rows))
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, a model or a hub id.")],
+    prompt: Annotated[str | None, typer.Option(help="Answer this, and end.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0 takes the most likely token every time.")
+    ] = 0.0,
+    device: Device = "auto",
+) -> None:
+    """Talk to it: /reset forgets, /exit or Ctrl-D ends. Through a pipe a line is a turn."""
+    from qlora_lite.cli.chat import converse, say_answer
+    from qlora_lite.run.speaking import Talk, load_speaker
+
+    with Display() as display:
+        loaded = load_speaker(model, device, display)
+    talk = Talk(loaded, max_new_tokens=max_new_tokens, temperature=temperature, system=system)
+    if prompt is None:
+        converse(console, talk)
+    else:
+        say_answer(console, talk, prompt)
+
+
+@app.command()
+def demo() -> None:
+    """The whole story on the embedded model, offline: train, kill, continue, merge, compare."""
+    from qlora_lite.demo.story import tell
+
+    tell(console)

@@ -1,0 +1,96 @@
+"""Rows of data for the eye: every token, and which are trained.
+
+On a terminal that has colours trained tokens are coloured, and every second token is underlined.
+Elsewhere trained stretches stand between [[ and ]], and nothing tells tokens apart.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from qlora_lite.data.coloured import Piece
+    from qlora_lite.data.preview import LengthBar, Preview, PreviewRow
+
+LONGEST_TEXT = 2000
+"""Characters of a row that are shown."""
+_BAR_WIDTH = 40
+
+
+def show_row(console: Console, row: "PreviewRow") -> None:
+    """One row under a line that says where it stands."""
+    head = f"{row.where}: {row.num_tokens:,} tokens, {row.num_trained:,} of them trained"
+    console.print(head, style="bold", markup=False, soft_wrap=True)
+    console.print(row_text(row.pieces, has_colour=console.color_system is not None), soft_wrap=True)
+
+
+def row_text(pieces: Sequence["Piece"], has_colour: bool) -> Text:
+    """The tokens of a row."""
+    from qlora_lite.data.coloured import coloured
+
+    if has_colour:
+        text = coloured(pieces)
+    else:
+        stretches = groupby(pieces, key=lambda piece: piece.is_trained)
+        parts = (("".join(p.text for p in members), trained) for trained, members in stretches)
+        text = Text("".join(f"[[{part}]]" if trained else part for part, trained in parts))
+    if len(text) > LONGEST_TEXT:
+        text.truncate(LONGEST_TEXT)
+        text.append(" ...")
+    return text
+
+
+def show_preview(console: Console, preview: "Preview") -> None:
+    """Rows, then the figures of all of them."""
+
+    def say(line: str, style: str | None = None) -> None:
+        console.print(line, style=style, markup=False, soft_wrap=True)
+
+    for row in preview.rows:
+        show_row(console, row)
+        console.print()
+    say(
+        f"{preview.num_train:,} rows to train on, {preview.num_heldout:,} held out; "
+        f"{preview.train_tokens:,} tokens, {preview.trained_tokens:,} trained "
+        f"({preview.trained_tokens / preview.train_tokens:.0%})"
+    )
+    template = (
+        "the tokenizer's chat template" if preview.has_chat_template else "the plain template"
+    )
+    say(f"{template}; end of turn {preview.end_of_turn!r}")
+    for name, stats in (("train", preview.stats), ("held out", preview.heldout_stats)):
+        if stats is not None:
+            say(_lengths_line(name, stats))
+    for bar in _histogram(preview.lengths):
+        say(bar)
+    if preview.num_repeated:
+        say(f"{preview.num_repeated:,} rows left out: the held-out file has them as well", "yellow")
+    if preview.too_long:
+        say(f"too long: {', '.join(preview.too_long)}", "yellow")
+    if preview.stats.rewritten_turns:
+        say(
+            f"{preview.stats.rewritten_turns:,} assistant turns are not repeated word for word "
+            "by the chat template; what is trained is what it writes",
+            "yellow",
+        )
+
+
+def _lengths_line(name: str, stats: Any) -> str:
+    """Counts and lengths of a source's rows."""
+    return (
+        f"{name}: {stats.rows:,} rows read; tokens p50 {stats.p50}, p95 {stats.p95}, "
+        f"max {stats.longest}; dropped {stats.dropped_rows:,}, split {stats.split_rows:,}, "
+        f"cut {stats.truncated_rows:,} ({stats.lost_share:.2%} of the tokens lost)"
+    )
+
+
+def _histogram(bars: Sequence["LengthBar"]) -> list[str]:
+    most = max(bar.count for bar in bars)
+    return [
+        f"{bar.shortest:>7} - {bar.longest:<7} {bar.count:>8,}  "
+        + "#" * -(-bar.count * _BAR_WIDTH // most)
+        for bar in bars
+    ]

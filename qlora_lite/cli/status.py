@@ -1,0 +1,70 @@
+"""How a command ends: the one place that turns errors into messages and exit statuses.
+
+| status | meaning                                                                   |
+|--------|---------------------------------------------------------------------------|
+| 0      | done                                                                      |
+| 1      | our bug: traceback, and a line that asks to report it                     |
+| 2      | the user's mistake, or a limit of the machine: one message, no traceback  |
+| 130    | interrupted; where there was a state, it is saved                         |
+"""
+
+import errno
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+
+from qlora_lite.foundation.console import errors
+from qlora_lite.foundation.errors import Interrupted, QloraLiteError
+
+DONE, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+
+_LIMITS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""Errors of the operating system that only the user can do something about."""
+
+_PLEASE_REPORT = (
+    "this is a mistake in qlora-lite, not one of yours. Please report it with the lines above and "
+    "the command"
+)
+
+
+def status_of(command: Callable[[], object]) -> int:
+    """Carry out a command; say what went wrong on stderr. A `SystemExit` of its own passes."""
+    _prepare_terminal()
+    try:
+        command()
+    except (Exception, Interrupted, KeyboardInterrupt) as error:
+        return _explain(error)
+    return DONE
+
+
+def _explain(error: BaseException) -> int:
+    match error:
+        case QloraLiteError():
+            status, kind, message = MISTAKE, "error", str(error)
+        case OSError() if error.errno in _LIMITS:
+            place = error.filename or "the disk"
+            status, kind, message = MISTAKE, "error", f"{place}: {error.strerror}"
+        case Interrupted():
+            status, kind, message = INTERRUPTED, "interrupted", str(error)
+        case KeyboardInterrupt():
+            status, kind, message = INTERRUPTED, "interrupted", "stopped from the keyboard"
+        case _:
+            traceback.print_exception(error)
+            status, kind, message = BUG, "bug", _PLEASE_REPORT
+    _say(message, kind)
+    return status
+
+
+def _say(message: str, kind: str) -> None:
+    errors.print(f"[bold red]{kind}:[/]", end=" ")
+    errors.print(message, markup=False, soft_wrap=True)
+
+
+def _prepare_terminal() -> None:
+    """A character that the terminal lacks is a question mark; what no user can mend is not said."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    # bitsandbytes looks for an optional package for inference on CPU, and warns if it is not there
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

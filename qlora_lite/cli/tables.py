@@ -1,0 +1,108 @@
+"""Plans, scores and merges as tables."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qlora_lite.foundation.units import format_bytes, format_count, format_seconds
+
+if TYPE_CHECKING:
+    from qlora_lite.memory.plan import Plan
+    from qlora_lite.report import MergeRow
+    from qlora_lite.run.scoring import ScoreRow
+    from qlora_lite.training.optimizer import Optim
+
+PIPE_WIDTH = 200
+"""Columns of a table where no terminal says how many there are."""
+
+
+def show(console: Console, table: Table) -> None:
+    """Print a table; without a terminal no cell is folded to fit one."""
+    if not console.is_terminal:
+        console = Console(file=console.file, width=PIPE_WIDTH, color_system=None)
+    console.print(table)
+
+
+def plan_table(plan: "Plan") -> Table:
+    """Every term of the ledger, largest first within its place in the sum, and the peak."""
+    table = _table("memory", ">bytes", "how it is reckoned", show_footer=True)
+    for name, num_bytes, formula in plan.rows():
+        table.add_row(name, format_bytes(num_bytes), formula)
+    colour = "green" if plan.fits else "red"
+    table.columns[0].footer = "peak"
+    table.columns[1].footer = format_bytes(plan.peak_bytes)
+    table.columns[2].footer = f"[{colour}]{plan.verdict}[/]"
+    return table
+
+
+def plan_lines(plan: "Plan") -> list[str]:
+    """What else a plan says: sizes, host memory, and ways down where it does not fit."""
+    lines = [
+        f"{format_count(plan.num_trained)} of {format_count(plan.num_parameters)} parameters "
+        f"trained; {plan.micro_batch_tokens:,} tokens at a time, "
+        f"{format_count(plan.flops_per_token)}FLOP a token",
+    ]
+    if plan.ledger.host_bytes:
+        lines.append(f"main memory beside the card: {format_bytes(plan.ledger.host_bytes)}")
+    if plan.ways_down:
+        ways = [f"  {way.setting}  -{format_bytes(way.saved_bytes)}" for way in plan.ways_down]
+        lines += ["ways down, each taken alone:", *ways]
+    if plan.enough:
+        lines.append(f"fits with: {' '.join(plan.enough)}")
+    return lines
+
+
+def time_line(flops_per_second: float, flops_per_token: float, optim: "Optim") -> str:
+    """The time that matrix products alone need: no run is faster."""
+    rate = flops_per_second / flops_per_token
+    step = optim.tokens_per_step / rate
+    line = (
+        f"time: at best {rate:,.0f} tokens/s here (matrix products measured at "
+        f"{flops_per_second / 1e12:.3g} TFLOP/s), {format_seconds(step)} a step of "
+        f"{optim.tokens_per_step:,} tokens"
+    )
+    return line + (f", {format_seconds(step * optim.steps)} in all" if optim.steps else "")
+
+
+def score_table(rows: Iterable["ScoreRow"]) -> Table:
+    """One line a model."""
+    table = _table("model", "", ">loss", ">perplexity", ">accuracy", ">tokens")
+    for row in rows:
+        score = row.score
+        table.add_row(
+            Text(row.target),
+            row.what,
+            f"{score.loss:.4f}",
+            f"{score.perplexity:.2f}",
+            f"{score.accuracy:.2%}",
+            f"{score.num_targets:,}",
+        )
+    return table
+
+
+def merge_table(rows: Sequence["MergeRow"]) -> Table:
+    """Candidates of a merge, scored on the held-out rows."""
+    table = _table("candidate", ">held-out loss", ">same first guess as the adapter", "")
+    for row in rows:
+        agreement = "" if row.agreement is None else f"{row.agreement:.2%}"
+        written = "written" if row.written else ""
+        table.add_row(row.candidate, f"{row.loss:.4f}", agreement, written)
+    return table
+
+
+def _table(*columns: str, show_footer: bool = False) -> Table:
+    """A quiet table; a heading that begins with > stands over numbers."""
+    table = Table(box=box.SIMPLE_HEAD, show_footer=show_footer, pad_edge=False)
+    for column in columns:
+        is_number = column.startswith(">")
+        table.add_column(
+            column.removeprefix(">"),
+            justify="right" if is_number else "left",
+            no_wrap=is_number,
+            overflow="fold",
+        )
+    return table

@@ -1,0 +1,68 @@
+"""The recipes that come with the project."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_lite.demo import BASE
+from qlora_lite.foundation.device import DeviceRule, choose
+from qlora_lite.foundation.units import parse_bytes
+from qlora_lite.recipe import load_recipe
+from qlora_lite.run.planning import plan_recipe
+from tests.cli.workplace import run_command, run_file
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.py"))
+BF16 = torch.bfloat16
+CUDA = DeviceRule(torch.device("cuda"), BF16, BF16, BF16, BF16, "8bit")
+"""A card of today, which planning does not need to have."""
+
+
+@pytest.fixture(params=RECIPES, ids=lambda file: file.stem)
+def file(request):
+    return request.param
+
+
+def test_there_is_one_for_every_model_that_was_promised():
+    names = {file.stem for file in RECIPES}
+    assert names >= {"gpt2", "qwen3_0_6b", "qwen3_8b", "llama3_1_8b", "mistral_7b", "demo"}
+
+
+def test_it_loads_and_is_at_most_a_screen(file):
+    assert load_recipe(file).output.startswith("runs/")
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 60
+
+
+def test_its_docstring_says_what_the_planner_says(file):
+    recipe = load_recipe(file)
+    if recipe.base.model == BASE and not Path(BASE).is_dir():
+        pytest.skip("the embedded base is not built")
+    rule = choose("cpu") if recipe.base.model == BASE else CUDA
+    said = file.read_text(encoding="utf-8").split('"""')[1].replace("\n", " ")
+    peak, tokens, smallest, row, flops = re.search(
+        r"Needs ([\d.]+ .iB) .* with ([\d,]+) tokens at a time, ([\d.]+ .iB) with one row of "
+        r"([\d,]+).* ([\d.]+) GFLOP a token",
+        said,
+    ).groups()
+    plan = plan_recipe(recipe, rule)
+    one_row = plan_recipe(recipe.but(f"optim.micro_batch_tokens={recipe.data.max_tokens}"), rule)
+    assert plan.fits
+    assert parse_bytes(peak) == pytest.approx(plan.peak_bytes, rel=0.01)
+    assert int(tokens.replace(",", "")) == plan.micro_batch_tokens
+    assert parse_bytes(smallest) == pytest.approx(one_row.peak_bytes, rel=0.01)
+    assert int(row.replace(",", "")) == recipe.data.max_tokens
+    assert float(flops) == pytest.approx(plan.flops_per_token / 1e9, rel=0.01)
+
+
+def test_the_file_itself_is_the_train_command(file, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(file.parent))
+    arguments = [
+        "base.model=a/folder/that/is/not/there",
+        f"output={tmp_path / 'run'}",
+        "device=cpu",
+    ]
+    by_verb = run_command("train", file, *arguments)
+    assert run_file(file, *arguments) == by_verb
+    assert by_verb.status == 2
+    assert "a/folder/that/is/not/there" in by_verb.err

@@ -1,0 +1,36 @@
+"""Rows for the eye."""
+
+import io
+
+from rich.console import Console
+
+from qlora_lite.cli.rows import LONGEST_TEXT, row_text, show_row
+from qlora_lite.data.coloured import Piece
+from qlora_lite.data.preview import PreviewRow
+
+PIECES = [Piece("ask ", False), Piece("an", True), Piece("swer", True), Piece(" [/b]", False)]
+
+
+def test_without_colours_trained_stretches_stand_between_brackets():
+    assert row_text(PIECES, has_colour=False).plain == "ask [[answer]] [/b]"
+
+
+def test_with_colours_the_text_is_the_row_and_trained_tokens_have_their_style():
+    text = row_text(PIECES, has_colour=True)
+    assert text.plain == "ask answer [/b]"
+    styles = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}
+    assert "green" in styles["an"]
+    assert "green" not in styles["ask "]
+
+
+def test_a_long_row_is_cut_and_says_so():
+    text = row_text([Piece("x" * (LONGEST_TEXT + 5), False)], has_colour=False).plain
+    assert text == "x" * LONGEST_TEXT + " ..."
+
+
+def test_a_row_says_where_it_stands():
+    console = Console(file=io.StringIO(), width=20)
+    show_row(console, PreviewRow("[a].jsonl, line 3", PIECES, 4, 2))
+    first, second = console.file.getvalue().splitlines()
+    assert first == "[a].jsonl, line 3: 4 tokens, 2 of them trained"
+    assert second == "ask [[answer]] [/b]"
