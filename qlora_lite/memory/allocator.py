@@ -3,7 +3,7 @@
 glibc returns a freed block at once if it was mapped on its own, which blocks above a threshold are;
 but it raises that threshold, up to 32 MiB, whenever such a block is freed. Activations then come
 from a heap that does not shrink: steps of 1,024 tokens on a 100 M model held 1,445 to 1,648 MiB
-instead of 910, at the same speed. Setting the threshold by hand keeps it where it is.
+instead of 910. Setting the threshold by hand keeps it where it is.
 """
 
 import ctypes

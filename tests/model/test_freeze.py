@@ -21,10 +21,15 @@ def random_weight(d_out=48, d_in=100, dtype=torch.bfloat16):
     return (torch.randn(d_out, d_in, generator=generator) * 0.02).to(dtype)
 
 
-@pytest.fixture(params=["one chunk", "many chunks"], autouse=True)
+@pytest.fixture(params=["one chunk", "many chunks", "many chunks in threads"], autouse=True)
 def chunk(request, monkeypatch):
-    if request.param == "many chunks":
-        monkeypatch.setattr(module, "CHUNK_WEIGHTS", 1000)
+    num_threads = torch.get_num_threads()
+    if request.param != "one chunk":
+        monkeypatch.setattr(module, "CHUNK_WEIGHTS", {"cpu": 1000, "cuda": 1000})
+    if request.param == "many chunks in threads":
+        torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -74,6 +79,12 @@ def test_a_transposed_weight_is_the_weight(tmp_path, quant):
     assert torch.equal(plain.weight, transposed.weight)
     assert torch.equal(plain.original(), weight)
     assert torch.equal(transposed.original(), weight)
+
+
+def test_the_number_of_threads_is_what_it_was():
+    before = torch.get_num_threads()
+    freeze(random_weight(), NF4(), CPU)
+    assert torch.get_num_threads() == before
 
 
 def test_a_split_is_quantised_in_place_of_the_weight():

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CHUNK_SCRATCH_BYTES = 40 * 2**20
-"""8.5 times a chunk of 2 Mi weights in 16 bit, and some for the allocator."""
+CHUNK_SCRATCH_BYTES = 20 * 2**20
+"""8.5 times a chunk of 256 Ki weights in 16 bit for each thread, and some for the allocator."""
 
 
 @pytest.mark.slow
