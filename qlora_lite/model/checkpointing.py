@@ -10,11 +10,10 @@ import functools
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lite.model.targets import decoder_blocks
+from qlora_lite.model.shape import decoder_blocks
 
 
 def enable_checkpointing(model: nn.Module) -> None:
     """Checkpoint every decoder layer whenever gradients are computed. Call it once."""
-    path, _ = decoder_blocks(model)
-    for layer in model.get_submodule(path).children():
+    for layer in model.get_submodule(decoder_blocks(model)).children():
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)

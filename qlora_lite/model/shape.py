@@ -274,7 +274,7 @@ def _on_meta(config: PretrainedConfig, trust_remote_code: bool) -> nn.Module:
 
 def _parameter_shapes(model: nn.Module) -> list[ParameterShape]:
     head = model.get_output_embeddings()  # type: ignore[operator]
-    blocks = _blocks(model)
+    blocks = decoder_blocks(model)
     first_name: dict[int, str] = {}
     shapes = []
     for path, module in model.named_modules():
@@ -287,7 +287,7 @@ def _parameter_shapes(model: nn.Module) -> list[ParameterShape]:
                     shape=tuple(parameter.shape),
                     role="head" if module is head else _role(module, kind, parameter),
                     module=path,
-                    block=_block_of(path, blocks),
+                    block=block_of(path, blocks),
                     tied_to=None if tied_to == name else tied_to,
                     transposed=isinstance(module, Conv1D) and parameter.dim() == 2,
                 )
@@ -311,18 +311,20 @@ def _is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__
 
 
-def _blocks(model: nn.Module) -> str:
-    """Path of the decoder layers: the outermost ModuleList with the most parameters."""
+def decoder_blocks(model: nn.Module) -> str:
+    """Path of the decoder layers: the outermost list of modules with the most parameters."""
     lists = {p: m for p, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     outermost = {
         path: sum(p.numel() for p in modules.parameters())
         for path, modules in lists.items()
         if not any(path.startswith(f"{other}.") for other in lists)
     }
+    assert outermost, f"{type(model).__name__} has no list of decoder layers"
     return max(outermost, key=lambda path: outermost[path])
 
 
-def _block_of(path: str, blocks: str) -> int | None:
+def block_of(path: str, blocks: str) -> int | None:
+    """Index of the decoder layer that a module is in; None outside of `blocks`."""
     if not path.startswith(f"{blocks}."):
         return None
     return int(path.removeprefix(f"{blocks}.").split(".")[0])

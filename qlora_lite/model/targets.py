@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.model.frozen import FrozenLinear
-from qlora_lite.model.shape import ModelShape
+from qlora_lite.model.shape import ModelShape, block_of, decoder_blocks
 
 Kind = Literal["attention", "mlp", "head", "other"]
 
@@ -49,15 +49,16 @@ class LinearSpec:
 def linear_specs(model: nn.Module) -> list[LinearSpec]:
     """Every linear layer, frozen or not yet (on the meta device, say), in the model's order."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    blocks_path, num_blocks = decoder_blocks(model)
+    blocks = decoder_blocks(model)
+    num_blocks = len(list(model.get_submodule(blocks).children()))
     specs = []
     for path, module in model.named_modules():
         if (size := _size(module)) is None:
             continue
-        inside = path.removeprefix(f"{blocks_path}.") if path.startswith(f"{blocks_path}.") else ""
-        block, _, rest = inside.partition(".")
-        kind: Kind = "head" if module is head else _kind(rest)
-        specs.append(LinearSpec(path, *size, int(block) if block else None, num_blocks, kind))
+        block = block_of(path, blocks)
+        inside = "" if block is None else path.removeprefix(f"{blocks}.{block}.")
+        kind: Kind = "head" if module is head else _kind(inside)
+        specs.append(LinearSpec(path, *size, block, num_blocks, kind))
     return specs
 
 
@@ -86,17 +87,6 @@ def select(specs: Sequence[LinearSpec], targets: str | Sequence[str]) -> list[Li
             raise AdapterError(_nothing(target, specs))
         chosen |= matches
     return [spec for spec in specs if spec.path in chosen]
-
-
-def decoder_blocks(model: nn.Module) -> tuple[str, int]:
-    """Path and length of the decoder layers: the outermost ModuleList with the most modules."""
-    lists = {path: m for path, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    outermost = {
-        path: m for path, m in lists.items() if not any(path.startswith(f"{p}.") for p in lists)
-    }
-    assert outermost, f"{type(model).__name__} has no list of decoder layers"
-    path = max(outermost, key=lambda p: len(list(outermost[p].modules())))
-    return path, len(outermost[path])
 
 
 def _size(module: nn.Module) -> tuple[int, int] | None:

@@ -10,8 +10,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from qlora_lite.foundation.device import choose
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.model.load import Base, load_base
-from qlora_lite.model.targets import LinearSpec, linear_specs, select
-from tests.tiny import tiny_model
+from qlora_lite.model.shape import model_shape
+from qlora_lite.model.targets import LinearSpec, linear_specs, select, specs_of_shape
+from tests.tiny import FAMILIES, tiny_model
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -87,3 +88,9 @@ def test_kinds_are_right_in_other_architectures(family, attention, mlp):
         model = AutoModelForCausalLM.from_config(config)
     found = Counter(spec.kind for spec in linear_specs(model) if spec.block == 0)
     assert found == {"attention": attention, "mlp": mlp}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dimensions_alone_give_the_same_layers_as_the_model(family):
+    model = tiny_model(family)
+    assert specs_of_shape(model_shape(model.config)) == linear_specs(model)
