@@ -1,0 +1,60 @@
+"""The demo tells the truth: it ends well, and it fails where a claim does not hold."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from qlora_lite.demo import story
+from qlora_lite.demo.story import BrokenClaim
+
+QUIET = Console(quiet=True)
+
+
+def events(*losses, start=31):
+    return [{"step": start + i, "loss": loss, "seconds": i} for i, loss in enumerate(losses)]
+
+
+def test_steps_made_again_must_be_the_same_to_the_last_bit():
+    before = events(3.0, 2.5, 2.25)
+    again = [dict(event, seconds=99.0) for event in before]
+    story._check_continuation(QUIET, before, [*again, *events(2.0, start=34)])
+    with pytest.raises(BrokenClaim, match="differs from the killed one"):
+        story._check_continuation(QUIET, before, events(3.0, 2.5, 2.25 + 2**-40))
+
+
+def test_a_continuation_with_nothing_to_compare_proves_nothing():
+    with pytest.raises(BrokenClaim):
+        story._check_continuation(QUIET, events(3.0, start=30), events(3.0, start=30))
+
+
+def test_the_held_out_loss_must_fall():
+    def scorings(*losses):
+        return [{"step": i, "heldout_loss": loss} for i, loss in enumerate(losses)]
+
+    story._check_learning(QUIET, scorings(4.0, 3.0))
+    with pytest.raises(BrokenClaim, match=r"from 4\.000 to 3\.900"):
+        story._check_learning(QUIET, scorings(4.0, 3.9))
+
+
+def test_a_demo_never_overwrites_another(tmp_path):
+    names = [story._new_folder(tmp_path).name for _ in range(3)]
+    assert names == ["demo", "demo-2", "demo-3"]
+
+
+@pytest.mark.slow
+def test_the_whole_story_holds(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "qlora_lite", "demo"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    for words in ("SIGKILL", "to the last bit", "going on after step 30", "everything held"):
+        assert words in " ".join(result.stdout.split())
+    assert (tmp_path / "runs" / "demo" / "merged" / "model.safetensors").is_file()
