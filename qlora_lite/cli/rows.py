@@ -5,7 +5,6 @@ Elsewhere trained stretches stand between [[ and ]], and nothing tells tokens ap
 """
 
 from collections.abc import Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -29,14 +28,9 @@ def show_row(console: Console, row: "PreviewRow") -> None:
 
 def row_text(pieces: Sequence["Piece"], has_colour: bool) -> Text:
     """The tokens of a row."""
-    from qlora_lite.data.coloured import coloured
+    from qlora_lite.data.coloured import bracketed, coloured
 
-    if has_colour:
-        text = coloured(pieces)
-    else:
-        stretches = groupby(pieces, key=lambda piece: piece.is_trained)
-        parts = (("".join(p.text for p in members), trained) for trained, members in stretches)
-        text = Text("".join(f"[[{part}]]" if trained else part for part, trained in parts))
+    text = coloured(pieces) if has_colour else Text(bracketed(pieces))
     if len(text) > LONGEST_TEXT:
         text.truncate(LONGEST_TEXT)
         text.append(" ...")

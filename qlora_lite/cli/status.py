@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 
 from qlora_lite.foundation.console import errors
-from qlora_lite.foundation.errors import Interrupted, QloraLiteError
+from qlora_lite.foundation.errors import DataError, Interrupted, QloraLiteError
 
 DONE, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
@@ -53,7 +53,18 @@ def _explain(error: BaseException) -> int:
             traceback.print_exception(error)
             status, kind, message = BUG, "bug", _PLEASE_REPORT
     _say(message, kind)
+    if isinstance(error, DataError):
+        _show_sample(error)
     return status
+
+
+def _show_sample(error: DataError) -> None:
+    """The tokens of a row in which nothing is trained."""
+    from qlora_lite.cli.rows import row_text
+    from qlora_lite.data.tokenise import NothingTrained
+
+    if isinstance(error, NothingTrained):
+        errors.print(row_text(error.sample, has_colour=errors.color_system is not None))
 
 
 def _say(message: str, kind: str) -> None:

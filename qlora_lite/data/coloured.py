@@ -49,12 +49,12 @@ def coloured(pieces: Sequence[Piece]) -> Text:
 
 
 def bracketed(pieces: Sequence[Piece]) -> str:
-    """The same without colour: what is trained stands between ⟦ and ⟧."""
+    """The same without colour: what is trained stands between [[ and ]]."""
     text = ""
     inside = False
     for piece in pieces:
         if piece.is_trained != inside:
-            text += "⟧" if inside else "⟦"
+            text += "]]" if inside else "[["
             inside = piece.is_trained
         text += piece.text
-    return text + "⟧" * inside
+    return text + "]]" * inside

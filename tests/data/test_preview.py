@@ -60,8 +60,8 @@ def test_trained_tokens_stand_out():
 
 def test_trained_tokens_stand_between_brackets_where_there_is_no_colour():
     pieces = [Piece("ask", False), Piece("say", True), Piece("end", True)]
-    assert bracketed(pieces) == "ask⟦sayend⟧"
-    assert bracketed([*pieces, Piece("ask", False)]) == "ask⟦sayend⟧ask"
+    assert bracketed(pieces) == "ask[[sayend]]"
+    assert bracketed([*pieces, Piece("ask", False)]) == "ask[[sayend]]ask"
 
 
 def test_a_space_that_a_tokenizer_drops_at_the_beginning_is_shown():
