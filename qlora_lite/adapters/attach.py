@@ -20,6 +20,7 @@ from qlora_lite.adapters.method import Method, ParameterGroup, check_ranks, scal
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.foundation.seeds import generator
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear
+from qlora_lite.model.shape import is_norm
 from qlora_lite.model.targets import LinearSpec, select
 
 ALWAYS_FP32 = (Role.GATE,)
@@ -32,7 +33,7 @@ class TrainedLinear(nn.Module):
     def __init__(self, base: FrozenLinear) -> None:
         super().__init__()
         self.weight = nn.Parameter(base.dense().float())
-        self.bias = None if base.bias is None else nn.Parameter(base.bias.detach().float())
+        self.bias = None if base.bias is None else nn.Parameter(base.bias.detach().float().clone())
 
     def matmul(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight.to(x.dtype))
@@ -166,7 +167,7 @@ def attach(
         attached.layers[spec.path] = layer
     method.adopt(attached.layers)
     if settings.embedding_rank:
-        _attach_embedding(model, attached, seed, dtype)
+        _attach_embedding(model, attached, whole, seed, dtype)
     _attach_whole(model, attached, whole)
     return attached
 
@@ -187,7 +188,7 @@ def find_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
     paths = [
         path
         for path, module in model.named_modules()
-        if isinstance(module, kinds) or _is_norm(module)
+        if isinstance(module, kinds) or is_norm(module)
     ]
     found: list[str] = []
     for name in names:
@@ -202,18 +203,19 @@ def find_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
     return found
 
 
-def _is_norm(module: nn.Module) -> bool:
-    """A norm holds a vector or two of its own and no other module."""
-    own = list(module.parameters(recurse=False))
-    return bool(own) and not list(module.children()) and all(p.dim() == 1 for p in own)
-
-
-def _attach_embedding(model: nn.Module, attached: Attached, seed: int, dtype: torch.dtype) -> None:
+def _attach_embedding(
+    model: nn.Module, attached: Attached, whole: Sequence[str], seed: int, dtype: torch.dtype
+) -> None:
     path = next(
         (p for p, m in model.named_modules() if m is model.get_input_embeddings()),  # type: ignore[operator]
     )
     settings = attached.method.settings
     base = model.get_submodule(path)
+    if path in whole:
+        raise AdapterError(
+            f"adapter.embedding_rank={settings.embedding_rank} and adapter.train_modules both "
+            f"train {path}. Take one of the two"
+        )
     if not isinstance(base, FrozenEmbedding):
         raise AdapterError(
             f"adapter.embedding_rank={settings.embedding_rank}: {path} is a "
@@ -230,7 +232,7 @@ def _attach_embedding(model: nn.Module, attached: Attached, seed: int, dtype: to
 
 
 def _attach_whole(model: nn.Module, attached: Attached, paths: Sequence[str]) -> None:
-    norms = [path for path, module in model.named_modules() if _is_norm(module)]
+    norms = [path for path, module in model.named_modules() if is_norm(module)]
     for path in [*paths, *(norms if attached.method.settings.train_norms else [])]:
         module = model.get_submodule(path)
         attached.bare[path] = module

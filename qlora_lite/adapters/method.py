@@ -64,7 +64,8 @@ class AdapterSettings(Settings):
     """Train the norms (scale and bias) as well."""
 
     train_modules: list[str] = Field(default_factory=list)
-    """Modules trained whole, by path or last name: `["lm_head"]`. Kept in fp32."""
+    """Modules trained whole, by path or last name: `["lm_head"]`. Linear layers and embeddings
+    are kept in fp32, norms in the dtype that they have."""
 
     start: str | None = None
     """A PEFT adapter directory, or a run's `adapter/`, to begin from."""

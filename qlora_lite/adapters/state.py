@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,12 +28,17 @@ from qlora_lite.adapters.layer import Factors
 from qlora_lite.adapters.method import AdapterSettings
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.foundation.files import write_json
+from qlora_lite.model.freeze import StoredWeight
+from qlora_lite.model.frozen import FrozenLinear
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 NATIVE = "native.safetensors"
 SIDECAR = "qlora_lite.json"
 _PREFIX = "base_model.model."
+
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""PEFT's starts that take something out of the base's weights, as prefixes of their names."""
 
 
 def save_adapter(
@@ -88,7 +93,9 @@ def to_peft(attached: Attached) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors[f"{_PREFIX}{path}.lora_embedding_B"] = up
     for path, module in attached.whole.items():
         for name, parameter in module.named_parameters():
-            tensors[f"{_PREFIX}{path}.{name}"] = parameter.detach().cpu().float().contiguous()
+            value = parameter.detach().cpu().float()
+            value = value.T if _is_transposed(attached, path, value) else value
+            tensors[f"{_PREFIX}{path}.{name}"] = value.contiguous()
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -107,6 +114,13 @@ def to_peft(attached: Attached) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, config
 
 
+def _is_transposed(attached: Attached, path: str, tensor: Tensor) -> bool:
+    """PEFT keeps this matrix as its base does, (d_in, d_out); a whole module as (d_out, d_in)."""
+    bare = attached.bare[path]
+    source = bare.source if isinstance(bare, FrozenLinear) else None
+    return tensor.dim() == 2 and isinstance(source, StoredWeight) and source.transposed
+
+
 def _padded(pair: Factors, rank: int) -> tuple[Tensor, Tensor]:
     missing = rank - pair.rank
     down = F.pad(pair.down, (0, 0, 0, missing)).cpu().contiguous()
@@ -121,6 +135,21 @@ class PeftAdapter:
     layers: dict[str, Factors] = field(default_factory=dict)
     embeddings: dict[str, Factors] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
+    """As the base stores them: GPT-2's matrices are (d_in, d_out)."""
+
+
+def require_adapter(directory: Path) -> None:
+    """A quick look, before anything large is read.
+
+    Raises:
+        AdapterError: if the directory holds no adapter.
+    """
+    has_peft = (directory / CONFIG).is_file() and (directory / WEIGHTS).is_file()
+    if not has_peft and not (directory / NATIVE).is_file():
+        raise AdapterError(
+            f"{directory} is not an adapter directory: {CONFIG} and {WEIGHTS} are needed there. "
+            "Give the folder that PEFT's save_pretrained wrote, or a run's adapter/"
+        )
 
 
 def read_peft(directory: Path) -> PeftAdapter:
@@ -129,10 +158,11 @@ def read_peft(directory: Path) -> PeftAdapter:
     Raises:
         AdapterError: if it is not a LoRA adapter that can be folded without loss.
     """
-    if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():
+    require_adapter(directory)
+    if not (directory / CONFIG).is_file():
         raise AdapterError(
-            f"{directory} is not an adapter directory: {CONFIG} and {WEIGHTS} are needed there. "
-            "Give the folder that PEFT's save_pretrained wrote, or a run's adapter/"
+            f"{directory} has no PEFT form ({CONFIG}), and was trained with other settings than "
+            "these. Take the method, ranks and targets of its recipe.json"
         )
     config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     _refuse_what_is_not_lora(directory, config)
@@ -173,6 +203,14 @@ def _refuse_what_is_not_lora(directory: Path, config: Mapping[str, Any]) -> None
             "only plain LoRA without trained biases can be read. Merge it with PEFT and use the "
             "merged model as the base"
         )
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(CHANGES_BASE):
+        raise AdapterError(
+            f"{directory} has init_lora_weights={start!r}, which changed the base's own weights: "
+            "the adapter is wrong on the plain base. Save it again with PEFT's "
+            "path_initial_model_for_weight_conversion, or merge it with PEFT and use the merged "
+            "model as the base"
+        )
 
 
 def _peft_scale(config: Mapping[str, Any], path: str, rank: int) -> float:
@@ -193,7 +231,7 @@ def begin_from(attached: Attached, directory: Path) -> None:
     """
     native = directory / NATIVE
     if native.is_file() and _was_trained_with(directory, attached.method.settings):
-        load_native(attached, load_file(native))
+        load_native(attached, read_native(directory))
         return
     adapter = read_peft(directory)
     _check_places(attached, adapter)
@@ -207,7 +245,8 @@ def begin_from(attached: Attached, directory: Path) -> None:
     parameters = attached.parameters()
     with torch.no_grad():
         for name, tensor in adapter.whole.items():
-            parameters[name].copy_(tensor)
+            path = name.rpartition(".")[0]
+            parameters[name].copy_(tensor.T if _is_transposed(attached, path, tensor) else tensor)
 
 
 def _was_trained_with(directory: Path, settings: AdapterSettings) -> bool:
@@ -249,6 +288,21 @@ def _check_shape(path: str, factors: Factors, shape: tuple[int, int]) -> None:
             f"{path}: the adapter maps {got[0]} to {got[1]} features, the base {shape[0]} to "
             f"{shape[1]}. It was trained on another base model"
         )
+
+
+def read_native(directory: Path) -> dict[str, Tensor]:
+    """Our own state of a run's `adapter/`.
+
+    Raises:
+        AdapterError: if the file is damaged or missing.
+    """
+    try:
+        return load_file(directory / NATIVE)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(
+            f"{directory / NATIVE} cannot be read ({error}). Restore it, or delete {directory} and "
+            "train the run again: it goes on from its last checkpoint"
+        ) from error
 
 
 def load_native(attached: Attached, tensors: Mapping[str, Tensor]) -> None:

@@ -139,8 +139,8 @@ def merge(
     format: Annotated[Literal["hf"], typer.Option(help="A Hugging Face directory.")] = "hf",
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Read it back and compare; --base auto always does."),
-    ] = False,
+        typer.Option(help="Read the files back and compare; --base auto always does."),
+    ] = True,
 ) -> None:
     """Add the adapter to its base: a model that needs nothing of ours, and a proof of it."""
     from qlora_lite.run import merging

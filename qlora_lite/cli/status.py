@@ -10,9 +10,14 @@
 
 import errno
 import logging
+import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
 
 from qlora_lite.foundation.console import errors
 from qlora_lite.foundation.errors import DataError, Interrupted, QloraLiteError
@@ -47,6 +52,10 @@ def _explain(error: BaseException) -> int:
             status, kind, message = MISTAKE, "error", f"{place}: {error.strerror}"
         case Interrupted():
             status, kind, message = INTERRUPTED, "interrupted", str(error)
+        case BrokenPipeError():
+            # whoever read the output has seen enough; nothing is left to be flushed to them
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return DONE
         case KeyboardInterrupt():
             status, kind, message = INTERRUPTED, "interrupted", "stopped from the keyboard"
         case _:
@@ -74,8 +83,17 @@ def _say(message: str, kind: str) -> None:
 
 def _prepare_terminal() -> None:
     """A character that the terminal lacks is a question mark; what no user can mend is not said."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end)
     # bitsandbytes looks for an optional package for inference on CPU, and warns if it is not there
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # what a hub that cannot be reached means is said once, by our own message
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM outside of training, which listens for itself."""
+    raise Interrupted("stopped by SIGTERM. The same command continues")

@@ -11,6 +11,7 @@ keeps rows to themselves out of them. Padding is one more row of a bin, with tar
 none. So no token id has to mean padding.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,7 @@ from qlora_lite.data.examples import Example, Examples
 from qlora_lite.data.packing import WINDOW, pack_in_windows
 from qlora_lite.foundation.errors import DataError
 from qlora_lite.foundation.seeds import generator
-
-IGNORED = -100
-"""Target of a position whose next token is not trained."""
+from qlora_lite.kernels.cross_entropy import IGNORED
 
 
 @dataclass(frozen=True)
@@ -61,13 +60,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
-        return Batch(
-            self.input_ids.to(device, non_blocking=True),
-            self.targets.to(device, non_blocking=True),
-            self.position_ids.to(device, non_blocking=True),
-            self.num_targets,
-            self.num_tokens,
-            self.rows,
+        return dataclasses.replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            targets=self.targets.to(device),
+            position_ids=self.position_ids.to(device),
         )
 
 
@@ -125,14 +122,19 @@ def split_micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 class Batches:
     """The micro-batches of every optimizer step.
 
+    All steps are of the same size, and step `i` does not depend on how many there are: a run that
+    is made longer sees the same rows as one that was meant to be so long.
+
     Args:
         examples: the rows, none longer than `max_tokens`.
         max_tokens: capacity of a bin.
-        tokens_per_step: tokens that a step processes, rounded to whole bins, at least one. Without
-            packing a bin is one row, and counts as long as the rows are on average.
+        tokens_per_step: tokens that a step processes, rounded to whole bins, at least one and at
+            most an epoch. Without packing a bin is one row, and counts as long as the rows are on
+            average.
         micro_batch_tokens: tokens that a forward sees, padding included; at least one bin.
             Another value changes how a step is cut, never which rows are in it.
-        epochs: how often every row is seen; the last step may be smaller than the others.
+        epochs: how often every row is seen, in whole steps: the last one is filled up with rows
+            of the next epoch.
         steps: the number of steps instead, with as many epochs as they take.
 
     Raises:
@@ -164,14 +166,11 @@ class Batches:
         self._epoch_bins = lru_cache(maxsize=2)(self._make_epoch)
         self.bins_per_epoch = len(self._epoch_bins(0))
         mean_length = examples.num_tokens / len(examples)
-        self.bins_per_step = max(
-            1, round(tokens_per_step / (max_tokens if packing else mean_length))
-        )
+        bins_per_step = round(tokens_per_step / (max_tokens if packing else mean_length))
+        self.bins_per_step = min(max(1, bins_per_step), self.bins_per_epoch)
         if steps is None:
-            self._num_bins = max(1, round(self.bins_per_epoch * epochs))
-            steps = math.ceil(self._num_bins / self.bins_per_step)
-        else:
-            self._num_bins = steps * self.bins_per_step
+            num_bins = max(1, round(self.bins_per_epoch * epochs))
+            steps = math.ceil(num_bins / self.bins_per_step)
         self.steps = steps
 
     def step(self, i: int) -> list[Batch]:
@@ -186,7 +185,7 @@ class Batches:
 
     def epoch(self, i: int) -> float:
         """How many times the rows were seen when step `i` is done."""
-        return min((i + 1) * self.bins_per_step, self._num_bins) / self.bins_per_epoch
+        return (i + 1) * self.bins_per_step / self.bins_per_epoch
 
     def worst(self) -> Batch:
         """As many tokens as the largest batch of this run, in bins as long as its longest.
@@ -202,19 +201,17 @@ class Batches:
         )
         lengths = [self._length(members) for members in bins]
         largest = max(
-            length
-            * min(max(1, self.micro_batch_tokens // length), len(bins) - i, self.bins_per_step)
-            for i, length in enumerate(lengths)
+            length * min(max(1, self.micro_batch_tokens // length), self.bins_per_step)
+            for length in lengths
         )
         return self._batch(bins[: -(-largest // lengths[0])])
 
     def _bins(self, i: int) -> list[list[int]]:
         """Examples in the bins of a step, which may begin in one epoch and end in the next."""
         start = i * self.bins_per_step
-        stop = min(start + self.bins_per_step, self._num_bins)
         return [
             self._epoch_bins(k // self.bins_per_epoch)[k % self.bins_per_epoch]
-            for k in range(start, stop)
+            for k in range(start, start + self.bins_per_step)
         ]
 
     def _make_epoch(self, epoch: int) -> list[list[int]]:

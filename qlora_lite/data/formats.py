@@ -4,6 +4,7 @@ A format says which fields it needs and how they are read; `FORMATS` is the list
 which `auto` tries them. Another format is one function and one line there.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -67,14 +68,16 @@ class Fields:
         value = self.value(field)
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise RowError(self.name(field), f"got {_kind(value)}, text is needed: {value!r:.80}")
-        return str(value)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RowError(self.name(field), f"got {value}, which is no number")
+        return _utf8(str(value), self.name(field))
 
     def user_text(self) -> str:
         """What the user says: the prompt field, or the row's fields put into `data.prompt`."""
         if self.prompt is None:
             return self.text("prompt")
         try:
-            return self.prompt.format_map(self.row)
+            return _utf8(self.prompt.format_map(self.row), "data.prompt")
         except KeyError as error:
             there = ", ".join(map(repr, self.row))
             raise RowError(
@@ -158,7 +161,7 @@ def _message(message: Any, field: str) -> Message:
         raise RowError(f"{field}.role", f"got {role!r}, one of {', '.join(ROLES)} is needed")
     if not isinstance(content, str):
         raise RowError(f"{field}.content", f"got {_kind(content)}, text is needed")
-    return Message(role, content)
+    return Message(role, _utf8(content, f"{field}.content"))
 
 
 def _conversation(messages: tuple[Message, ...], field: str) -> Conversation:
@@ -179,6 +182,21 @@ def _conversation(messages: tuple[Message, ...], field: str) -> Conversation:
             field, f"ends with the {messages[-1].role}; the last message must be the assistant's"
         )
     return Conversation(messages)
+
+
+def _utf8(text: str, field: str) -> str:
+    """The text, if it can be written; JSON can name a half of a pair of UTF-16, which cannot.
+
+    Raises:
+        RowError: with the character that cannot.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            field, f"character {error.start} is {text[error.start]!r}, half of a surrogate pair"
+        ) from None
+    return text
 
 
 def _kind(value: Any) -> str:

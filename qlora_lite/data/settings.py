@@ -79,4 +79,6 @@ class Data(Settings):
                     "name the row's fields in braces, such as 'Sentence: {text}', and write "
                     "{{ and }} for braces that are text"
                 )
+            # a shell hands over \n as two characters
+            prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
         return prompt

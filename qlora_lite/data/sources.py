@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from qlora_lite.data.streams import lines, quiet, stream, whole
 from qlora_lite.data.tables import line_of_record, read_table
@@ -21,6 +21,8 @@ Rows = Iterator[tuple[int, dict[str, Any]]]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 TABLES = (".csv", ".tsv")
+
+_STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def _is_array(path: Path) -> bool:
 
 def _decode(text: str, path: Path, first_line: int) -> Any:
     try:
-        return json.loads(text)
+        return _parse(text)
     except json.JSONDecodeError as error:
         near = text[max(0, error.pos - 30) : error.pos + 30].strip()
         raise DataError(
@@ -124,6 +126,34 @@ def _decode(text: str, path: Path, first_line: int) -> Any:
             f"{error.msg}, near {near!r}. Every row is one whole JSON object"
             + ("" if path.suffix == ".json" else " on a line of its own")
         ) from None
+
+
+def _parse(text: str) -> Any:
+    """JSON as its standard has it, where Python also takes NaN and Infinity.
+
+    Raises:
+        json.JSONDecodeError: for all that is wrong with it, with the position.
+    """
+
+    def refuse(constant: str) -> NoReturn:
+        found = re.finditer(rf"{_STRING}|({constant})", text)
+        place = next(match.start() for match in found if match[1])
+        raise json.JSONDecodeError(f"{constant} is no value of JSON", text, place)
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", text, _deepest(text)) from None
+
+
+def _deepest(text: str) -> int:
+    """Position of the innermost bracket of a JSON text."""
+    depth = deepest = place = 0
+    for match in re.finditer(rf"{_STRING}|[\[\]{{}}]", text):
+        depth += (match[0] in "[{") - (match[0] in "]}")
+        if depth > deepest:
+            deepest, place = depth, match.start()
+    return place
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:

@@ -17,8 +17,6 @@ from qlora_lite.foundation.errors import DataError
 Quoting = Literal[0, 3]
 """csv.QUOTE_MINIMAL or csv.QUOTE_NONE"""
 
-csv.field_size_limit(sys.maxsize)
-
 
 def read_table(path: Path, columns: list[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Records, counted from 1 without the header, as text by column.
@@ -81,13 +79,17 @@ def _quoting(path: Path) -> Quoting:
 
 def _records(path: Path, quoting: Quoting) -> Iterator[tuple[int, list[str]]]:
     """The line on which each record begins, and its cells; blank lines are passed over."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=_delimiter(path), quoting=quoting, strict=True)
-        begin = 1
-        for cells in reader:
-            if cells:
-                yield begin, cells
-            begin = reader.line_num + 1
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter=_delimiter(path), quoting=quoting, strict=True)
+            begin = 1
+            for cells in reader:
+                if cells:
+                    yield begin, cells
+                begin = reader.line_num + 1
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _check(path: Path, quoting: Quoting, names: list[str], *, has_header: bool) -> None:

@@ -94,8 +94,8 @@ def tell(console: Console, parent: Path = Path("runs")) -> Path:
 
 
 def _new_folder(parent: Path) -> Path:
-    """`demo`, or `demo-2` and so on: nothing is overwritten."""
-    names = itertools.chain(["demo"], (f"demo-{n}" for n in itertools.count(2)))
+    """`story`, or `story-2` and so on: nothing is overwritten."""
+    names = itertools.chain(["story"], (f"story-{n}" for n in itertools.count(2)))
     folder = next(parent / name for name in names if not (parent / name).exists())
     folder.mkdir(parents=True)
     return folder

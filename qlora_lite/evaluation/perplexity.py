@@ -40,14 +40,10 @@ def score(model: CausalModel, batches: Iterable[Batch]) -> Score:
     loss_sum = 0.0
     hits = 0
     guesses: list[Tensor] = []
-    for batch in batches:
-        targets = batch.targets.to(model.device)
-        keep = targets != IGNORED
-        hidden = model.hidden(batch.input_ids.to(model.device), batch.position_ids.to(model.device))
-        pairs = zip(
-            hidden[keep].split(CHUNK_TOKENS), targets[keep].split(CHUNK_TOKENS), strict=True
-        )
-        for h, t in pairs:
+    for batch in (batch.to(model.device) for batch in batches):
+        keep = batch.targets != IGNORED
+        hidden = model.hidden(batch.input_ids, batch.position_ids)[keep].split(CHUNK_TOKENS)
+        for h, t in zip(hidden, batch.targets[keep].split(CHUNK_TOKENS), strict=True):
             logits = model.logits(h).float()
             loss_sum += F.cross_entropy(logits, t, reduction="sum").item()
             guess = logits.argmax(-1)

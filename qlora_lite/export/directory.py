@@ -21,7 +21,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from qlora_lite.foundation.errors import ExportError
-from qlora_lite.foundation.files import lock, sync_directory, write_json, write_text
+from qlora_lite.foundation.files import (
+    lock,
+    sync_directory,
+    sync_tree,
+    write_json,
+    write_text,
+)
 
 LICENCES = ("licen[cs]e*", "notice*", "use_policy*", "copying*")
 """Files of the base that go with everything made of it, in any case."""
@@ -60,12 +66,9 @@ def unfinished(out: Path, identity: str) -> Iterator[Path]:
     with lock(aside):
         _keep_only(aside, identity)
         yield aside
-        for path in sorted(aside.iterdir(), key=lambda path: path.name == _IDENTITY):
-            if path.name.startswith("."):
-                path.unlink()
-            else:
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+        sync_tree(aside)
+        for path in sorted(aside.glob(".*"), key=lambda path: path.name == _IDENTITY):
+            path.unlink()
         sync_directory(aside)
         require_free(out)
         os.replace(aside, out)

@@ -371,9 +371,10 @@ def _dense(linear: FrozenLinear) -> Iterator[Tensor]:
 
 
 def _add(rows: Iterator[Tensor], pair: Factors) -> Iterator[Tensor]:
-    """rows + up @ down in fp32."""
+    """rows + up @ down in fp32; where nothing is added, even the sign of a zero is kept."""
     start = 0
     for part in rows:
         up = pair.up[start : start + len(part)].to(part.device)
-        yield torch.addmm(part.float(), up, pair.down.to(part.device))
+        summed = torch.addmm(part.float(), up, pair.down.to(part.device))
+        yield torch.where(up.any(dim=1, keepdim=True), summed, part.float())
         start += len(part)

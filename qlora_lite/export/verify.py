@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from qlora_lite.data.batches import IGNORED, Batch
+from qlora_lite.data.batches import Batch
 from qlora_lite.export.merge import MergedWeights
 from qlora_lite.foundation.device import DeviceRule
+from qlora_lite.kernels.cross_entropy import IGNORED
 from qlora_lite.model.causal import CausalModel
 from qlora_lite.model.load import Base, skeleton
 
@@ -52,9 +53,9 @@ def sample_logits(model: CausalModel, batches: Iterable[Batch]) -> Tensor:
     model.module.eval()
     found: list[Tensor] = []
     missing = SAMPLED_TOKENS
-    for batch in batches:
-        hidden = model.hidden(batch.input_ids.to(model.device), batch.position_ids.to(model.device))
-        kept = hidden[batch.targets.to(model.device) != IGNORED][:missing]
+    for batch in (batch.to(model.device) for batch in batches):
+        hidden = model.hidden(batch.input_ids, batch.position_ids)
+        kept = hidden[batch.targets != IGNORED][:missing]
         found.append(model.logits(kept).float().cpu())
         missing -= len(kept)
         if not missing:

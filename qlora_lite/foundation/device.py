@@ -67,7 +67,12 @@ def choose(device: str = "auto", compute: str = "auto", *, is_imagined: bool = F
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = device.partition(":")[0]
+    kind = device if device == "cpu" else device.partition(":")[0]
+    if kind == "cpu" and compute == "fp16":
+        raise DeviceError(
+            "got compute=fp16 on a CPU; its small gradients need the loss scaling of CUDA. "
+            "Take base.compute=auto, which is fp32 here"
+        )
     if kind not in ("cpu", "cuda"):
         raise DeviceError(
             f"got device {device!r}; cpu and cuda are supported. "

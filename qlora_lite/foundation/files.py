@@ -39,13 +39,29 @@ def sync_directory(directory: Path) -> None:
         os.close(handle)
 
 
+def sync_tree(directory: Path) -> None:
+    """Make everything inside a directory durable."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        else:
+            sync_directory(path)
+    sync_directory(directory)
+
+
 @contextmanager
 def complete_directory(target: Path) -> Iterator[Path]:
     """A directory to fill; it appears as `target`, synced and whole, when the block ends well.
 
     After an error or a kill only a hidden `.name.writing` is left, which the next attempt removes.
-    An existing `target` is replaced.
+    An existing `target` is replaced; a kill in between leaves it as `.name.old`, which the next
+    attempt puts back.
     """
+    old = target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():
+        os.replace(old, target)
+    shutil.rmtree(old, ignore_errors=True)
     aside = target.with_name(f".{target.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -54,16 +70,8 @@ def complete_directory(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    for path in aside.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        else:
-            sync_directory(path)
-    sync_directory(aside)
+    sync_tree(aside)
     if target.exists():
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
         os.replace(target, old)
         os.replace(aside, target)
         shutil.rmtree(old, ignore_errors=True)

@@ -8,6 +8,7 @@ On CPU each thread works on a chunk of its own: a fifth less work than all threa
 since the scratch stays warm, and on a busy machine nobody waits for the slowest at each operation.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -201,12 +202,7 @@ def _for_each_chunk(
         torch.set_num_threads(num_threads)
 
 
-_maps: dict[torch.device, Tensor] = {}
-
-
+@functools.cache
 def _shared_map(device: torch.device) -> Tensor:
     """The 256 values of bitsandbytes' dynamic 8-bit type, one tensor per device."""
-    if device not in _maps:
-        values = bitsandbytes.functional.create_dynamic_map().to(device)
-        _maps[device] = values
-    return _maps[device]
+    return bitsandbytes.functional.create_dynamic_map().to(device)

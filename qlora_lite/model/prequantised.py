@@ -24,11 +24,11 @@ COMPANION = re.compile(
 )
 
 
-def stored_quant(config: Any, asked: Quant) -> Quant | None:
+def own_quant(config: Any) -> Quant | None:
     """The quantisation of the checkpoint itself, or None if it has none.
 
     Raises:
-        BaseModelError: if it is another library's, or of another kind than `asked`.
+        BaseModelError: if it is another library's.
     """
     settings = getattr(config, "quantization_config", None)
     if settings is None:
@@ -41,13 +41,20 @@ def stored_quant(config: Any, asked: Quant) -> Quant | None:
             f"the checkpoint is quantised with {method}; weights of bitsandbytes (nf4, fp4, int8) "
             "and unquantised ones can be read. Take the model's original, which is quantised here"
         )
-    quant: NF4 | FP4 | Int8
     if settings.get("load_in_8bit"):
-        quant = Int8()
-    else:
-        kind = NF4 if settings.get("bnb_4bit_quant_type") == "nf4" else FP4
-        quant = kind(double_quant=bool(settings.get("bnb_4bit_use_double_quant")))
-    if asked.kind != quant.kind:
+        return Int8()
+    kind = NF4 if settings.get("bnb_4bit_quant_type") == "nf4" else FP4
+    return kind(double_quant=bool(settings.get("bnb_4bit_use_double_quant")))
+
+
+def stored_quant(config: Any, asked: Quant) -> Quant | None:
+    """`own_quant` of a checkpoint that is to be held as `asked`.
+
+    Raises:
+        BaseModelError: if it is another library's, or of another kind than `asked`.
+    """
+    quant = own_quant(config)
+    if quant is not None and asked.kind != quant.kind:
         raise BaseModelError(
             f"got base.quant={asked.kind}, but the checkpoint is quantised to {quant.kind} "
             f"already. Take base.quant={quant.kind}, or the model's original"

@@ -85,6 +85,8 @@ class ModelShape:
     layer_norm: bool
     """Norms are LayerNorms (mean and bias), not RMSNorms."""
     vocab: int
+    blocks: str
+    """Path of the decoder layers."""
     parameters: tuple[ParameterShape, ...]
 
     @cached_property
@@ -175,6 +177,11 @@ def _valid_id(model: str) -> str:
 
 def _fetch_config(model: str, revision: str | None) -> Path:
     """`config.json` brought from the hub into its cache."""
+    if "/" not in model:
+        raise BaseModelError(
+            f"base.model={model}: there is no such directory here, and an id of the hub has an "
+            "owner, such as openai-community/gpt2. Give one of the two"
+        )
     try:
         return Path(hf_hub_download(model, "config.json", revision=revision))
     except OSError as error:
@@ -235,7 +242,7 @@ def model_shape(config: PretrainedConfig, trust_remote_code: bool = False) -> Mo
     heads = text.num_attention_heads
     width = getattr(text, "intermediate_size", None)
     ff, gated = _mlp(parameters, text.hidden_size, width)
-    norms = {type(m).__name__ for m in model.modules() if _is_norm(m)}
+    norms = {type(m).__name__ for m in model.modules() if is_norm(m)}
     return ModelShape(
         family=config.model_type,
         hidden=text.hidden_size,
@@ -248,6 +255,7 @@ def model_shape(config: PretrainedConfig, trust_remote_code: bool = False) -> Mo
         qk_norm=any(p.module.endswith("q_norm") for p in parameters),
         layer_norm="LayerNorm" in norms,
         vocab=text.vocab_size,
+        blocks=decoder_blocks(model),
         parameters=tuple(parameters),
     )
 
@@ -296,19 +304,26 @@ def _parameter_shapes(model: nn.Module) -> list[ParameterShape]:
 
 
 def _role(module: nn.Module, kind: str, parameter: nn.Parameter) -> Role:
-    if _is_norm(module):
+    if is_norm(module):
         return "norm"
     if isinstance(module, nn.Embedding):
         return "embedding"
     if kind == "bias":
         return "bias"
-    if isinstance(module, nn.Linear | Conv1D) and parameter.dim() == 2:
+    if is_linear(module):
         return "linear"
     return "other"
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return "Norm" in type(module).__name__
+def is_linear(module: nn.Module) -> bool:
+    """A plain linear layer. Subclasses may do something of their own in forward; they stay."""
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """A norm holds a vector or two of its own and no other module."""
+    own = list(module.parameters(recurse=False))
+    return bool(own) and not list(module.children()) and all(p.dim() == 1 for p in own)
 
 
 def decoder_blocks(model: nn.Module) -> str:
@@ -338,7 +353,9 @@ def _mlp(parameters: list[ParameterShape], hidden: int, width: int | None) -> tu
     matrix or two). A mixture of experts keeps them in fused parameters, and counts as not gated.
     """
     last = max(p.block for p in parameters if p.block is not None)
-    block = [p for p in parameters if p.role == "linear" and p.block == last]
+    # a linear layer that stays as it is (Falcon's) is not of the role, and shapes the MLP as well
+    roles = ("linear", "other")
+    block = [p for p in parameters if p.role in roles and len(p.shape) == 2 and p.block == last]
     ff = width or max(p.d_in for p in block if p.d_out == hidden)
     up = sum(p.d_out for p in block if p.d_in == hidden and p.d_out % ff == 0)
     return ff, up >= 2 * ff

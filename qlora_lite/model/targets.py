@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.model.frozen import FrozenLinear
-from qlora_lite.model.shape import ModelShape, block_of, decoder_blocks
+from qlora_lite.model.shape import ModelShape, block_of, decoder_blocks, is_linear
 
 Kind = Literal["attention", "mlp", "head", "other"]
 
@@ -56,21 +56,18 @@ def linear_specs(model: nn.Module) -> list[LinearSpec]:
         if (size := _size(module)) is None:
             continue
         block = block_of(path, blocks)
-        inside = "" if block is None else path.removeprefix(f"{blocks}.{block}.")
-        kind: Kind = "head" if module is head else _kind(inside)
+        kind: Kind = "head" if module is head else _kind(path, blocks, block)
         specs.append(LinearSpec(path, *size, block, num_blocks, kind))
     return specs
 
 
 def specs_of_shape(shape: ModelShape) -> list[LinearSpec]:
     """The same from a model's dimensions alone."""
-    kinds = {path: _kind(path.split(".", 2)[-1]) for path in shape.linears}
-    specs = [
-        LinearSpec(path, p.d_in, p.d_out, p.block, shape.layers, kinds[path])
-        for path, p in shape.linears.items()
-    ]
-    head = shape.head
-    return [*specs, LinearSpec(head.module, head.d_in, head.d_out, None, shape.layers, "head")]
+    specs = []
+    for path, p in shape.matrices.items():
+        kind: Kind = "head" if p.role == "head" else _kind(path, shape.blocks, p.block)
+        specs.append(LinearSpec(path, p.d_in, p.d_out, p.block, shape.layers, kind))
+    return specs
 
 
 def select(specs: Sequence[LinearSpec], targets: str | Sequence[str]) -> list[LinearSpec]:
@@ -93,17 +90,20 @@ def _size(module: nn.Module) -> tuple[int, int] | None:
     """(d_in, d_out)"""
     if isinstance(module, FrozenLinear):
         return module.d_in, module.d_out
-    if type(module) is nn.Linear:
-        return module.in_features, module.out_features
+    if not is_linear(module):
+        return None
     if isinstance(module, Conv1D):
         return module.nx, module.nf
-    return None
+    assert isinstance(module, nn.Linear)
+    return module.in_features, module.out_features
 
 
-def _kind(path: str) -> Kind:
-    if _ATTENTION.search(path):
+def _kind(path: str, blocks: str, block: int | None) -> Kind:
+    """By the names inside the decoder layer."""
+    inside = "" if block is None else path.removeprefix(f"{blocks}.{block}.")
+    if _ATTENTION.search(inside):
         return "attention"
-    return "mlp" if _MLP.search(path) else "other"
+    return "mlp" if _MLP.search(inside) else "other"
 
 
 def _matches(spec: LinearSpec, target: str) -> bool:

@@ -41,11 +41,13 @@ class Finish:
     data: Prepared
     plan: Plan
     progress: Progress
+    keeps_best: bool
+    """Early stopping is on."""
 
     @property
     def kept_step(self) -> int:
-        """The step whose adapter is kept: the last, or the best where early stopping ended it."""
-        return self.progress.best_step if self.progress.stopped_early else self.progress.step
+        """The step whose adapter is kept: the last, or the best where early stopping is on."""
+        return self.progress.best_step if self.keeps_best else self.progress.step
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,14 @@ def _sidecar(end: Finish, outcome: Outcome) -> dict[str, Any]:
             "revision": end.recipe.base.revision,
             "quant": base.quant.model_dump(mode="json"),
             "compute": NAMES[base.rule.compute],
+            "storage": NAMES[base.rule.storage],
+            "norms": NAMES[base.rule.norms],
             "fingerprint": base.checkpoint.fingerprint,
         },
         "data": end.data.fingerprints,
         "data_fingerprint": end.data.fingerprint,
         "steps": end.kept_step,
-        "state": "best" if end.progress.stopped_early else "last",
+        "state": "best" if end.keeps_best else "last",
         "tokens": end.progress.tokens,
         "seconds": end.progress.seconds,
         "scores": outcome.scores,
@@ -136,7 +140,7 @@ def _sidecar(end: Finish, outcome: Outcome) -> dict[str, Any]:
 
 def _report(end: Finish, outcome: Outcome) -> Report:
     record = end.folder.read_record()
-    kept = "best" if end.progress.stopped_early else "last"
+    kept = "best" if end.keeps_best else "last"
     facts = {
         "device": end.loaded.base.rule.line,
         "steps": f"{end.progress.step} (the adapter is that of step {end.kept_step}, the {kept})",

@@ -5,6 +5,7 @@
 Nothing in it is ever overwritten silently.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -16,9 +17,11 @@ from typing import Any
 import torch
 
 from qlora_lite.adapters.state import SIDECAR
-from qlora_lite.foundation.errors import RunError
+from qlora_lite.foundation.errors import RecipeError, RunError
 from qlora_lite.foundation.files import write_json
+from qlora_lite.foundation.overrides import check
 from qlora_lite.recipe import RESULT_SETTINGS, Recipe, differences
+from qlora_lite.training import checkpoint
 
 _PACKAGES = ("qlora-lite", "torch", "transformers", "bitsandbytes", "accelerate", "datasets")
 _LENGTH = ("optim.steps", "optim.epochs")
@@ -88,10 +91,10 @@ class RunFolder:
         """The adapter is there and was trained to the end by this recipe."""
         if not (self.adapter / SIDECAR).is_file():
             return False
-        return not _relevant(self.read_sidecar()["recipe"], recipe.as_values())
+        return not _changes(self.read_sidecar()["recipe"], recipe)
 
-    def claim(self, recipe: Recipe, extend: bool) -> bool:
-        """Check that `recipe` may work here, before anything is loaded. True for a fresh run.
+    def claim(self, recipe: Recipe, extend: bool) -> None:
+        """Check that `recipe` may work here, before anything is loaded.
 
         Raises:
             RunError: if the folder belongs to another recipe, or is something else.
@@ -102,8 +105,8 @@ class RunFolder:
                     f"{self.path} holds no run to extend. Leave out --extend to train a new one"
                 )
             self._refuse_foreign_content()
-            return True
-        changed = _relevant(self.read_record()["recipe"], recipe.as_values())
+            return
+        changed = _changes(self.read_record()["recipe"], recipe)
         if not extend:
             if changed:
                 raise RunError(
@@ -112,7 +115,7 @@ class RunFolder:
                     + "\nGive another output=..., or the settings that it has"
                     + _extend_hint(changed)
                 )
-            return False
+            return
         forbidden = [line for line in changed if line.partition(":")[0] not in _LENGTH]
         if forbidden:
             raise RunError(
@@ -124,10 +127,36 @@ class RunFolder:
                 f"{self.path} is finished, and --extend was given without a new length. "
                 "Say how long it should be in all: optim.steps=... or optim.epochs=..."
             )
-        return False
 
-    def record(self, recipe: Recipe, fingerprints: dict[str, str], device: str) -> list[str]:
+    @property
+    def micro_batch_tokens(self) -> int | None:
+        """What the plan chose when the run began. A resumed run keeps it, whatever is free now:
+        another split of a step would round otherwise."""
+        return self.read_record()["micro_batch_tokens"] if self.recipe.exists() else None
+
+    def require_longer(self, steps: int) -> None:
+        """A run cannot become shorter than it is.
+
+        Raises:
+            RunError: if more than `steps` steps are done.
+        """
+        found = checkpoint.newest(self.checkpoints)
+        if found and checkpoint.step_of(found) > steps:
+            raise RunError(
+                f"{self.path} has {checkpoint.step_of(found)} steps done already, and {steps} are "
+                "asked for. Give a larger optim.steps or optim.epochs"
+            )
+
+    def record(
+        self,
+        recipe: Recipe,
+        fingerprints: dict[str, str],
+        device: str,
+        micro_batch_tokens: int,
+    ) -> list[str]:
         """Write `recipe.json`, or compare with what is there. Returns warnings.
+
+        The conditions under which a run began stay recorded; only its length may be changed.
 
         Raises:
             RunError: if data or base are not what they were when the run began.
@@ -140,6 +169,7 @@ class RunFolder:
             "threads": torch.get_num_threads(),
             "device": device,
             "git_revision": git_revision(),
+            "micro_batch_tokens": micro_batch_tokens,
         }
         warnings: list[str] = []
         if self.recipe.exists():
@@ -157,6 +187,7 @@ class RunFolder:
                     "the run began under other conditions, so it will not be bit-equal to an "
                     "uninterrupted one: " + "; ".join(changed)
                 )
+            record = old | {"recipe": recipe.as_values()}
         write_json(self.recipe, record)
         return warnings
 
@@ -168,7 +199,11 @@ class RunFolder:
                 f"{self.path} is a file; output must be a folder. Give another output=..."
             )
         ours = {".lock", "checkpoints", "metrics.jsonl"}
-        others = [entry.name for entry in self.path.iterdir() if entry.name not in ours]
+        others = [
+            entry.name
+            for entry in self.path.iterdir()
+            if entry.name not in ours and not entry.name.endswith(".writing")
+        ]
         if others:
             raise RunError(
                 f"{self.path} is not empty (there is {others[0]}) and is not a run. "
@@ -176,9 +211,12 @@ class RunFolder:
             )
 
 
-def _relevant(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Differences that would change a result."""
-    changed = differences(old, new)
+def _changes(recorded: dict[str, Any], recipe: Recipe) -> list[str]:
+    """Differences that would change a result. A setting that is newer than the record had its
+    default then."""
+    with contextlib.suppress(RecipeError):  # a record of another version is compared as it is
+        recorded = check(Recipe, recorded).as_values()
+    changed = differences(recorded, recipe.as_values())
     return [line for line in changed if line.partition(":")[0].split(".")[0] not in RESULT_SETTINGS]
 
 

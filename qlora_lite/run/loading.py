@@ -1,22 +1,22 @@
 """A run, or any model directory, ready to use."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from qlora_lite.adapters.attach import Attached, attach
 from qlora_lite.adapters.catalogue import method_for
-from qlora_lite.adapters.state import NATIVE, load_native
+from qlora_lite.adapters.state import load_native, read_native
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.foundation.watch import Watcher
 from qlora_lite.model.causal import CausalModel
 from qlora_lite.model.load import Base, LoadedBase, load_base, load_tokenizer
+from qlora_lite.model.prequantised import own_quant
 from qlora_lite.model.quant import BF16, FP32, Quant
+from qlora_lite.model.shape import read_config
 from qlora_lite.model.targets import linear_specs
 from qlora_lite.recipe import Recipe, load_recipe
 from qlora_lite.run.folder import RunFolder
@@ -54,7 +54,7 @@ def load_run(run: str | Path, device: str | None = None, watcher: Watcher | None
     recipe = load_recipe(folder.recipe)
     loaded = load_for_training(recipe, device, watcher)
     assert loaded.attached is not None
-    load_native(loaded.attached, load_file(folder.adapter / NATIVE))
+    load_native(loaded.attached, read_native(folder.adapter))
     return loaded
 
 
@@ -81,9 +81,9 @@ def load_for_training(
 def load_model(
     model: str, quant: Quant | None = None, device: str = "auto", watcher: Watcher | None = None
 ) -> Loaded:
-    """Any model directory or hub id, frozen; unquantised unless `quant` is given.
+    """Any model directory or hub id, frozen; as it is stored unless `quant` is given.
 
-    A checkpoint in fp32 is held in fp32, any other in bf16.
+    A checkpoint quantised by bitsandbytes stays so, one in fp32 is held in fp32, any other in bf16.
     """
     rule = devices.choose(device)
     base = Base(model=model, quant=quant or _own_precision(model))
@@ -109,10 +109,7 @@ def load(target: str | Path, device: str = "auto", watcher: Watcher | None = Non
     return load_model(str(target), device=device, watcher=watcher)
 
 
-def _own_precision(model: str) -> BF16 | FP32:
-    config = Path(model) / "config.json"
-    if not config.is_file():
-        return BF16()
-    values = json.loads(config.read_text(encoding="utf-8"))
-    dtype = values.get("dtype") or values.get("torch_dtype")
-    return FP32() if dtype == "float32" else BF16()
+def _own_precision(model: str) -> Quant:
+    config = read_config(model)
+    plain: Quant = FP32() if config.dtype == torch.float32 else BF16()
+    return own_quant(config) or plain

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qlora_lite import report as reports
-from qlora_lite.adapters.state import NATIVE
+from qlora_lite.adapters.state import read_native
 from qlora_lite.data.batches import Batch, in_order
 from qlora_lite.data.load import load_data
 from qlora_lite.data.templates import ChatTemplate
@@ -90,7 +89,7 @@ def merge(
     base: Literal["auto", "trained", "original"] = "auto",
     dtype: Literal["bf16", "fp16", "fp32"] | None = None,
     shard: str | int = "5GB",
-    verify: bool = False,
+    verify: bool = True,
     device: str | None = None,
     watcher: Watcher | None = None,
 ) -> MergeResult:
@@ -296,13 +295,18 @@ def _source(folder: RunFolder, recipe: Recipe, rule: DeviceRule) -> MergeSource:
             f"the base {recipe.base.model} is not the one that {folder.path} was trained on: its "
             "files changed. Restore them; an adapter is right on its own base only"
         )
-    compute = devices.DTYPES[sidecar["base"]["compute"]]
+    held = sidecar["base"]
     return MergeSource(
         base=recipe.base,
         path=path,
-        rule=dataclasses.replace(rule, compute=compute),
+        rule=dataclasses.replace(
+            rule,
+            compute=devices.DTYPES[held["compute"]],
+            storage=devices.DTYPES[held["storage"]],
+            norms=devices.DTYPES[held["norms"]],
+        ),
         adapter=recipe.adapter,
-        state=load_file(folder.adapter / NATIVE),
+        state=read_native(folder.adapter),
         seed=recipe.seed,
     )
 

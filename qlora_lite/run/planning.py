@@ -2,11 +2,13 @@
 
 import fnmatch
 
+from transformers.configuration_utils import PretrainedConfig
+
 from qlora_lite.adapters.attach import choose
 from qlora_lite.adapters.catalogue import method_for
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.device import DeviceRule
-from qlora_lite.foundation.errors import BudgetError
+from qlora_lite.foundation.errors import AdapterError, BudgetError, RecipeError
 from qlora_lite.foundation.units import parse_bytes
 from qlora_lite.memory.known import known_config
 from qlora_lite.memory.ledger import RunShape
@@ -25,14 +27,14 @@ def plan_recipe(recipe: Recipe, rule: DeviceRule | None = None) -> Plan:
         QloraLiteError: if the base cannot be found, or the targets match nothing.
     """
     rule = rule or devices.choose(recipe.device, recipe.base.compute, is_imagined=True)
-    config = read_config(
-        recipe.base.model,
-        recipe.base.revision,
-        recipe.base.trust_remote_code,
-        known=known_config(recipe.base.model),
-    )
-    shape = model_shape(config, recipe.base.trust_remote_code)
+    shape = model_shape(_config(recipe), recipe.base.trust_remote_code)
     return make_plan(shape, run_shape(recipe, shape, rule), _budget(recipe, rule))
+
+
+def _config(recipe: Recipe) -> PretrainedConfig:
+    base = recipe.base
+    known = known_config(base.model)
+    return read_config(base.model, base.revision, base.trust_remote_code, known=known)
 
 
 def _budget(recipe: Recipe, rule: DeviceRule) -> int:
@@ -44,6 +46,43 @@ def _budget(recipe: Recipe, rule: DeviceRule) -> int:
             'Say how much there is: budget="22GiB" for a card of 24 GB'
         )
     return available_bytes(rule.device)
+
+
+def check_context(recipe: Recipe) -> list[str]:
+    """Rows that are longer than the model's context: a note where it may still read them.
+
+    Raises:
+        RecipeError: if its positions are learned, so that there is none for a longer row.
+    """
+    config = _config(recipe)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = recipe.data.max_tokens
+    if context is None or longest <= context:
+        return []
+    told = f"data.max_tokens={longest}, and {recipe.base.model} was trained on {context} positions"
+    shape = model_shape(config, recipe.base.trust_remote_code)
+    # a packed bin may be longer than the context; a row must not be, and a row may fill a bin
+    if sum(p.role == "embedding" for p in shape.parameters) > 1:
+        raise RecipeError(
+            f"{told}, which are learned: it has none for a longer row. "
+            f"Take data.max_tokens={context} or less"
+        )
+    return [f"{told}: longer rows are read as well as its rotary positions extrapolate"]
+
+
+def check_ranks(recipe: Recipe) -> list[str]:
+    """A note if some ranks are above what a matrix can have."""
+    shape = model_shape(_config(recipe), recipe.base.trust_remote_code)
+    method = method_for(recipe.adapter)
+    specs = choose(specs_of_shape(shape), method)
+    full = [s for s in specs if method.plans[s.path].rank > min(s.d_in, s.d_out)]
+    if not full:
+        return []
+    widest = min(min(s.d_in, s.d_out) for s in full)
+    return [
+        f"adapter.rank={recipe.adapter.rank} is more than the full rank of {len(full)} layers "
+        f"({full[0].path}: {widest}); what is above it only costs memory"
+    ]
 
 
 def run_shape(recipe: Recipe, model: ModelShape, rule: DeviceRule) -> RunShape:
@@ -79,6 +118,13 @@ def run_shape(recipe: Recipe, model: ModelShape, rule: DeviceRule) -> RunShape:
 
 def _whole_modules(model: ModelShape, names: list[str]) -> list[str]:
     modules = dict.fromkeys(p.module for p in model.parameters)
+    for name in names:
+        if not any(fnmatch.fnmatch(p, name) or p.rpartition(".")[2] == name for p in modules):
+            there = ", ".join(sorted({path.rpartition(".")[2] for path in modules}))
+            raise AdapterError(
+                f"adapter.train_modules: {name!r} matches no module. There are {there}; paths and "
+                "globs work too"
+            )
     return [
         path
         for path in modules

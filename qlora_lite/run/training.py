@@ -4,16 +4,15 @@ claim the folder -> plan -> read data -> load the base, attach the adapter -> tr
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from qlora_lite.adapters.state import begin_from
+from qlora_lite.adapters.state import begin_from, require_adapter
 from qlora_lite.data.batches import Batch, Batches, in_order
 from qlora_lite.data.coloured import bracketed
 from qlora_lite.data.load import Prepared, load_data
@@ -23,10 +22,11 @@ from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import BudgetError, RecipeError
 from qlora_lite.foundation.files import lock
+from qlora_lite.foundation.units import format_bytes
 from qlora_lite.foundation.watch import Watcher
 from qlora_lite.memory.allocator import give_back_freed_memory
 from qlora_lite.memory.measure import reset_peak
-from qlora_lite.memory.plan import Plan, describe, require_fit
+from qlora_lite.memory.plan import Plan, require_fit
 from qlora_lite.model.checkpointing import enable_checkpointing
 from qlora_lite.model.load import load_tokenizer
 from qlora_lite.recipe import Recipe
@@ -34,8 +34,10 @@ from qlora_lite.report import Sample
 from qlora_lite.run.finishing import Finish, finish
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.loading import Loaded, load_for_training
-from qlora_lite.run.planning import plan_recipe
+from qlora_lite.run.planning import check_context, check_ranks, plan_recipe
+from qlora_lite.training import checkpoint
 from qlora_lite.training.engine import TorchEngine
+from qlora_lite.training.interruption import Request, listening
 from qlora_lite.training.loop import Job, restore_best, train
 from qlora_lite.training.optimizer import AdamW
 
@@ -75,47 +77,47 @@ def run_recipe(
     folder.claim(recipe, extend)
     _require_trackers(recipe.tracking)
     folder.path.mkdir(parents=True, exist_ok=True)
-    with lock(folder.path):
+    with lock(folder.path), listening() as request:
         folder.claim(recipe, extend)
         if folder.is_finished(recipe):
             return _finished(folder)
-        return _train(recipe, folder, extend, watcher)
+        return _train(recipe, folder, watcher, request)
 
 
-def _train(recipe: Recipe, folder: RunFolder, extend: bool, watcher: Watcher) -> RunResult:
+def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, request: Request) -> RunResult:
     rule = devices.choose(recipe.device, recipe.base.compute)
     watcher.note(rule.line)
     give_back_freed_memory()
-    plan = plan_recipe(recipe, rule)
+    plan = plan_recipe(with_micro_batch(recipe, folder.micro_batch_tokens), rule)
     watcher.planned(plan)
     _refuse_what_does_not_fit(recipe, plan)
+    for note in check_settings(recipe):
+        watcher.note(note)
     data = load_data(recipe.data, load_tokenizer(recipe.base), recipe.seed)
     watcher.prepared(data)
+    micro_batch_tokens = recipe.optim.micro_batch_tokens or plan.micro_batch_tokens
+    batches = training_batches(recipe, data, micro_batch_tokens)
+    folder.require_longer(batches.steps)
+    request.leave_if_asked("before anything was trained")
 
-    loaded = load_for_training(recipe, watcher=watcher)
-    fingerprints = {"data": data.fingerprint, "base": loaded.base.checkpoint.fingerprint}
-    for warning in folder.record(recipe, fingerprints, rule.line):
-        watcher.note(warning)
-    assert loaded.attached is not None
-    if recipe.adapter.start:
-        begin_from(loaded.attached, Path(recipe.adapter.start))
-    if recipe.optim.checkpointing:
-        enable_checkpointing(loaded.base.model)
-    loaded.attached.train()
-
-    batches = training_batches(recipe, data, plan.micro_batch_tokens)
-    with _trackers(recipe, folder) as track:
-        job = _job(recipe, folder, loaded, data, batches, rule, extend, track, watcher)
+    try:
+        loaded = load_for_training(recipe, watcher=watcher)
+        request.leave_if_asked("before anything was trained")
+        fingerprints = {"data": data.fingerprint, "base": loaded.base.checkpoint.fingerprint}
+        for warning in folder.record(recipe, fingerprints, rule.line, micro_batch_tokens):
+            watcher.note(warning)
+        job = _job(recipe, folder, loaded, data, batches, rule, watcher, request)
         reset_peak(rule.device)
-        try:
+        with _tracked(job, recipe):
             progress = train(job)
-        except torch.OutOfMemoryError as error:
-            raise BudgetError(f"the device is out of memory. {describe(plan)}") from error
-        finally:
-            watcher.ended()
-    if progress.stopped_early:
+    except torch.OutOfMemoryError as error:
+        raise BudgetError(_out_of_memory(recipe, rule, plan)) from error
+    finally:
+        watcher.ended()
+    if job.keeps_best:
         restore_best(job)
-    end = Finish(recipe, folder, loaded, loaded.attached, data, plan, progress)
+    assert loaded.attached is not None
+    end = Finish(recipe, folder, loaded, loaded.attached, data, plan, progress, job.keeps_best)
     outcome = finish(end)
     return RunResult(
         folder.path,
@@ -148,11 +150,16 @@ def _job(
     data: Prepared,
     batches: Batches,
     rule: DeviceRule,
-    extend: bool,
-    track: Callable[[dict[str, Any], int], None],
     watcher: Watcher,
+    request: Request,
 ) -> Job:
+    """The model with its adapter, ready for the first step."""
     assert loaded.attached is not None
+    if recipe.adapter.start and not checkpoint.all_checkpoints(folder.checkpoints):
+        begin_from(loaded.attached, Path(recipe.adapter.start))
+    if recipe.optim.checkpointing:
+        enable_checkpointing(loaded.base.model)
+    loaded.attached.train()
     optim, attached, model = recipe.optim, loaded.attached, loaded.causal
     optimizer = AdamW(
         attached.groups(),
@@ -188,8 +195,7 @@ def _job(
         checkpoints=recipe.checkpoints,
         score=score_heldout if len(data.heldout) else None,
         show_rows=show,
-        extend=extend,
-        track=track,
+        request=request,
         watcher=watcher,
     )
 
@@ -235,6 +241,31 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     )
 
 
+def with_micro_batch(recipe: Recipe, tokens: int | None) -> Recipe:
+    """The recipe with what an earlier process of this run chose, unless the recipe says itself."""
+    if tokens is None or recipe.optim.micro_batch_tokens is not None:
+        return recipe
+    optim = recipe.optim.model_copy(update={"micro_batch_tokens": tokens})
+    return recipe.model_copy(update={"optim": optim})
+
+
+def check_settings(recipe: Recipe) -> list[str]:
+    """What is wrong with settings that depend on each other, before anything large is read.
+
+    Returns notes about settings that have no effect.
+
+    Raises:
+        AdapterError: if there is no adapter to start from.
+        RecipeError: if rows may be longer than the model can read.
+    """
+    if recipe.adapter.start:
+        require_adapter(Path(recipe.adapter.start))
+    notes = [*check_context(recipe), *check_ranks(recipe)]
+    if recipe.evaluation.patience and not recipe.data.heldout and not recipe.data.heldout_share:
+        notes.append("evaluation.patience has no effect: no rows are held out to score")
+    return notes
+
+
 def _refuse_what_does_not_fit(recipe: Recipe, plan: Plan) -> None:
     """A budget that was given is kept; without one the plan only warns."""
     if recipe.budget:
@@ -251,14 +282,28 @@ def _require_trackers(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def _trackers(recipe: Recipe, folder: RunFolder) -> Iterator[Callable[[dict[str, Any], int], None]]:
+def _tracked(job: Job, recipe: Recipe) -> Iterator[None]:
     """Trackers that were asked for, through accelerate; by default there is none."""
     if not recipe.tracking:
-        yield lambda values, step: None
+        yield
         return
     accelerator = Accelerator(
-        cpu=recipe.device == "cpu", log_with=list(recipe.tracking), project_dir=folder.path
+        cpu=recipe.device == "cpu", log_with=list(recipe.tracking), project_dir=job.directory
     )
-    accelerator.init_trackers(folder.path.name)
-    yield lambda values, step: accelerator.log(values, step=step)
-    accelerator.end_training()
+    accelerator.init_trackers(job.directory.name)
+    job.track = lambda values, step: accelerator.log(values, step=step)
+    try:
+        yield
+    finally:
+        accelerator.end_training()
+
+
+def _out_of_memory(recipe: Recipe, rule: DeviceRule, plan: Plan) -> str:
+    """What was planned, and which single setting saves how much."""
+    tight = plan_recipe(recipe.but("budget=1B"), rule)
+    ways = ", ".join(f"{way.setting} (-{format_bytes(way.saved_bytes)})" for way in tight.ways_down)
+    largest = max(plan.rows(), key=lambda row: row[1])
+    return (
+        f"the device is out of memory, although {format_bytes(plan.peak_bytes)} were planned, most "
+        f"of it for {largest[0]} ({format_bytes(largest[1])}). Ways down: {ways or 'none'}"
+    )

@@ -3,7 +3,7 @@
     checkpoints/step-000200/
         adapter.safetensors     every trained tensor as it rests
         optimizer.safetensors   masters, moments, the method's tensors
-        state.json              step, tokens, numbers of optimizer and method, size of metrics.jsonl
+        state.json              how far the run is; numbers of optimizer and method
 
 A checkpoint is written aside, synced and renamed, so a kill or a full disk leaves the older one.
 """
@@ -11,12 +11,13 @@ A checkpoint is written aside, synced and renamed, so a kill or a full disk leav
 import errno
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -58,7 +59,7 @@ def save(directory: Path, step: int, state: TrainingState, keep: int) -> Path:
             save_file(adapter, aside / _ADAPTER, {"format": "pt"})
             save_file(tensors, aside / _OPTIMIZER, {"format": "pt"})
             write_json(aside / _STATE, numbers)
-    except Exception as error:
+    except (OSError, SafetensorError) as error:
         if not _is_disk_full(error):
             raise
         older = newest(directory)
@@ -89,10 +90,10 @@ def load(checkpoint: Path) -> TrainingState:
         numbers = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
         tensors = load_file(checkpoint / _OPTIMIZER)
         adapter = load_file(checkpoint / _ADAPTER)
-    except Exception as error:
+    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise RunError(
-            f"checkpoint {checkpoint} is damaged ({error}). Delete that folder and run the same "
-            "command again: it continues from the one before"
+            f"checkpoint {checkpoint} is damaged ({error}). Delete that folder to begin anew, or "
+            "restore it"
         ) from error
     parts: dict[str, dict[str, Any]] = {"optimizer": {}, "method": {}}
     for name, tensor in tensors.items():
@@ -101,6 +102,23 @@ def load(checkpoint: Path) -> TrainingState:
     for owner, tensors_of in parts.items():
         tensors_of.update(numbers[owner])
     return TrainingState(adapter, parts["optimizer"], parts["method"], numbers["progress"])
+
+
+def load_newest(directory: Path, note: Callable[[str], None]) -> TrainingState | None:
+    """The newest good checkpoint; None if there is none at all. Damaged ones are told of.
+
+    Raises:
+        RunError: if all of them are damaged.
+    """
+    found = all_checkpoints(directory)
+    for path in reversed(found):
+        try:
+            return load(path)
+        except RunError as error:
+            if path == found[0]:
+                raise
+            note(f"{error}. Going on from the checkpoint before it")
+    return None
 
 
 def all_checkpoints(directory: Path) -> list[Path]:

@@ -65,7 +65,9 @@ class TorchEngine:
 
     @torch.no_grad()
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        self.optimizer.kept(parameter).data.copy_(value)
+        image = self.optimizer.image(parameter)
+        if image.shape == parameter.shape:  # under stochastic rounding there is none between steps
+            image.data.copy_(value)
         parameter.data.copy_(value)
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:

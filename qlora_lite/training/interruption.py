@@ -6,11 +6,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from qlora_lite.foundation.errors import Interrupted
+
 
 class Request:
     """Whether somebody asked the run to stop, and with which signal."""
 
     signal_name: str | None = None
+
+    def leave_if_asked(self, when: str) -> None:
+        """Called where nothing would be lost.
+
+        Raises:
+            Interrupted: if a signal has come.
+        """
+        if self.signal_name:
+            raise Interrupted(f"stopped by {self.signal_name} {when}. The same command continues")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor
 from qlora_lite.adapters.attach import Attached
 from qlora_lite.adapters.method import StepInfo
 from qlora_lite.data.batches import Batch
-from qlora_lite.foundation.errors import Interrupted, TrainingError
+from qlora_lite.foundation.errors import TrainingError
 from qlora_lite.foundation.files import complete_directory
 from qlora_lite.foundation.seeds import derive, generator
 from qlora_lite.foundation.settings import Settings
@@ -27,7 +27,7 @@ from qlora_lite.memory.measure import peak_bytes
 from qlora_lite.model.causal import CausalModel
 from qlora_lite.training import checkpoint
 from qlora_lite.training.engine import TorchEngine
-from qlora_lite.training.interruption import Request, listening
+from qlora_lite.training.interruption import Request
 from qlora_lite.training.metrics import MetricsLog
 from qlora_lite.training.optimizer import Optim
 from qlora_lite.training.schedule import lr_factor, warmup_steps
@@ -81,6 +81,8 @@ class Progress:
     best_step: int = 0
     scorings_since_best: int = 0
     stopped_early: bool = False
+    total: int = 0
+    """Steps that the run was to have: another number means that it was extended since."""
 
 
 @dataclass
@@ -102,15 +104,20 @@ class Job:
     """Scores the held-out rows: at least `loss`."""
     show_rows: Callable[[Batch], str]
     """A batch's rows as text, for an error message."""
-    extend: bool
-    """Go on although an earlier run of this folder stopped early."""
-    track: Callable[[dict[str, Any], int], None]
-    """Hands metrics to the trackers that were asked for."""
+    request: Request
+    """Whether somebody asked the run to stop."""
     watcher: Watcher = field(default_factory=Watcher)
+    track: Callable[[dict[str, Any], int], None] = lambda values, step: None
+    """Hands metrics to the trackers that were asked for."""
 
     @property
     def total(self) -> int:
         return self.batches.steps
+
+    @property
+    def keeps_best(self) -> bool:
+        """Early stopping is on, so the best adapter is the result and not the last."""
+        return self.evaluation.patience is not None and self.score is not None
 
     @property
     def log(self) -> MetricsLog:
@@ -129,26 +136,21 @@ def train(job: Job) -> Progress:
         TrainingError: if going on would be pointless; says why and shows the rows.
     """
     progress = _resume(job)
-    job.log.rewind(progress.step)
     job.watcher.started(progress.step, job.total)
     if progress.step == 0:
         _rehearse(job)
         if job.score:
             _evaluate(job, progress)
-    with listening() as request:
-        while progress.step < job.total and not progress.stopped_early:
-            _one_step(job, progress)
-            if _is_due(progress.step, job.evaluation.every, job.total) and job.score:
-                _evaluate(job, progress)
-            done = progress.step == job.total or progress.stopped_early
-            if (
-                _is_due(progress.step, job.checkpoints.every, job.total)
-                or done
-                or request.signal_name
-            ):
-                _save(job, progress)
-            if request.signal_name and not done:
-                _leave(request, progress)
+    while progress.step < job.total and not progress.stopped_early:
+        _one_step(job, progress)
+        if _is_due(progress.step, job.evaluation.every, job.total) and job.score:
+            _evaluate(job, progress)
+        done = progress.step == job.total or progress.stopped_early
+        is_asked = job.request.signal_name is not None
+        if done or is_asked or _is_due(progress.step, job.checkpoints.every, job.total):
+            _save(job, progress)
+        if not done:
+            job.request.leave_if_asked(f"after step {progress.step}, with its state saved")
     return progress
 
 
@@ -199,11 +201,16 @@ def _evaluate(job: Job, progress: Progress) -> None:
     began = time.perf_counter()
     scores = {f"heldout_{name}": value for name, value in job.score().items()}
     loss = scores["heldout_loss"]
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"after step {progress.step} the held-out loss is {loss}. A finite one is needed: try "
+            f"a lower optim.lr (now {job.optim.lr:g})"
+        )
     progress.seconds += time.perf_counter() - began
     if progress.best_loss is None or loss < progress.best_loss:
         progress.best_loss, progress.best_step = loss, progress.step
         progress.scorings_since_best = 0
-        if job.evaluation.patience:
+        if job.keeps_best:
             _save_best(job)
     else:
         progress.scorings_since_best += 1
@@ -234,18 +241,20 @@ def _save(job: Job, progress: Progress) -> None:
 
 
 def _resume(job: Job) -> Progress:
-    found = checkpoint.newest(job.checkpoint_directory)
-    if found is None:
-        return Progress()
-    state = checkpoint.load(found)
+    """The state of the newest good checkpoint, and the log up to it; or a beginning."""
+    state = checkpoint.load_newest(job.checkpoint_directory, job.watcher.note)
+    if state is None:
+        job.log.clear()
+        return Progress(total=job.total)
     checkpoint.restore(job.attached.parameters(), state.adapter)
     job.engine.optimizer.load_state_dict(state.optimizer)
     job.attached.method.load_state_dict(state.method)
     numbers = dict(state.progress)
     job.engine.scaler.load_state_dict(numbers.pop("loss_scaler"))
     progress = Progress(**numbers)
-    if job.extend:
-        progress.stopped_early, progress.scorings_since_best = False, 0
+    if progress.total != job.total:  # extended since: early stopping begins to count anew
+        progress.total, progress.stopped_early, progress.scorings_since_best = job.total, False, 0
+    job.log.rewind(progress.step)
     return progress
 
 
@@ -265,13 +274,6 @@ def restore_best(job: Job) -> None:
 
     best = load_file(job.checkpoint_directory / "best" / "adapter.safetensors")
     checkpoint.restore(job.attached.parameters(), best)
-
-
-def _leave(request: Request, progress: Progress) -> None:
-    raise Interrupted(
-        f"stopped by {request.signal_name} after step {progress.step}; the state is saved. "
-        "The same command continues"
-    )
 
 
 # -- reasons to stop at once -----------------------------------------------------------------------

@@ -17,6 +17,10 @@ class MetricsLog:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
 
+    def clear(self) -> None:
+        """Begin anew."""
+        self.path.unlink(missing_ok=True)
+
     def rewind(self, step: int) -> None:
         """Keep the events of the first `step` steps; a half-written last line goes too."""
         if self.path.exists():

@@ -14,12 +14,13 @@ def warmup_steps(warmup: float, total: int) -> int:
 def lr_factor(step: int, total: int, warmup: int, schedule: ScheduleName, floor: float) -> float:
     """The factor on the learning rate in optimizer step `step` of `total`, both from 0.
 
-    Rises linearly over `warmup` steps, then falls to `floor` at the last step.
+    Rises linearly over `warmup` steps, then falls towards `floor`, which a step behind the last
+    would have: every step moves something.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if schedule == "constant":
         return 1.0
-    done = (step - warmup) / max(1, total - 1 - warmup)
+    done = (step - warmup) / max(1, total - warmup)
     shape = 0.5 * (1 + math.cos(math.pi * min(1.0, done))) if schedule == "cosine" else 1 - done
     return floor + (1 - floor) * max(0.0, shape)

@@ -45,6 +45,7 @@ def optimizer_step(
     `check` sees every micro-batch's mean loss before its backward, and may stop the run.
     """
     method.begin_step(step)
+    _activate(method, step)
     num_targets = sum(batch.num_targets for batch in batches)
     loss_sum = 0.0
     for batch in batches:
@@ -69,17 +70,24 @@ def optimizer_step(
     )
 
 
+def _activate(method: Method, step: StepInfo) -> None:
+    """Only the layers that the method trains in this step get gradients."""
+    active = set(method.active(step))
+    for path, layer in method.layers.items():
+        for parameter in layer.trained().values():
+            parameter.requires_grad_(path in active)
+
+
 def summed_loss(model: CausalModel, batch: Batch, method: Method) -> Tensor:
     """Cross-entropy summed over a batch's trained tokens, with the method's loss on outputs."""
 
     def extra(logits: Tensor, targets: Tensor) -> Tensor | None:
         return method.output_loss(OutputChunk(logits, targets))
 
-    device = model.device
-    hidden = model.hidden(batch.input_ids.to(device), batch.position_ids.to(device))
+    batch = batch.to(model.device)
     return linear_cross_entropy(
-        hidden,
-        batch.targets.to(device),
+        model.hidden(batch.input_ids, batch.position_ids),
+        batch.targets,
         model.logits,
         extra,
         head_is_trained=model.head_is_trained,

@@ -149,6 +149,37 @@ def test_our_own_state_comes_back_to_the_bit(tmp_path, directory, settings):
     assert torch.equal(logits(other), logits(base))
 
 
+def test_a_matrix_trained_whole_is_stored_as_its_base_stores_it(tmp_path):
+    """GPT-2's output projection is square, so that only the numbers show which way it lies."""
+    directory = save_tiny(tmp_path / "gpt2", "gpt2")
+    settings = LoRA(rank=4, train_modules=["*.0.attn.c_proj"], dtype="fp32")
+    base, attached = trained(directory, settings)
+    folder = save(tmp_path / "adapter", directory, attached)
+    theirs = peft.PeftModel.from_pretrained(dense_twin(_bare(directory)), folder).eval()
+    with torch.no_grad():
+        got = theirs(input_ids=IDS, position_ids=POSITIONS, use_cache=False).logits
+    torch.testing.assert_close(got, logits(base), **CLOSE)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again, fresh = load(directory, settings)
+    begin_from(fresh, tmp_path / "theirs")
+    torch.testing.assert_close(logits(again), logits(base), **CLOSE)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"])
+def test_an_adapter_of_a_changed_base_is_refused(tmp_path, start):
+    directory = save_tiny(tmp_path / "llama")
+    folder = save(tmp_path / "adapter", directory, trained(directory, LoRA(rank=4))[1])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for harmless in ("gaussian", "eva", False):
+        (folder / "adapter_config.json").write_text(
+            json.dumps(config | {"init_lora_weights": harmless})
+        )
+        assert read_peft(folder).layers
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": start}))
+    with pytest.raises(AdapterError, match=f"{start}.*path_initial_model_for_weight_conversion"):
+        read_peft(folder)
+
+
 def test_a_tensor_that_finds_no_place_is_an_error(tmp_path, directory):
     _, attached = trained(directory, LoRA(rank=4))
     folder = save(tmp_path / "adapter", directory, attached)

@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional as F
 
 from qlora_lite.data.batches import (
-    IGNORED,
     Batches,
     in_order,
     make_batch,
@@ -16,6 +15,7 @@ from qlora_lite.data.batches import (
 )
 from qlora_lite.data.examples import Examples, ExamplesBuilder
 from qlora_lite.foundation.errors import DataError
+from qlora_lite.kernels.cross_entropy import IGNORED
 from tests.tiny import VOCABULARY, tiny_model
 
 FP32 = {"rtol": 0, "atol": 1e-5}
@@ -125,7 +125,7 @@ def test_a_neighbour_in_the_bin_changes_nothing_to_the_bit():
 @pytest.mark.parametrize("packing", [True, False])
 def test_an_epoch_sees_every_row_once_in_a_new_order(packing):
     examples = random_examples(100)
-    run = batches(examples, packing=packing, epochs=3)
+    run = batches(examples, packing=packing, epochs=3, tokens_per_step=1)
     steps = [run.step(i) for i in range(run.steps)]
     assert Counter(row for step in steps for row in rows_of(step)) == dict.fromkeys(range(100), 3)
     per_epoch = [run._epoch_bins(e) for e in range(3)]
@@ -159,9 +159,10 @@ def test_smaller_micro_batches_make_more_of_them_and_the_same_step(packing):
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("micro_batch_tokens", [1, 70, 160, 250])
-def test_no_batch_is_larger_than_allowed_nor_than_the_worst(packing, micro_batch_tokens):
+@pytest.mark.parametrize("num_rows", [100, 16, 3])
+def test_no_batch_is_larger_than_allowed_nor_than_the_worst(packing, micro_batch_tokens, num_rows):
     run = batches(
-        random_examples(100), packing=packing, micro_batch_tokens=micro_batch_tokens, epochs=3
+        random_examples(num_rows), packing=packing, micro_batch_tokens=micro_batch_tokens, epochs=30
     )
     worst = run.worst().input_ids
     for i in range(run.steps):
@@ -195,14 +196,38 @@ def test_without_packing_a_step_has_about_as_many_tokens():
     assert abs(sum(counts) / len(counts) - 512) < 26
 
 
-def test_the_last_step_may_be_smaller_and_epochs_may_be_broken():
-    examples = random_examples(100)
+def test_the_last_step_is_as_large_as_the_others_and_epochs_may_be_broken():
+    examples = random_examples(105)
     run = batches(examples, epochs=1)
+    assert run.bins_per_epoch % 4
     counts = [sum(len(batch.input_ids) for batch in run.step(i)) for i in range(run.steps)]
-    assert counts[:-1] == [4] * (run.steps - 1)
-    assert sum(counts) == run.bins_per_epoch
+    assert counts == [4] * run.steps
+    assert run.bins_per_epoch < sum(counts) < run.bins_per_epoch + 4
+    seen = Counter(row for i in range(run.steps) for row in rows_of(run.step(i)))
+    assert len(seen) == 105
+    assert max(seen.values()) == 2
     half = batches(examples, epochs=0.5)
-    assert sum(len(b.rows) for i in range(half.steps) for b in half.step(i)) < 60
+    assert sum(len(b.rows) for i in range(half.steps) for b in half.step(i)) < 65
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("longer", [{"epochs": 2}, {"epochs": 1.5}, {"steps": 40}])
+def test_the_steps_of_a_run_are_the_first_ones_of_a_longer_run(packing, longer):
+    examples = random_examples(105)
+    short = batches(examples, packing=packing, epochs=1)
+    long = batches(examples, packing=packing, **longer)
+    assert short.steps < long.steps
+    assert all(same(short.step(i), long.step(i)) for i in range(short.steps))
+    assert [short.epoch(i) for i in range(short.steps)] == [
+        long.epoch(i) for i in range(short.steps)
+    ]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_step_is_at_most_an_epoch(packing):
+    run = batches(random_examples(9), packing=packing, tokens_per_step=100_000, epochs=3)
+    assert run.steps == 3
+    assert all(rows_of(run.step(i)) == list(range(9)) for i in range(3))
 
 
 def test_a_given_number_of_steps_takes_the_epochs_that_it_needs():

@@ -129,7 +129,7 @@ def test_real_files_become_steps(test_data, files, settings):
     assert prepared.stats.lost_tokens == 0
     assert not texts(prepared.train) & texts(prepared.heldout)
 
-    run = Batches(prepared.train, max_tokens=1500, tokens_per_step=15_000, seed=0)
+    run = Batches(prepared.train, max_tokens=1500, tokens_per_step=1500, seed=0)
     seen = [batch for i in range(run.steps) for batch in run.step(i)]
     assert sum(batch.num_targets for batch in seen) == prepared.train.num_targets
     assert sum(batch.num_tokens for batch in seen) == prepared.train.num_tokens

@@ -1,5 +1,6 @@
 """Where a row is, and what is wrong with it: file, line and field."""
 
+import csv
 import json
 
 import pyarrow as pa
@@ -76,6 +77,16 @@ def test_cells_stay_text(write):
     ]
 
 
+def test_a_cell_may_be_long_and_the_limit_of_csv_stays_what_it_was(write):
+    name = write("a.csv", f"prompt,completion\na,{'b' * 5000}\n")
+    before = csv.field_size_limit(1000)
+    try:
+        assert len(rows(name)[0][1]["completion"]) == 5000
+        assert csv.field_size_limit() == 1000
+    finally:
+        csv.field_size_limit(before)
+
+
 def test_a_stray_quotation_mark_in_a_tsv_file_swallows_nothing(write):
     name = write("a.tsv", 'text\tlabel\n"begun\t1\nplain\t0\n"so" he said\t1\n')
     assert [row["text"] for _, row in rows(name)] == ['"begun', "plain", '"so" he said']
@@ -130,6 +141,25 @@ def test_the_place_of_a_csv_row_is_its_line_in_the_file(write):
 WRONG = {
     "broken JSON": ("a.jsonl", LINE + '\n{"prompt": "a", \n', r"a\.jsonl, line 2.*broken JSON"),
     "cut off": ("a.jsonl", LINE + "\n" + LINE[:20], r"line 2, column \d+: broken JSON"),
+    "too deep": ("a.jsonl", LINE + '\n{"a": ' + "[" * 100_000, "line 2, .*: nested too deeply"),
+    "too deep array": (
+        "a.json",
+        f"[{LINE},\n" + "[" * 99_999 + "]" * 100_000,
+        "line 2, .*too deep",
+    ),
+    "NaN": ("a.jsonl", LINE + '\n{"prompt": "NaN", "completion": NaN}', "line 2, column 33: .*NaN"),
+    "Infinity": ("a.json", f'[{LINE},\n{{"completion": -Infinity}}]', "line 2, .*-Infinity is no"),
+    "huge number": ("a.jsonl", '{"prompt": "a", "completion": 1e999}', "'completion': got inf"),
+    "surrogate": (
+        "a.jsonl",
+        LINE + '\n{"prompt": "a", "completion": "b\\ud800"}',
+        r"line 2: field 'completion': character 1 is '\\ud800', half of a surrogate pair",
+    ),
+    "surrogate in a message": (
+        "a.jsonl",
+        '{"messages": [{"role": "user", "content": "\\udc00"}]}',
+        r"line 1: field 'messages\[0\].content': character 0",
+    ),
     "broken array": ("a.json", f"[{LINE},\n{LINE},\n]", r"a\.json, line 3.*broken JSON"),
     "no object": ("a.jsonl", LINE + "\n[1]\n", r"line 2: got \[1\]"),
     "no object in an array": ("a.json", f"[{LINE}, 3]", r"item 2: got 3"),

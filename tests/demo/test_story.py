@@ -41,7 +41,7 @@ def test_the_held_out_loss_must_fall():
 
 def test_a_demo_never_overwrites_another(tmp_path):
     names = [story._new_folder(tmp_path).name for _ in range(3)]
-    assert names == ["demo", "demo-2", "demo-3"]
+    assert names == ["story", "story-2", "story-3"]
 
 
 @pytest.mark.slow
@@ -57,4 +57,4 @@ def test_the_whole_story_holds(tmp_path):
     assert result.returncode == 0, result.stderr
     for words in ("SIGKILL", "to the last bit", "going on after step 30", "everything held"):
         assert words in " ".join(result.stdout.split())
-    assert (tmp_path / "runs" / "demo" / "merged" / "model.safetensors").is_file()
+    assert (tmp_path / "runs" / "story" / "merged" / "model.safetensors").is_file()

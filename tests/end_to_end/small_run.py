@@ -83,11 +83,18 @@ def _child(values: dict[str, Any], moment: str | None, extend: bool) -> None:
 
 def _arm(moment: str) -> None:
     """Let this process die by SIGKILL in the middle of something."""
+    from qlora_lite.foundation import files
     from qlora_lite.run import finishing
-    from qlora_lite.training import checkpoint
+    from qlora_lite.training import checkpoint, loop
     from qlora_lite.training.engine import TorchEngine
 
-    if moment == "step":
+    if moment == "recipe.json":
+        _die_in(files.os, "replace", call=1)
+    elif moment == "first scoring":
+        _die_in(loop, "_one_step", call=1)
+    elif moment == "first steps":
+        _die_in(TorchEngine, "step", call=3)
+    elif moment == "step":
         _die_in(TorchEngine, "step", call=7)
     elif moment == "checkpoint":
         _die_in(checkpoint, "write_json", call=2)

@@ -1,12 +1,14 @@
 """The same promises on a CUDA card."""
 
+import signal
+
 import pytest
 import torch
 
 from qlora_lite.run.merging import merge
 from qlora_lite.run.training import run_recipe
 from qlora_lite.training import metrics
-from tests.end_to_end.small_run import small_recipe, write_rows
+from tests.end_to_end.small_run import finish_in_child, run_in_child, small_recipe, write_rows
 from tests.tiny import save_tiny
 
 pytestmark = pytest.mark.gpu
@@ -15,14 +17,22 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda")
-    save_tiny(folder / "base", "llama", dtype=torch.bfloat16)
+    # wide enough that bitsandbytes keeps moments in 8 bit (4,096 numbers) and pages them (100,000)
+    save_tiny(
+        folder / "base",
+        "llama",
+        dtype=torch.bfloat16,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_attention_heads=8,
+    )
     write_rows(folder / "train.jsonl")
     return folder
 
 
 def run(folder, name, *changes):
     recipe = small_recipe(folder / "base", folder / "train.jsonl", folder / name)
-    result = run_recipe(recipe.but("device=cuda", "optim.lr=1e-2", *changes))
+    result = run_recipe(recipe.but("device=cuda", "optim.lr=2e-3", "adapter.rank=256", *changes))
     return result, [e["loss"] for e in metrics.read(folder / name / "metrics.jsonl") if "loss" in e]
 
 
@@ -34,6 +44,24 @@ def test_it_learns_in_every_precision_with_every_optimizer(folder, quant, states
     )
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
     assert result.scores["loss"] < result.scores["loss_before"]
+
+
+@pytest.mark.parametrize("states", ["32bit", "8bit", "paged_8bit"])
+def test_killed_and_continued_it_ends_within_rounding(folder, states):
+    changes = ("device=cuda", "optim.lr=2e-3", "adapter.rank=256", f"optim.states={states}")
+    losses = []
+    for name in ("calm", "killed"):
+        recipe = small_recipe(
+            folder / "base", folder / "train.jsonl", folder / f"{name}-{states}", *changes
+        )
+        if name == "killed":
+            child = run_in_child(recipe, "step")
+            child.join()
+            assert child.exitcode == -signal.SIGKILL
+        finish_in_child(recipe)
+        log = metrics.read(folder / f"{name}-{states}" / "metrics.jsonl")
+        losses.append([e["loss"] for e in log if "loss" in e])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
 def test_fp16_compute_scales_its_loss(folder):

@@ -40,14 +40,17 @@ def uninterrupted(folder):
     return result_of(folder / "uninterrupted")
 
 
-@pytest.mark.parametrize("moment", ["step", "checkpoint", "final save"])
+@pytest.mark.parametrize(
+    "moment", ["recipe.json", "first scoring", "first steps", "step", "checkpoint", "final save"]
+)
 def test_killed_and_continued_it_ends_in_the_same_bits(folder, uninterrupted, moment):
-    recipe = recipe_in(folder, moment.replace(" ", "_"))
+    name = moment.replace(" ", "_")
+    recipe = recipe_in(folder, name)
     child = run_in_child(recipe, moment)
     child.join()
     assert child.exitcode == -signal.SIGKILL
     finish_in_child(recipe)
-    result = result_of(folder / moment.replace(" ", "_"))
+    result = result_of(folder / name)
     assert result["metrics"] == uninterrupted["metrics"]
     assert result == uninterrupted
 
@@ -118,6 +121,58 @@ def test_extended_it_goes_on_from_its_last_step(folder, uninterrupted):
     assert [e["step"] for e in events if "loss" in e] == list(range(1, 17))
     sidecar = json.loads((folder / "longer" / "adapter" / "qlora_lite.json").read_text())
     assert sidecar["steps"] == 16
+
+
+def test_an_extension_that_was_killed_ends_as_one_that_was_not(folder):
+    changes = ("optim.lr=0.3", "optim.schedule=constant", "evaluation.every=1")
+    patient = (*changes, "evaluation.patience=3", "checkpoints.every=1")
+    finish_in_child(recipe_in(folder, "calm-extension", *patient, "optim.steps=4"))
+    shutil.copytree(folder / "calm-extension", folder / "killed-extension")
+    longer = (*patient, "optim.steps=20")
+    finish_in_child(recipe_in(folder, "calm-extension", *longer), extend=True)
+    child = run_in_child(recipe_in(folder, "killed-extension", *longer), "first steps", extend=True)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    finish_in_child(recipe_in(folder, "killed-extension", *longer), extend=True)
+    assert result_of(folder / "killed-extension") == result_of(folder / "calm-extension")
+
+
+def test_a_run_cannot_become_shorter(folder, uninterrupted):
+    with pytest.raises(RunError, match=r"12 steps done already, and 5 are asked for"):
+        run_recipe(recipe_in(folder, "uninterrupted", "optim.steps=5"), extend=True)
+    assert result_of(folder / "uninterrupted") == uninterrupted
+
+
+def test_a_resumed_run_keeps_its_micro_batches_whatever_the_budget_is_then(folder):
+    free = ("optim.micro_batch_tokens=null", "optim.tokens_per_step=1024")
+    finish_in_child(recipe_in(folder, "roomy", *free, "budget=4GiB"))
+    child = run_in_child(recipe_in(folder, "tighter", *free, "budget=4GiB"), "step")
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    finish_in_child(recipe_in(folder, "tighter", *free, "budget=700MiB"))
+    assert result_of(folder / "tighter") == result_of(folder / "roomy")
+
+
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_it_continues(folder, uninterrupted):
+    child = run_in_child(recipe_in(folder, "damaged", "checkpoints.every=2"), "step")
+    child.join()
+    checkpoints = sorted((folder / "damaged" / "checkpoints").glob("step-*"))
+    assert len(checkpoints) == 2
+    os.truncate(checkpoints[-1] / "adapter.safetensors", 50)
+    finish_in_child(recipe_in(folder, "damaged", "checkpoints.every=2"))
+    result = result_of(folder / "damaged")
+    assert result["metrics"] == uninterrupted["metrics"]
+    assert result["adapter/native.safetensors"] == uninterrupted["adapter/native.safetensors"]
+
+
+def test_a_setting_that_is_newer_than_the_record_had_its_default_then(folder, uninterrupted):
+    record = folder / "uninterrupted" / "recipe.json"
+    values = json.loads(record.read_text())
+    old = json.loads(record.read_text())
+    del old["recipe"]["optim"]["lr_floor"]
+    record.write_text(json.dumps(old))
+    assert run_recipe(recipe_in(folder, "uninterrupted")).already_finished
+    record.write_text(json.dumps(values))
 
 
 def test_changed_data_under_an_unfinished_run_is_refused(folder):

@@ -97,6 +97,16 @@ def test_a_directory_appears_only_when_it_is_whole(tmp_path):
     assert [path.name for path in out.iterdir()] == ["part"]
 
 
+def test_a_directory_may_hold_directories(tmp_path):
+    """As a tokenizer with several chat templates is saved."""
+    with unfinished(tmp_path / "out", "a") as aside:
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+        tokenizer.save_pretrained(aside)
+    assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").is_file()
+    assert not list((tmp_path / "out").glob(".*"))
+
+
 def test_work_on_something_else_is_thrown_away(tmp_path):
     with pytest.raises(ZeroDivisionError), unfinished(tmp_path / "out", "a") as aside:
         (aside / "part").mkdir()

@@ -47,6 +47,26 @@ def test_an_existing_directory_is_replaced_and_old_debris_removed(tmp_path):
     assert os.listdir(tmp_path) == ["step"]
 
 
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
+    target = tmp_path / "step"
+    with complete_directory(target) as aside:
+        (aside / "1").write_text("1")
+    os.rename(target, tmp_path / ".step.old")
+    with pytest.raises(ValueError, match="again"), complete_directory(target):
+        raise ValueError("again")
+    assert os.listdir(target) == ["1"]
+    assert os.listdir(tmp_path) == ["step"]
+
+
+def test_debris_of_a_kill_after_the_renames_is_removed(tmp_path):
+    target = tmp_path / "step"
+    for name in ("step", ".step.old"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="again"), complete_directory(target):
+        raise ValueError("again")
+    assert os.listdir(tmp_path) == ["step"]
+
+
 def _hold(path, locked, release):
     with lock(path):
         locked.set()

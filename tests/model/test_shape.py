@@ -9,6 +9,7 @@ from threading import Thread
 import pytest
 from huggingface_hub import constants
 from transformers import (
+    CohereConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -113,6 +114,15 @@ def test_what_is_in_the_cache_is_preferred_to_known_facts(hub, tmp_path):
     config = read_config("some/model", known={"model_type": "gpt2"})
     assert config.model_type == "llama"
     assert hub.asked == []
+
+
+def test_a_norm_is_known_by_its_vectors_not_by_its_name():
+    """Cohere's norm of queries has a row for each head; it is trained and held as other weights."""
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = CohereConfig(**sizes, num_attention_heads=4, use_qk_norm=True)
+    roles = {p.module: p.role for p in parameter_shapes(config)}
+    assert roles["model.layers.0.self_attn.q_norm"] == "other"
+    assert roles["model.layers.0.input_layernorm"] == roles["model.norm"] == "norm"
 
 
 @pytest.mark.parametrize("model", ["./runs/nothing", "/no/such/directory", "a b"])

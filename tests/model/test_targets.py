@@ -94,3 +94,21 @@ def test_kinds_are_right_in_other_architectures(family, attention, mlp):
 def test_dimensions_alone_give_the_same_layers_as_the_model(family):
     model = tiny_model(family)
     assert specs_of_shape(model_shape(model.config)) == linear_specs(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "kinds"),
+    [
+        ("opt", {"word_embed_proj_dim": 64, "ffn_dim": 128}, {"attention": 8, "mlp": 4, "head": 1}),
+        # its linear layers are of a class of their own and stay as they are
+        ("falcon", {}, {"head": 1}),
+    ],
+)
+def test_dimensions_alone_agree_on_other_paths_and_classes(family, settings, kinds):
+    size = {"vocab_size": 400, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = CONFIG_MAPPING[family](**size, **settings)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    specs = linear_specs(model)
+    assert specs_of_shape(model_shape(config)) == specs
+    assert Counter(spec.kind for spec in specs) == kinds

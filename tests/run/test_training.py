@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_lite.foundation.errors import BudgetError, RecipeError, TrainingError
+from qlora_lite.foundation.errors import AdapterError, BudgetError, RecipeError, TrainingError
 from qlora_lite.foundation.watch import Watcher
 from qlora_lite.report import read as read_report
 from qlora_lite.run.loading import load_run
@@ -123,6 +123,25 @@ def test_early_stopping_keeps_the_best_adapter_and_says_so(folder):
     assert result.scores["loss"] == scorings[best]
     sidecar = json.loads((folder / "early" / "adapter" / "qlora_lite.json").read_text())
     assert (sidecar["state"], sidecar["steps"]) == ("best", best)
+
+
+def test_with_patience_the_best_adapter_is_kept_although_nothing_stopped_the_run(folder):
+    changes = ("optim.lr=0.05", "optim.schedule=constant", "evaluation.every=1")
+    result = run_recipe(recipe_in(folder, "patient", *changes, "evaluation.patience=50"))
+    scorings = {e["step"]: e["heldout_loss"] for e in events_of(folder, "patient") if len(e) < 7}
+    assert max(scorings) == 12
+    assert result.scores["loss"] == min(scorings.values())
+
+
+def test_learned_positions_limit_the_length_of_a_row(folder):
+    save_tiny(folder / "gpt2", "gpt2", tied=True)
+    with pytest.raises(RecipeError, match=r"512 positions, which are learned.*max_tokens=512"):
+        run_recipe(recipe_in(folder, "too-long", "data.max_tokens=513", base="gpt2"))
+
+
+def test_an_adapter_to_start_from_is_looked_for_before_anything_is_read(folder):
+    with pytest.raises(AdapterError, match="is not an adapter directory"):
+        run_recipe(recipe_in(folder, "from-nothing", f"adapter.start={folder / 'nowhere'}"))
 
 
 def test_a_run_may_begin_from_an_adapter(folder, plain):

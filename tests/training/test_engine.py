@@ -60,11 +60,16 @@ def test_a_method_reads_writes_and_edits_gradients(rounding):
     assert engine.gradient(p) is None
 
 
-def test_a_written_value_survives_the_next_step():
-    # a write that missed the master would be undone when the master is rounded back
+@pytest.mark.parametrize("rounding", ["master", "stochastic"])
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_written_value_survives_the_next_step(rounding, is_early):
+    # a write that missed the image would be undone when the image is rounded back
     p = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
-    engine = engine_for(p)
-    engine.write(p, torch.tensor([5.0]))
+    engine = engine_for(p, rounding=rounding)
+    if is_early:
+        engine.write(p, torch.tensor([5.0]))
     engine.backward(p.float().sum(), last=True)
+    if not is_early:
+        engine.write(p, torch.tensor([5.0]))
     engine.step(1.0, info(lr=0.01))
     assert p.item() == pytest.approx(4.99, abs=0.03)

@@ -110,6 +110,18 @@ def test_hooks_come_in_the_order_of_the_contract(directory):
     assert all(engine.gradient(p) is None for _, p in method._parameters())
 
 
+def test_layers_that_are_not_active_do_not_move(directory):
+    model, method, engine = workplace(directory)
+    chosen = sorted(method.layers)[0]
+    method.active = lambda info: [chosen]
+    method.before_step = lambda access, info: None
+    method.after_step = lambda access, info: None
+    before = {name: p.detach().clone() for name, p in method._parameters()}
+    step(model, method, engine, [12])
+    moved = {name for name, p in method._parameters() if not torch.equal(p, before[name])}
+    assert moved == {f"{chosen}.b"}  # A's gradient is zero while B is
+
+
 def test_a_penalty_counts_once_whatever_the_number_of_micro_batches(directory):
     plain = workplace(directory)
     step(*plain, [12, 9, 7])
