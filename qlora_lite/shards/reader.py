@@ -21,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.foundation.files import file_hash
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -111,10 +110,6 @@ class Checkpoint:
     def close(self) -> None:
         """Let the maps go; the next read opens them again."""
         self._open.clear()
-
-    def file_hashes(self) -> dict[str, str]:
-        """SHA-256 of every file, by name: reads everything."""
-        return {file.name: file_hash(file) for file in self.files}
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from qlora_lite.adapters.method import ParameterGroup
 from qlora_lite.foundation.errors import DeviceError
 from qlora_lite.foundation.settings import Settings
+from qlora_lite.memory.formulas import States
 from qlora_lite.training.schedule import ScheduleName
 
-States = Literal["32bit", "8bit", "paged_8bit"]
 Rounding = Literal["master", "stochastic"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
