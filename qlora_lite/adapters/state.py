@@ -246,7 +246,13 @@ def begin_from(attached: Attached, directory: Path) -> None:
     with torch.no_grad():
         for name, tensor in adapter.whole.items():
             path = name.rpartition(".")[0]
-            parameters[name].copy_(tensor.T if _is_transposed(attached, path, tensor) else tensor)
+            value = tensor.T if _is_transposed(attached, path, tensor) else tensor
+            if value.shape != parameters[name].shape:
+                raise AdapterError(
+                    f"{name} has shape {tuple(value.shape)} in {directory} and "
+                    f"{tuple(parameters[name].shape)} here. It was trained on another base model"
+                )
+            parameters[name].copy_(value)
 
 
 def _was_trained_with(directory: Path, settings: AdapterSettings) -> bool:

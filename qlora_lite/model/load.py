@@ -32,7 +32,7 @@ from qlora_lite.model.freeze import RoundTrip, StoredWeight, copy_weight, freeze
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear, Scratch, Source
 from qlora_lite.model.prequantised import COMPANION, is_packed, read_packed, stored_quant
 from qlora_lite.model.quant import BF16, FP32, NF4, Int8, Quant
-from qlora_lite.model.shape import read_config
+from qlora_lite.model.shape import is_linear, read_config
 from qlora_lite.shards.names import match
 from qlora_lite.shards.reader import Checkpoint
 
@@ -267,9 +267,9 @@ class _Loading:
     def _install(self, name: str, ours: str) -> None:
         path, _, leaf = ours.rpartition(".")
         module = self.model.get_submodule(path)
-        if isinstance(module, FrozenLinear) or (_is_linear(module) and leaf == "bias"):
+        if isinstance(module, FrozenLinear) or (is_linear(module) and leaf == "bias"):
             return  # a bias is read with its weight
-        if _is_linear(module):
+        if is_linear(module):
             self.model.set_submodule(path, self._linear(name, path, module))
         elif _is_embedding(module):
             self.model.set_submodule(path, self._embedding(name, module))
@@ -340,11 +340,6 @@ def _return_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Subclasses of nn.Linear do something of their own in forward; they stay."""
-    return type(module) is nn.Linear or isinstance(module, Conv1D)
 
 
 def _is_embedding(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
     score adapter on base -> score each candidate -> write the best -> read it back and compare
 
 With `base="auto"` every candidate is loaded and scored on the held-out rows; one model is in memory
-at a time. A base that is named is written at once, without loading any model.
+at a time. A base that is named is written at once; with `verify=False` no model is loaded at all.
 """
 
 import dataclasses
