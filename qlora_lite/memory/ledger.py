@@ -22,7 +22,8 @@ from qlora_lite.model.shape import ModelShape, ParameterShape
 PROCESS_BYTES = 560 * 2**20
 """Python with torch, transformers, bitsandbytes and datasets loaded: 473 MiB resident, measured
 with the pinned versions on Linux x86-64 (CPU build of torch); and what the mathematical libraries
-hold after the first steps, 60 to 140 MiB beyond the terms of this ledger on a 100 M model."""
+hold after the first steps, 60 to 140 MiB beyond the terms of this ledger on a 100 M model. The sum
+is fitted to these few runs: a calibration, not a measurement."""
 
 CUDA_CONTEXT_BYTES = 600 * 10**6
 """Context and kernels of a CUDA process, outside PyTorch's allocator: 0.45 to 0.8 GB, by card."""
@@ -252,7 +253,7 @@ def _kept_bytes(model: ModelShape, run: RunShape, block: int, tokens: int) -> in
 
 def _overhead(run: RunShape, used: int) -> Term:
     if run.device == "cpu":
-        return Term("process", PROCESS_BYTES, "Python and its libraries, measured")
+        return Term("process", PROCESS_BYTES, "Python and its libraries, fitted to runs on CPU")
     fragments = round(CUDA_FRAGMENTATION * used)
     return Term(
         "CUDA context and fragmentation",
