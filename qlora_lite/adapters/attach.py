@@ -7,7 +7,7 @@ The layers that are adapted are replaced in place; the model's own code runs on,
 
 import copy
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from qlora_lite.adapters.embedding import LoRAEmbedding
 from qlora_lite.adapters.layer import AdapterLayer, Role
-from qlora_lite.adapters.method import Method, ParameterGroup, check_ranks, scale_of
+from qlora_lite.adapters.method import Method, Need, ParameterGroup, check_ranks, scale_of
+from qlora_lite.adapters.start import Starts, by_layer
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.foundation.seeds import generator
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear
@@ -91,15 +92,50 @@ class Attached:
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters().values())
 
+    def state(self) -> dict[str, Tensor]:
+        """All that makes the adapter, by `path.name`: what checkpoints and its files hold."""
+        found = {name: p.detach() for name, p in self.parameters().items()}
+        for path, layer in self.layers.items():
+            found |= {f"{path}.{name}": tensor for name, tensor in layer.state().items()}
+        return found
+
+    def load_state(self, saved: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`; names must match exactly.
+
+        Raises:
+            AdapterError: if a tensor is missing, left over, or a parameter has another shape.
+        """
+        expected = self.state()
+        if odd := sorted(saved.keys() ^ expected.keys()):
+            raise AdapterError(
+                f"the saved adapter and this recipe differ in {len(odd)} tensors (such as "
+                f"{odd[0]}). Use the recipe.json of the run that wrote it"
+            )
+        for name, parameter in self.parameters().items():
+            if parameter.shape != saved[name].shape:
+                raise AdapterError(
+                    f"{name} has shape {tuple(saved[name].shape)} in the saved adapter and "
+                    f"{tuple(parameter.shape)} here. Use the recipe.json of the run that wrote it"
+                )
+            parameter.data.copy_(saved[name])
+        for path, tensors in by_layer(saved, self.layers).items():
+            self.layers[path].load_state(tensors)
+
     def train(self, mode: bool = True) -> None:
         """Adapter dropout on or off. The frozen base is never in training mode: its own dropout,
         where it has one, would make the adapted model start elsewhere than at the base."""
         for layer in self.layers.values():
             layer.train(mode)
 
+    @property
+    def keeps_base(self) -> bool:
+        """Without the adapter this is the model that the base's checkpoint makes."""
+        return Need.ORIGINAL_WEIGHTS not in self.method.needs
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The bare base, while the block runs."""
+        """The bare base, while the block runs. Of a method that needs the original weights it is
+        what that method left of the base (`keeps_base` is false)."""
         switched: list[AdapterLayer | LoRAEmbedding]
         switched = [*self.layers.values(), *self.embeddings.values()]
         for layer in switched:
@@ -142,7 +178,7 @@ def attach(
     specs: Sequence[LinearSpec],
     seed: int,
     dtype: torch.dtype,
-    starts: Mapping[str, Mapping[str, Tensor]] | None = None,
+    starts: Starts | None = None,
 ) -> Attached:
     """Build the layers of `method` on `model`, in place.
 
@@ -150,19 +186,17 @@ def attach(
         specs: all linear layers of the model.
         seed: every layer draws from a stream of its own, by its path.
         dtype: of the trained parameters at rest; gates and whole modules are fp32.
-        starts: what `method.split` found for the layers, by path.
+        starts: what loading the base found out about the layers, and what was saved of them.
     """
     settings = method.settings
     attached = Attached(model, method)
     whole = find_modules(model, settings.train_modules)
-    for spec in choose(specs, method, whole):
+    planned = choose(specs, method, whole)
+    starts = starts or Starts(method, planned, seed)
+    for spec in planned:
         base = model.get_submodule(spec.path)
         assert isinstance(base, FrozenLinear), spec.path
-        start = (starts or {}).get(spec.path)
-        layer = method.build(base, spec, start, generator(seed, "adapter", spec.path))
-        for name, parameter in layer.trained().items():
-            rests_in = torch.float32 if layer.roles[name] in ALWAYS_FP32 else dtype
-            parameter.data = parameter.data.to(base.weight.device, rests_in)
+        layer = build_layer(base, spec, starts, dtype)
         replace(model, spec.path, layer)
         attached.layers[spec.path] = layer
     method.adopt(attached.layers)
@@ -170,6 +204,23 @@ def attach(
         _attach_embedding(model, attached, whole, seed, dtype)
     _attach_whole(model, attached, whole)
     return attached
+
+
+def build_layer(
+    base: FrozenLinear, spec: LinearSpec, starts: Starts, dtype: torch.dtype
+) -> AdapterLayer:
+    """One planned layer at its start, on its base's device, at rest in `dtype`."""
+    draws = generator(starts.seed, "adapter", spec.path)
+    layer = starts.method.build(base, spec, starts.build_from(spec.path), draws)
+    layer.start = starts.replay(spec.path)
+    device = base.weight.device
+    for name, parameter in layer.trained().items():
+        rests_in = torch.float32 if layer.roles[name] in ALWAYS_FP32 else dtype
+        parameter.data = parameter.data.to(device, rests_in)
+    for name, buffer in layer._buffers.items():
+        if buffer is not None:
+            layer._buffers[name] = buffer.to(device, dtype if name in layer.frozen else None)
+    return layer
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -190,11 +241,21 @@ def find_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
         for path, module in model.named_modules()
         if isinstance(module, kinds) or is_norm(module)
     ]
+    return match_modules(paths, names)
+
+
+def match_modules(paths: Iterable[str], names: Sequence[str]) -> list[str]:
+    """The paths that `names` means: by path, last name or glob.
+
+    Raises:
+        AdapterError: if a name matches none of them.
+    """
+    there = list(dict.fromkeys(paths))
     found: list[str] = []
     for name in names:
-        matches = [p for p in paths if fnmatch.fnmatch(p, name) or p.rpartition(".")[2] == name]
+        matches = [p for p in there if fnmatch.fnmatch(p, name) or p.rpartition(".")[2] == name]
         if not matches:
-            kinds_there = sorted({p.rpartition(".")[2] for p in paths})
+            kinds_there = sorted({p.rpartition(".")[2] for p in there})
             raise AdapterError(
                 f"adapter.train_modules: {name!r} matches no module. There are "
                 f"{', '.join(kinds_there)}; paths and globs work too"

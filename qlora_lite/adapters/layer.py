@@ -2,12 +2,16 @@
 
     y = combine(x, W x) + bias          combine defaults to  W x + update(x)
 
-A method from a paper subclasses `AdapterLayer` and says what `update` is, what it adds to the dense
-weight (`delta`), and how it leaves as a plain LoRA pair (`factors`). The base is asked for
-`matmul(x)` and `dense()`; how it is stored is its own business, so every method works on every
-precision.
+A method from a paper subclasses `AdapterLayer` and says what `update` is, and which low-rank pair
+(`live_factors`) or dense matrix (`delta`) it amounts to. The base is asked for `matmul(x)` and
+`dense()`; how it is stored is its own business, so every method works on every precision.
+
+Whatever changes what a layer computes is its own: a trained parameter or a buffer. Both are saved
+with it (`state`), in checkpoints and in the adapter's files. What only a schedule remembers is the
+method's (`Method.state_dict`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
@@ -16,6 +20,9 @@ from torch import Tensor, nn
 
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.model.frozen import FrozenLinear
+
+START = "start/"
+"""Prefix, in a layer's state, of what `Method.split` found."""
 
 
 class Role(StrEnum):
@@ -43,6 +50,8 @@ class Factors:
     """(d_out, rank)"""
     relative_error: float = 0.0
     """Frobenius norm of what the pair misses, relative to the delta; 0 where it is lossless."""
+    magnitude: Tensor | None = None
+    """(d_out,): the norms that the rows of W + up @ down are given afterwards (DoRA), or None."""
 
     @property
     def rank(self) -> int:
@@ -58,10 +67,15 @@ class AdapterLayer(nn.Module):
     roles: ClassVar[dict[str, Role]] = {}
     """Every trained parameter's name and role."""
 
+    frozen: ClassVar[tuple[str, ...]] = ()
+    """Buffers that rest in the dtype of the parameters; all others keep their own."""
+
     def __init__(self, base: FrozenLinear) -> None:
         super().__init__()
         self.base = base
         self.enabled = True
+        self.start: Mapping[str, Tensor] = {}
+        """What `Method.split` found for this layer, on the CPU; replayed whenever it is loaded."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) -> (..., d_out)"""
@@ -79,12 +93,15 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError
 
     def live_factors(self) -> tuple[Tensor, Tensor] | None:
-        """Differentiable (down, up) with `up @ down == delta`; None where there is no such pair."""
+        """Differentiable (down, up) in fp32 with `up @ down == delta`; None if there is none."""
         return None
 
     def delta(self) -> Tensor:
         """What merging adds to the dense weight, (d_out, d_in) in fp32."""
-        raise NotImplementedError
+        pair = self.live_factors()
+        assert pair is not None, f"{type(self).__name__} says neither delta nor live_factors"
+        down, up = pair
+        return up.detach() @ down.detach()
 
     def merged(self, dense: Tensor) -> Tensor:
         """The dense weight (d_out, d_in) with what was trained, in fp32."""
@@ -92,7 +109,10 @@ class AdapterLayer(nn.Module):
 
     def factors(self, rank: int | None = None) -> Factors | None:
         """The folded pair for export, cut to `rank` on request; None if there is none there."""
-        raise NotImplementedError
+        pair = self.live_factors()
+        if pair is None or (rank is not None and rank < pair[0].shape[0]):
+            return None
+        return Factors(pair[0].detach(), pair[1].detach())
 
     def begin_from(self, factors: Factors) -> None:
         """Start at a trained LoRA pair instead of at the base.
@@ -112,3 +132,20 @@ class AdapterLayer(nn.Module):
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name, without the base's."""
         return {name: getattr(self, name) for name in self.roles}
+
+    def state(self) -> dict[str, Tensor]:
+        """All that this layer is beside its base: parameters, buffers and `start/` tensors."""
+        own = {n: t for n, t in self.state_dict().items() if not n.startswith("base.")}
+        return own | {f"{START}{name}": tensor for name, tensor in self.start.items()}
+
+    def load_state(self, saved: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`. A buffer may have another size: banks grow."""
+        for name, tensor in saved.items():
+            if name.startswith(START):
+                continue
+            owner, _, leaf = name.rpartition(".")
+            module = self.get_submodule(owner)
+            if leaf in module._parameters:
+                module.get_parameter(leaf).data.copy_(tensor)
+            else:
+                module._buffers[leaf] = tensor.to(self.base.weight.device, copy=True)

@@ -53,15 +53,7 @@ class LoRALayer(AdapterLayer):
         return F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype)) * self.scale
 
     def live_factors(self) -> tuple[Tensor, Tensor] | None:
-        return self.a, self.b * self.scale
-
-    def delta(self) -> Tensor:
-        return self.scale * (self.b.detach().float() @ self.a.detach().float())
-
-    def factors(self, rank: int | None = None) -> Factors | None:
-        if rank is not None and rank < self.a.shape[0]:
-            return None
-        return Factors(self.a.detach().float(), self.scale * self.b.detach().float())
+        return self.a.float(), self.b.float() * self.scale
 
     def begin_from(self, factors: Factors) -> None:
         rank = self.a.shape[0]

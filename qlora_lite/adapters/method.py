@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Flag, auto
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field, field_validator
@@ -25,6 +25,13 @@ from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.foundation.settings import Settings
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
+
+FAST = (Role.UP, Role.GATE, Role.MAGNITUDE)
+"""Roles that move at `lr_ratio` times the rate: up factors, and what is one-dimensional, as PEFT
+groups them for LoRA+."""
+
+UNDECAYED = (Role.GATE, Role.MAGNITUDE)
+"""Roles without weight decay."""
 
 
 class AdapterSettings(Settings):
@@ -80,17 +87,14 @@ class AdapterSettings(Settings):
 
 
 class Need(Flag):
-    """What a method needs from those who carry it out."""
+    """What a method needs from those who carry it out, beyond what every method gets."""
 
     NONE = 0
     TEACHER_OUTPUT = auto()
-    """The bare base's logits beside the adapted ones."""
-    LAYER_INPUTS = auto()
-    """Statistics of the layers' inputs, each token counted once under checkpointing."""
-    TOTAL_STEPS = auto()
-    """The number of optimizer steps, known before the first."""
+    """The bare base's logits beside the adapted ones: a second forward of every batch."""
     ORIGINAL_WEIGHTS = auto()
-    """The weights before quantisation."""
+    """The weights before quantisation. `split` decides what is quantised in their place, so the
+    adapter is right on that base only: it leaves as merged weights, not as a PEFT adapter."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,29 @@ class LayerPlan:
 
     rank: int
     scale: float
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Numbers that one layer's adapter holds, for the memory plan."""
+
+    rank: int
+    """Width of the activation between the factors, which is kept for the backward."""
+    trained: int
+    frozen: int = 0
+    """In the dtype of the parameters, at the end of the run."""
+    statistics: int = 0
+    """In fp32, beside the optimizer's own."""
+
+    def at_rank(self, rank: int) -> "Footprint":
+        """About what it would be at another rank: everything in proportion."""
+        sizes = (self.trained, self.frozen, self.statistics)
+        return Footprint(rank, *(size * rank // self.rank for size in sizes))
+
+
+def lora_footprint(d_in: int, d_out: int, rank: int) -> Footprint:
+    """Two factors, A (rank, d_in) and B (d_out, rank)."""
+    return Footprint(rank, rank * (d_in + d_out))
 
 
 @dataclass(frozen=True)
@@ -155,12 +182,15 @@ class Access(Protocol):
 class Method:
     """One adapter method in one run. Every hook does nothing unless a paper needs it."""
 
-    needs: ClassVar[Need] = Need.NONE
-
     def __init__(self, settings: AdapterSettings) -> None:
         self.settings = settings
         self.plans: dict[str, LayerPlan] = {}
         self.layers: dict[str, AdapterLayer] = {}
+
+    @property
+    def needs(self) -> Need:
+        """What this method needs with these settings."""
+        return Need.NONE
 
     def plan(self, specs: Sequence[LinearSpec]) -> dict[str, LayerPlan]:
         """Rank and scale of every layer, before anything is built; rank 0 is left out."""
@@ -172,6 +202,10 @@ class Method:
             if rank > 0
         }
 
+    def footprint(self, spec: LinearSpec) -> Footprint:
+        """What a planned layer's adapter holds: LoRA's two factors unless a method says else."""
+        return lora_footprint(spec.d_in, spec.d_out, self.plans[spec.path].rank)
+
     def split(
         self,
         spec: LinearSpec,
@@ -180,12 +214,16 @@ class Method:
         generator: torch.Generator,
         saved: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Before quantisation: the weight to quantise, and where the factors start.
+        """Before quantisation: the weight to quantise, and where the layer starts.
 
-        Called for planned layers only if a method overrides it, since it needs the whole weight in
-        fp32. On resume, load and merge it replays `saved` and computes nothing.
+        Called for the planned layers of a method that needs the original weights.
+
+        Args:
+            dense: the weight (d_out, d_in) in fp32; `round_trip` is what quantising makes of one.
+            saved: what an earlier call returned. On resume, load and merge it is replayed to the
+                bit, and nothing is computed anew.
         """
-        return dense, None
+        raise NotImplementedError
 
     def build(
         self,
@@ -194,7 +232,13 @@ class Method:
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
     ) -> AdapterLayer:
-        """The layer at its start. The generator is seeded by run and path."""
+        """The layer at its start.
+
+        Args:
+            start: None at first, or what `split` found. On resume, load and merge all that the
+                layer had saved (`AdapterLayer.state`, and the start under its plain names).
+            generator: seeded by run and path.
+        """
         raise NotImplementedError
 
     def adopt(self, layers: Mapping[str, AdapterLayer]) -> None:
@@ -202,13 +246,14 @@ class Method:
         self.layers = dict(layers)
 
     def groups(self) -> list[ParameterGroup]:
-        """Groups by role: up factors at `lr_ratio` times the rate, gates without decay."""
+        """Groups by role: up factors, gates and magnitudes at `lr_ratio` times the rate; gates and
+        magnitudes without decay."""
         by_kind: dict[tuple[float, bool], dict[str, nn.Parameter]] = {}
         for path, layer in self.layers.items():
             for name, parameter in layer.trained().items():
                 role = layer.roles[name]
-                factor = self.settings.lr_ratio if role is Role.UP else 1.0
-                decays = role not in (Role.GATE, Role.MAGNITUDE)
+                factor = self.settings.lr_ratio if role in FAST else 1.0
+                decays = role not in UNDECAYED
                 by_kind.setdefault((factor, decays), {})[f"{path}.{name}"] = parameter
         return [
             ParameterGroup(tuple(members), tuple(members.values()), factor, decays)

@@ -37,6 +37,9 @@ NATIVE = "native.safetensors"
 SIDECAR = "qlora_lite.json"
 _PREFIX = "base_model.model."
 
+FREE_TO_CHANGE = ("start", "dropout", "dtype", "lr_ratio")
+"""Settings that may differ from those of an adapter whose own state is taken as it is."""
+
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """PEFT's starts that take something out of the base's weights, as prefixes of their names."""
 
@@ -57,9 +60,9 @@ def save_adapter(
         fan_in_fan_out: the base keeps its weights as (d_in, d_out), as GPT-2 does.
         sidecar: what the PEFT format does not record.
     """
-    native = {n: p.detach().cpu().contiguous() for n, p in attached.parameters().items()}
+    native = {n: t.cpu().contiguous() for n, t in attached.state().items()}
     save_file(native, directory / NATIVE, {"format": "pt"})
-    tensors, config = to_peft(attached)
+    tensors, config = to_peft(attached) if attached.keeps_base else ({}, {})
     if config:
         settings = attached.method.settings
         config |= {
@@ -229,9 +232,9 @@ def begin_from(attached: Attached, directory: Path) -> None:
     Raises:
         AdapterError: if a tensor of the adapter finds no place, or a shape differs.
     """
-    native = directory / NATIVE
-    if native.is_file() and _was_trained_with(directory, attached.method.settings):
-        load_native(attached, read_native(directory))
+    saved = saved_start(directory, attached.method.settings)
+    if saved is not None:
+        attached.load_state(saved)
         return
     adapter = read_peft(directory)
     _check_places(attached, adapter)
@@ -255,12 +258,20 @@ def begin_from(attached: Attached, directory: Path) -> None:
             parameters[name].copy_(value)
 
 
+def saved_start(directory: Path, settings: AdapterSettings) -> dict[str, Tensor] | None:
+    """Our own state of an adapter to begin from, where it fits these settings as it is."""
+    if not (directory / NATIVE).is_file():
+        return None
+    return read_native(directory) if _was_trained_with(directory, settings) else None
+
+
 def _was_trained_with(directory: Path, settings: AdapterSettings) -> bool:
-    """Our own state fits as it is when method, ranks and scales are the same."""
+    """Our own state fits when everything is the same but how it is trained."""
     recorded = json.loads((directory / SIDECAR).read_text(encoding="utf-8"))["adapter"]
-    shaping = ("kind", "rank", "alpha", "scaling", "ranks", "targets", "embedding_rank")
-    extra = ("train_norms", "train_modules")
-    return all(recorded[name] == getattr(settings, name) for name in (*shaping, *extra))
+    now = settings.model_dump(mode="json")
+    return all(
+        recorded.get(name) == value for name, value in now.items() if name not in FREE_TO_CHANGE
+    )
 
 
 def _check_places(attached: Attached, adapter: PeftAdapter) -> None:
@@ -309,26 +320,3 @@ def read_native(directory: Path) -> dict[str, Tensor]:
             f"{directory / NATIVE} cannot be read ({error}). Restore it, or delete {directory} and "
             "train the run again: it goes on from its last checkpoint"
         ) from error
-
-
-def load_native(attached: Attached, tensors: Mapping[str, Tensor]) -> None:
-    """Set every trained parameter from our own state; names must match exactly.
-
-    Raises:
-        AdapterError: if a tensor is missing, left over, or has another shape.
-    """
-    parameters = attached.parameters()
-    if set(tensors) != set(parameters):
-        odd = sorted(set(tensors) ^ set(parameters))
-        raise AdapterError(
-            f"the saved adapter and this recipe differ in {len(odd)} tensors (such as {odd[0]}). "
-            "Use the recipe.json of the run that wrote it"
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if parameter.shape != tensors[name].shape:
-                raise AdapterError(
-                    f"{name} has shape {tuple(tensors[name].shape)} in the saved adapter and "
-                    f"{tuple(parameter.shape)} here. Use the recipe.json of the run that wrote it"
-                )
-            parameter.copy_(tensors[name])

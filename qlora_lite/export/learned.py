@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_lite.adapters.attach import choose
 from qlora_lite.adapters.catalogue import method_for
-from qlora_lite.adapters.method import AdapterSettings
+from qlora_lite.adapters.method import AdapterSettings, Method
+from qlora_lite.adapters.start import by_layer
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.model.targets import LinearSpec, linear_specs
 
@@ -29,6 +30,8 @@ class Learned:
     """Tensors of an adapted embedding, by path."""
     specs: dict[str, LinearSpec]
     """The adapted linear layers, by path."""
+    method: Method
+    """With its plans made."""
 
     @property
     def paths(self) -> set[str]:
@@ -48,24 +51,24 @@ def sort(state: Mapping[str, Tensor], settings: AdapterSettings, model: nn.Modul
     for name, tensor in whole.items():
         _check_shape(name, tensor, model)
     _check_whole(set(whole), settings, model)
-    groups: dict[str, dict[str, Tensor]] = {}
-    for name in state.keys() - whole.keys():
-        path, _, leaf = name.rpartition(".")
-        groups.setdefault(path, {})[leaf] = state[name]
+    rest = {name: tensor for name, tensor in state.items() if name not in whole}
     trained_whole = [name.rpartition(".")[0] for name in whole]
-    chosen = choose(linear_specs(model), method_for(settings), trained_whole)
-    specs = {spec.path: spec for spec in chosen}
+    method = method_for(settings)
+    specs = {s.path: s for s in choose(linear_specs(model), method, trained_whole)}
     embeddings: dict[str, dict[str, Tensor]] = {}
     if settings.embedding_rank:
         table = model.get_input_embeddings()  # type: ignore[operator]
         path = next(path for path, module in model.named_modules() if module is table)
-        embeddings[path] = groups.pop(path, {})
+        embeddings[path] = by_layer(rest, [path]).get(path, {})
         if embeddings[path].keys() != {"a", "b"}:
             raise AdapterError(misfit(f"{path}.a", settings.kind))
-    if odd := groups.keys() ^ specs.keys():
-        path = min(odd)
-        raise AdapterError(misfit(f"{path}.{min(groups.get(path, ['*']))}", settings.kind))
-    return Learned(whole, groups, embeddings, specs)
+    layers = by_layer(rest, specs)
+    if missing := specs.keys() - layers.keys():
+        raise AdapterError(misfit(f"{min(missing)}.*", settings.kind))
+    placed = {f"{path}.{name}" for path, own in (layers | embeddings).items() for name in own}
+    if odd := rest.keys() - placed:
+        raise AdapterError(misfit(min(odd), settings.kind))
+    return Learned(whole, layers, embeddings, specs, method)
 
 
 def _check_whole(names: set[str], settings: AdapterSettings, model: nn.Module) -> None:

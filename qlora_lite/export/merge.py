@@ -26,13 +26,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from qlora_lite.adapters.attach import build_layer
 from qlora_lite.adapters.catalogue import method_for
 from qlora_lite.adapters.layer import AdapterLayer, Factors
-from qlora_lite.adapters.method import AdapterSettings, scale_of
+from qlora_lite.adapters.method import AdapterSettings, Need, scale_of
+from qlora_lite.adapters.start import Starts
 from qlora_lite.export.learned import misfit, sort
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import AdapterError, ExportError
-from qlora_lite.foundation.seeds import generator
 from qlora_lite.model.freeze import StoredWeight, copy_weight, freeze
 from qlora_lite.model.frozen import FrozenLinear, Scratch
 from qlora_lite.model.load import Base, skeleton
@@ -63,7 +64,7 @@ class MergeSource:
     """What training held the base in; the device is where sums are made."""
     adapter: AdapterSettings
     state: Mapping[str, Tensor]
-    """Every trained tensor by `path.name`, as `native.safetensors` has it."""
+    """The adapter's state by `path.name`, as `native.safetensors` has it."""
     seed: int
 
 
@@ -104,16 +105,20 @@ class MergedWeights:
         config = read_config(str(source.path), trust_remote_code=source.base.trust_remote_code)
         if base not in possible_bases(source):
             raise ExportError(
-                f"got base={base}, but the checkpoint {source.path} is quantised itself: it has no "
-                "original weights to add to. Take base=trained"
+                f"got base={base}, but this adapter is right only on the base that it was trained "
+                f"on: {_why_only_trained(source)}. Take base=trained"
             )
         unpacked = config.dtype or torch.bfloat16
         self.checkpoint = Checkpoint.open(source.path)
         self.model = skeleton(config, source.base)
         """Without weights: the modules by name."""
-        self.method = method_for(source.adapter)
         self._learned = sort(source.state, source.adapter, self.model)
-        self.method.plans = self.method.plan(list(self._learned.specs.values()))
+        self._starts = Starts(
+            self._learned.method,
+            list(self._learned.specs.values()),
+            source.seed,
+            source.state,
+        )
         names, tied = _names(self.model, self.checkpoint)
         changed = self._learned.paths
         self.untied = [
@@ -228,20 +233,19 @@ class MergedWeights:
 
     def _layer(self, entry: _Entry) -> AdapterLayer:
         """The trained layer of one weight, on a base of its own."""
-        path, source = entry.path, self.source
-        draws = generator(source.seed, "adapter", path)
-        layer = self.method.build(self._frozen(entry), self._learned.specs[path], None, draws)
-        saved, expected = self._learned.layers[path], layer.trained()
-        if saved.keys() != expected.keys():
-            odd = min(saved.keys() ^ expected.keys())
-            raise AdapterError(misfit(f"{path}.{odd}", source.adapter.kind))
-        for name, parameter in expected.items():
+        path = entry.path
+        spec, saved = self._starts.specs[path], self._learned.layers[path]
+        layer = build_layer(self._frozen(entry), spec, self._starts, torch.float32)
+        expected = layer.state()
+        if odd := saved.keys() ^ expected.keys():
+            raise AdapterError(misfit(f"{path}.{min(odd)}", self.source.adapter.kind))
+        for name, parameter in layer.trained().items():
             if saved[name].shape != parameter.shape:
                 raise AdapterError(
                     f"{path}.{name} has shape {tuple(saved[name].shape)} in the adapter and "
                     f"{tuple(parameter.shape)} by its settings. Restore the run's files"
                 )
-            parameter.data = saved[name].to(source.rule.device)
+        layer.load_state(saved)
         return layer
 
     def _embedding_pair(self, path: str) -> Factors:
@@ -261,7 +265,8 @@ class MergedWeights:
             rule = dataclasses.replace(rule, compute=torch.float32)
             return freeze(weight, exact, rule, scratch=self._scratch)
         if (quant := self._quant(entry)) is not None:
-            return freeze(weight, quant, rule, scratch=self._scratch)
+            split = self._starts.split(entry.path)
+            return freeze(weight, quant, rule, split=split, scratch=self._scratch)
         plain = copy_weight(weight, self._dtype_at_rest(entry), rule.device)
         label: Quant = FP32() if plain.dtype == torch.float32 else BF16()
         return FrozenLinear(
@@ -333,13 +338,22 @@ def write(
 
 
 def possible_bases(source: MergeSource) -> tuple[BaseOfMerge, ...]:
-    """What this adapter can be added to. A checkpoint quantised before has no original weights.
+    """What this adapter can be added to.
 
-    A method that is right only on the base it was trained on would say so here.
+    A checkpoint that was quantised before has no original weights; and a method that began before
+    quantisation took something out of them, so it is right on its own base only.
     """
+    if Need.ORIGINAL_WEIGHTS in method_for(source.adapter).needs:
+        return ("trained",)
     config = read_config(str(source.path), trust_remote_code=source.base.trust_remote_code)
     is_packed_base = stored_quant(config, source.base.quant) is not None
     return ("trained",) if is_packed_base else ("trained", "original")
+
+
+def _why_only_trained(source: MergeSource) -> str:
+    if Need.ORIGINAL_WEIGHTS in method_for(source.adapter).needs:
+        return f"adapter={source.adapter.kind} with its settings changed the weights at its start"
+    return f"the checkpoint {source.path} is quantised itself and has no original weights"
 
 
 def _names(model: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, str]]:

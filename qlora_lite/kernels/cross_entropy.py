@@ -7,7 +7,7 @@ states is computed in the forward pass, so nothing of size (tokens, vocabulary) 
 and nothing is computed twice; with a trained head each chunk is checkpointed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,21 +21,30 @@ IGNORED = -100
 CHUNK_TOKENS = 256
 
 LogitsOf = Callable[[Tensor], Tensor]
-ExtraLoss = Callable[[Tensor, Tensor], Tensor | None]
+ExtraLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor | None]
+"""(logits, targets, rows of `beside`) -> a loss summed over the tokens; None adds nothing."""
+Rows = tuple[Tensor, Tensor, Tensor | None]
+"""(n, hidden), (n,) and (n, any): trained tokens, their targets and what stands beside them."""
+LossOf = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""The summed loss of `Rows`."""
 
 
 def reference(
-    hidden: Tensor, targets: Tensor, logits_of: LogitsOf, extra: ExtraLoss | None = None
+    hidden: Tensor,
+    targets: Tensor,
+    logits_of: LogitsOf,
+    extra: ExtraLoss | None = None,
+    beside: Tensor | None = None,
 ) -> Tensor:
     """The definition: all logits at once, summed cross-entropy in fp32 over targets >= 0.
 
     Args:
         hidden: (..., hidden); targets: (...), already shifted, `IGNORED` where not trained.
         logits_of: (tokens, hidden) -> (tokens, vocabulary), with the model's scale and soft-cap.
-        extra: a further loss on (logits, targets), summed over the tokens; None adds nothing.
+        extra: a further loss on the logits.
+        beside: (..., any), handed to `extra` row by row with the logits.
     """
-    hidden, targets = _trained(hidden, targets)
-    return _chunk_loss(hidden, targets, logits_of, extra)
+    return _loss_of(logits_of, extra)(*_trained(hidden, targets, beside))
 
 
 def linear_cross_entropy(
@@ -44,20 +53,22 @@ def linear_cross_entropy(
     logits_of: LogitsOf,
     extra: ExtraLoss | None = None,
     *,
+    beside: Tensor | None = None,
     head_is_trained: bool = False,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
     """`reference` in chunks of `chunk_tokens`; at most one chunk of logits exists at a time."""
-    hidden, targets = _trained(hidden, targets)
-    if not torch.is_grad_enabled():
-        return _sum_of_chunks(hidden, targets, logits_of, extra, chunk_tokens)
-    if head_is_trained:
-        losses = [
-            checkpoint(_chunk_loss, h, t, logits_of, extra, use_reentrant=False)
-            for h, t in _chunks(hidden, targets, chunk_tokens)
-        ]
-        return torch.stack(losses).sum() if losses else hidden.sum() * 0.0
-    return _FrozenHeadLoss.apply(hidden, targets, logits_of, extra, chunk_tokens)
+    rows = _trained(hidden, targets, beside)
+    loss_of = _loss_of(logits_of, extra)
+    if torch.is_grad_enabled() and not head_is_trained:
+        return _FrozenHeadLoss.apply(*rows, loss_of, chunk_tokens)
+    losses = [hidden.sum().float() * 0.0]  # so that no trained token at all is a loss of zero
+    for chunk in _chunks(rows, chunk_tokens):
+        if torch.is_grad_enabled():
+            losses.append(checkpoint(loss_of, *chunk, use_reentrant=False))
+        else:
+            losses.append(loss_of(*chunk))
+    return torch.stack(losses).sum()
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -68,17 +79,17 @@ class _FrozenHeadLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         targets: Tensor,
-        logits_of: LogitsOf,
-        extra: ExtraLoss | None,
+        beside: Tensor | None,
+        loss_of: LossOf,
         chunk_tokens: int,
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden)
         start = 0
-        for chunk, t in _chunks(hidden, targets, chunk_tokens):
+        for chunk, t, extra_rows in _chunks((hidden, targets, beside), chunk_tokens):
             with torch.enable_grad():
                 h = chunk.detach().requires_grad_()
-                loss = _chunk_loss(h, t, logits_of, extra)
+                loss = loss_of(h, t, extra_rows)
                 (gradient[start : start + len(t)],) = torch.autograd.grad(loss, h)
             total += loss.detach()
             start += len(t)
@@ -91,35 +102,23 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return gradient * grad_loss.to(gradient.dtype), None, None, None, None
 
 
-def _trained(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of the trained tokens: (n, hidden) and (n,)."""
+def _trained(hidden: Tensor, targets: Tensor, beside: Tensor | None) -> Rows:
     keep = targets != IGNORED
-    return hidden[keep], targets[keep]
+    return hidden[keep], targets[keep], None if beside is None else beside[keep]
 
 
-def _chunks(hidden: Tensor, targets: Tensor, chunk_tokens: int) -> list[tuple[Tensor, Tensor]]:
-    if not len(targets):
-        return []
-    return list(zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True))
+def _chunks(rows: Rows, chunk_tokens: int) -> Iterator[Rows]:
+    hidden, targets, beside = rows
+    for start in range(0, len(targets), chunk_tokens):
+        part = slice(start, start + chunk_tokens)
+        yield hidden[part], targets[part], None if beside is None else beside[part]
 
 
-def _chunk_loss(
-    hidden: Tensor, targets: Tensor, logits_of: LogitsOf, extra: ExtraLoss | None
-) -> Tensor:
-    logits = logits_of(hidden)
-    loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-    more = extra(logits, targets) if extra else None
-    return loss if more is None else loss + more
+def _loss_of(logits_of: LogitsOf, extra: ExtraLoss | None) -> LossOf:
+    def loss_of(hidden: Tensor, targets: Tensor, beside: Tensor | None) -> Tensor:
+        logits = logits_of(hidden)
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        more = extra(logits, targets, beside) if extra else None
+        return loss if more is None else loss + more
 
-
-def _sum_of_chunks(
-    hidden: Tensor,
-    targets: Tensor,
-    logits_of: LogitsOf,
-    extra: ExtraLoss | None,
-    chunk_tokens: int,
-) -> Tensor:
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for h, t in _chunks(hidden, targets, chunk_tokens):
-        total += _chunk_loss(h, t, logits_of, extra)
-    return total
+    return loss_of

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from qlora_lite.adapters.method import Footprint
 from qlora_lite.foundation.units import format_bytes
 from qlora_lite.kernels.cross_entropy import CHUNK_TOKENS
 from qlora_lite.memory import formulas
@@ -41,8 +42,8 @@ class RunShape:
 
     device: Literal["cpu", "cuda"]
     quant: QuantKind
-    ranks: Mapping[str, int]
-    """Rank of the adapter on every adapted linear layer, by path."""
+    adapters: Mapping[str, Footprint]
+    """What the adapter of every adapted linear layer holds, by path."""
     max_tokens: int
     """Tokens of a row: the longest, and a full bin."""
     tokens_per_step: int
@@ -180,6 +181,14 @@ def _trained(model: ModelShape, run: RunShape) -> Iterator[Term]:
         formula = f"{num:,} x {element_bytes} B"
         yield Term(name, num * element_bytes, formula)
         yield Term(f"{name}: gradients", num * FP32, f"{num:,} x 4 B, summed in fp32")
+    frozen = sum(f.frozen for f in run.adapters.values())
+    yield Term(
+        "adapters: frozen factors",
+        frozen * run.adapter_bytes,
+        f"{frozen:,} x {run.adapter_bytes} B",
+    )
+    counted = sum(f.statistics for f in run.adapters.values())
+    yield Term("adapters: statistics", counted * FP32, f"{counted:,} x 4 B")
     if run.rounding == "master" and run.adapter_bytes != FP32:
         yield Term("adapters: fp32 masters", adapter * FP32, f"{adapter:,} x 4 B")
     states = formulas.optimizer_bytes(adapter + whole, run.states)
@@ -188,12 +197,7 @@ def _trained(model: ModelShape, run: RunShape) -> Iterator[Term]:
 
 def _num_adapter(model: ModelShape, run: RunShape) -> int:
     embedding = formulas.lora_parameters(model.vocab, model.hidden, run.embedding_rank)
-    return _num_lora(model, run.ranks) + embedding
-
-
-def _num_lora(model: ModelShape, ranks: Mapping[str, int]) -> int:
-    shapes = [(model.matrices[path], rank) for path, rank in ranks.items()]
-    return sum(formulas.lora_parameters(p.d_out, p.d_in, rank) for p, rank in shapes)
+    return sum(f.trained for f in run.adapters.values()) + embedding
 
 
 def _activations(model: ModelShape, run: RunShape, rows: int) -> Iterator[Term]:
@@ -231,14 +235,14 @@ def _activations(model: ModelShape, run: RunShape, rows: int) -> Iterator[Term]:
 
 def _kept_bytes(model: ModelShape, run: RunShape, block: int, tokens: int) -> int:
     """What one layer keeps of a micro-batch, and its adapters in the compute dtype if cast."""
-    ranks = {p: r for p, r in run.ranks.items() if model.matrices[p].block == block}
+    held = [f for path, f in run.adapters.items() if model.matrices[path].block == block]
     per_token = formulas.kept_bytes_per_token(
         model.hidden,
         model.heads,
         model.kv_heads,
         model.head_dim,
         model.ff,
-        sum(ranks.values()),
+        sum(f.rank for f in held),
         run.compute_bytes,
         run.attention,
         run.max_tokens,
@@ -248,7 +252,7 @@ def _kept_bytes(model: ModelShape, run: RunShape, block: int, tokens: int) -> in
     )
     if run.adapter_bytes == run.compute_bytes:
         return tokens * per_token
-    return tokens * per_token + _num_lora(model, ranks) * run.compute_bytes
+    return tokens * per_token + sum(f.trained + f.frozen for f in held) * run.compute_bytes
 
 
 def _overhead(run: RunShape, used: int) -> Term:

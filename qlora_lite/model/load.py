@@ -9,7 +9,6 @@ the finished model the host holds one chunk.
 """
 
 import ctypes
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.foundation.settings import Settings
-from qlora_lite.model.freeze import RoundTrip, StoredWeight, copy_weight, freeze
+from qlora_lite.model.freeze import Split, StoredWeight, copy_weight, freeze
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear, Scratch, Source
 from qlora_lite.model.prequantised import COMPANION, is_packed, read_packed, stored_quant
 from qlora_lite.model.quant import BF16, FP32, NF4, Int8, Quant
@@ -36,8 +35,8 @@ from qlora_lite.model.shape import is_linear, read_config
 from qlora_lite.shards.names import match
 from qlora_lite.shards.reader import Checkpoint
 
-SplitLayer = Callable[[str, Tensor, RoundTrip], Tensor]
-"""(path, dense fp32 weight, round trip) -> the weight to quantise in its place."""
+SplitOf = Callable[[str], Split | None]
+"""path -> what to quantise in place of that layer's weight; None: the weight itself."""
 
 Progress = Callable[[int, int], None]
 """(bytes read, bytes in all)"""
@@ -138,14 +137,14 @@ def load_base(
     base: Base,
     rule: DeviceRule,
     *,
-    split: SplitLayer | None = None,
+    split: SplitOf | None = None,
     progress: Progress | None = None,
 ) -> LoadedBase:
     """Read, quantise and install every weight.
 
     Args:
         split: what to quantise in place of a layer's weight (methods that start from the
-            quantisation error); each whole weight is then held once in fp32.
+            quantisation error); such a weight is held whole, once, in fp32.
 
     Raises:
         BaseModelError: if the model cannot be found, read, or used as asked.
@@ -197,7 +196,7 @@ class _Loading:
         checkpoint: Checkpoint,
         base: Base,
         rule: DeviceRule,
-        split: SplitLayer | None,
+        split: SplitOf | None,
     ) -> None:
         self.model = model
         self.checkpoint = checkpoint
@@ -288,7 +287,7 @@ class _Loading:
             return read_packed(self.checkpoint, name, self.rule, bias, self.scratch)
         source = StoredWeight(self.checkpoint, name, transposed=isinstance(module, Conv1D))
         if module is not self.head:
-            hook = None if self.split is None else functools.partial(self.split, path)
+            hook = None if self.split is None else self.split(path)
             return freeze(source, self.base.quant, self.rule, bias, hook, self.scratch)
         if self.base.head == "16bit":
             weight = copy_weight(source, self.storage, self.rule.device)

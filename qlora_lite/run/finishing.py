@@ -104,8 +104,11 @@ def _sample(end: Finish, example: Example) -> Sample:
     def text(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
-    with end.attached.disabled():
-        before = say()
+    if end.attached.keeps_base:
+        with end.attached.disabled():
+            before = say()
+    else:
+        before = "(this method changed the base's own weights: it does not answer for itself)"
     return Sample(text(ids[:first]), before, say(), text(ids[first:stop]))
 
 
@@ -115,7 +118,6 @@ def _sidecar(end: Finish, outcome: Outcome) -> dict[str, Any]:
     return {
         "recipe": end.recipe.as_values(),
         "adapter": end.recipe.adapter.model_dump(mode="json"),
-        "method": end.attached.method.state_dict(),
         "base": {
             "model": end.recipe.base.model,
             "revision": end.recipe.base.revision,

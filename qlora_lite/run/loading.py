@@ -1,14 +1,18 @@
 """A run, or any model directory, ready to use."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qlora_lite.adapters.attach import Attached, attach
+from qlora_lite.adapters.attach import Attached, attach, choose, match_modules
 from qlora_lite.adapters.catalogue import method_for
-from qlora_lite.adapters.state import load_native, read_native
+from qlora_lite.adapters.method import Method
+from qlora_lite.adapters.start import Starts, require_original
+from qlora_lite.adapters.state import read_native
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.foundation.watch import Watcher
@@ -16,8 +20,8 @@ from qlora_lite.model.causal import CausalModel
 from qlora_lite.model.load import Base, LoadedBase, load_base, load_tokenizer
 from qlora_lite.model.prequantised import own_quant
 from qlora_lite.model.quant import BF16, FP32, Quant
-from qlora_lite.model.shape import read_config
-from qlora_lite.model.targets import linear_specs
+from qlora_lite.model.shape import model_shape, read_config
+from qlora_lite.model.targets import linear_specs, specs_of_shape
 from qlora_lite.recipe import Recipe, load_recipe
 from qlora_lite.run.folder import RunFolder
 
@@ -52,30 +56,51 @@ def load_run(run: str | Path, device: str | None = None, watcher: Watcher | None
     folder.read_record()
     folder.read_sidecar()
     recipe = load_recipe(folder.recipe)
-    loaded = load_for_training(recipe, device, watcher)
+    saved = read_native(folder.adapter)
+    loaded = load_for_training(recipe, device, watcher, saved)
     assert loaded.attached is not None
-    load_native(loaded.attached, read_native(folder.adapter))
+    loaded.attached.load_state(saved)
     return loaded
 
 
 def load_for_training(
-    recipe: Recipe, device: str | None = None, watcher: Watcher | None = None
+    recipe: Recipe,
+    device: str | None = None,
+    watcher: Watcher | None = None,
+    saved: Mapping[str, Tensor] | None = None,
 ) -> Loaded:
-    """A recipe's base with its adapter at the start."""
+    """A recipe's base with its adapter at the start.
+
+    Args:
+        saved: the adapter's state that will be loaded into it: the base is made as it was then.
+    """
     watcher = watcher or Watcher()
     rule = devices.choose(device or recipe.device, recipe.base.compute)
     tokenizer = load_tokenizer(recipe.base)
-    base = load_base(recipe.base, rule, progress=watcher.loading)
     method = method_for(recipe.adapter)
+    starts = _starts(recipe, method, saved)
+    base = load_base(recipe.base, rule, split=starts.split, progress=watcher.loading)
     attached = attach(
         base.model,
         method,
         linear_specs(base.model),
         recipe.seed,
         devices.DTYPES.get(recipe.adapter.dtype, rule.adapters),
+        starts,
     )
     attached.train(False)
     return Loaded(base, tokenizer, attached, recipe)
+
+
+def _starts(recipe: Recipe, method: Method, saved: Mapping[str, Tensor] | None) -> Starts:
+    """The layers that will be adapted, planned before the first weight is read."""
+    base = recipe.base
+    config = read_config(base.model, base.revision, base.trust_remote_code)
+    require_original(method, is_packed=own_quant(config) is not None)
+    shape = model_shape(config, base.trust_remote_code)
+    modules = [parameter.module for parameter in shape.parameters]
+    whole = match_modules(modules, recipe.adapter.train_modules)
+    return Starts(method, choose(specs_of_shape(shape), method, whole), recipe.seed, saved)
 
 
 def load_model(

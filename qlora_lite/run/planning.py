@@ -1,14 +1,12 @@
 """Will a recipe fit? Nothing is downloaded but `config.json`."""
 
-import fnmatch
-
 from transformers.configuration_utils import PretrainedConfig
 
-from qlora_lite.adapters.attach import choose
+from qlora_lite.adapters.attach import choose, match_modules
 from qlora_lite.adapters.catalogue import method_for
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.device import DeviceRule
-from qlora_lite.foundation.errors import AdapterError, BudgetError, RecipeError
+from qlora_lite.foundation.errors import BudgetError, RecipeError
 from qlora_lite.foundation.units import parse_bytes
 from qlora_lite.memory.known import known_config
 from qlora_lite.memory.ledger import RunShape
@@ -89,8 +87,8 @@ def run_shape(recipe: Recipe, model: ModelShape, rule: DeviceRule) -> RunShape:
     """What a recipe's settings mean for memory."""
     adapter, quant, optim = recipe.adapter, recipe.base.quant, recipe.optim
     method = method_for(adapter)
-    whole = _whole_modules(model, adapter.train_modules)
-    choose(specs_of_shape(model), method, whole)
+    whole = match_modules([p.module for p in model.parameters], adapter.train_modules)
+    planned = choose(specs_of_shape(model), method, whole)
     adapter_dtype = devices.DTYPES.get(adapter.dtype, rule.adapters)
     four_bit = quant if isinstance(quant, FourBit) else NF4()
     return RunShape(
@@ -98,7 +96,7 @@ def run_shape(recipe: Recipe, model: ModelShape, rule: DeviceRule) -> RunShape:
         quant=quant.kind,
         double_quant=four_bit.double_quant,
         block_size=four_bit.block_size,
-        ranks={path: plan.rank for path, plan in method.plans.items()},
+        adapters={spec.path: method.footprint(spec) for spec in planned},
         max_tokens=recipe.data.max_tokens,
         tokens_per_step=optim.tokens_per_step,
         head=recipe.base.head,
@@ -114,23 +112,6 @@ def run_shape(recipe: Recipe, model: ModelShape, rule: DeviceRule) -> RunShape:
         attention="sdpa" if recipe.base.attention == "auto" else recipe.base.attention,
         micro_batch_tokens=optim.micro_batch_tokens,
     )
-
-
-def _whole_modules(model: ModelShape, names: list[str]) -> list[str]:
-    modules = dict.fromkeys(p.module for p in model.parameters)
-    for name in names:
-        if not any(fnmatch.fnmatch(p, name) or p.rpartition(".")[2] == name for p in modules):
-            there = ", ".join(sorted({path.rpartition(".")[2] for path in modules}))
-            raise AdapterError(
-                f"adapter.train_modules: {name!r} matches no module. There are {there}; paths and "
-                "globs work too"
-            )
-    return [
-        path
-        for path in modules
-        for name in names
-        if fnmatch.fnmatch(path, name) or path.rpartition(".")[2] == name
-    ]
 
 
 def _num_whole(model: ModelShape, modules: list[str], norms: bool) -> int:

@@ -96,9 +96,12 @@ def _score(
         batches = list(_of_file(loaded, data, assignments))
     if loaded.attached is None:
         return [ScoreRow(target, "model", score(loaded.causal, batches))]
+    adapter = ScoreRow(target, "adapter", score(loaded.causal, batches))
+    if not loaded.attached.keeps_base:
+        return [adapter]
     with loaded.attached.disabled():
         bare = ScoreRow(target, "bare base", score(loaded.causal, batches))
-    return [bare, ScoreRow(target, "adapter", score(loaded.causal, batches))]
+    return [bare, adapter]
 
 
 def _held_out(target: str, loaded: Loaded, watcher: Watcher) -> Iterator[Batch]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from qlora_lite.adapters.state import begin_from, require_adapter
+from qlora_lite.adapters.state import begin_from, require_adapter, saved_start
 from qlora_lite.data.batches import Batch, Batches, in_order
 from qlora_lite.data.coloured import bracketed
 from qlora_lite.data.load import Prepared, load_data
@@ -101,12 +101,15 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, request: Request
     request.leave_if_asked("before anything was trained")
 
     try:
-        loaded = load_for_training(recipe, watcher=watcher)
+        resume_from = checkpoint.load_newest(folder.checkpoints, watcher.note)
+        saved = resume_from.adapter if resume_from else _saved_start(recipe)
+        loaded = load_for_training(recipe, watcher=watcher, saved=saved)
         request.leave_if_asked("before anything was trained")
         fingerprints = {"data": data.fingerprint, "base": loaded.base.checkpoint.fingerprint}
         for warning in folder.record(recipe, fingerprints, rule.line, micro_batch_tokens):
             watcher.note(warning)
         job = _job(recipe, folder, loaded, data, batches, rule, watcher, request)
+        job.resume_from = resume_from
         reset_peak(rule.device)
         with _tracked(job, recipe):
             progress = train(job)
@@ -128,6 +131,12 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, request: Request
         predicted_peak_bytes=plan.ledger.measured_bytes,
         peak_bytes=outcome.peak_bytes,
     )
+
+
+def _saved_start(recipe: Recipe) -> dict[str, torch.Tensor] | None:
+    """The state of the adapter that the recipe begins from, where it is one of the same method."""
+    start = recipe.adapter.start
+    return None if start is None else saved_start(Path(start), recipe.adapter)
 
 
 def _finished(folder: RunFolder) -> RunResult:

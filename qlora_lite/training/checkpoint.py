@@ -11,12 +11,11 @@ A checkpoint is written aside, synced and renamed, so a kill or a full disk leav
 import errno
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -136,10 +135,3 @@ def newest(directory: Path) -> Path | None:
     """The newest complete checkpoint."""
     found = all_checkpoints(directory)
     return found[-1] if found else None
-
-
-def restore(parameters: Mapping[str, torch.nn.Parameter], saved: Mapping[str, Tensor]) -> None:
-    """Set the trained parameters to a checkpoint's."""
-    assert parameters.keys() == saved.keys(), sorted(parameters.keys() ^ saved.keys())
-    for name, parameter in parameters.items():
-        parameter.data.copy_(saved[name])

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from qlora_lite.adapters.attach import Attached
 from qlora_lite.adapters.method import StepInfo
@@ -106,6 +105,8 @@ class Job:
     """A batch's rows as text, for an error message."""
     request: Request
     """Whether somebody asked the run to stop."""
+    resume_from: checkpoint.TrainingState | None = None
+    """The newest good checkpoint, where there is one; given up once it is in place."""
     watcher: Watcher = field(default_factory=Watcher)
     track: Callable[[dict[str, Any], int], None] = lambda values, step: None
     """Hands metrics to the trackers that were asked for."""
@@ -129,7 +130,7 @@ class Job:
 
 
 def train(job: Job) -> Progress:
-    """Continue from the newest checkpoint, or begin; return when the last step is saved.
+    """Go on from `resume_from`, or begin; return when the last step is saved.
 
     Raises:
         Interrupted: after SIGINT or SIGTERM, with the state saved.
@@ -166,7 +167,7 @@ def _one_step(job: Job, progress: Progress) -> None:
     result = optimizer_step(
         job.model,
         job.batches.step(number),
-        method,
+        job.attached,
         job.engine,
         step,
         job.optim.max_grad_norm,
@@ -189,6 +190,8 @@ def _one_step(job: Job, progress: Progress) -> None:
         "seconds": progress.seconds,
         "peak_bytes": peak_bytes(job.model.device),
     }
+    if result.added:
+        metrics["added_loss"] = result.added
     if result.skipped:
         metrics["skipped"] = True
     job.log.append(metrics)
@@ -231,7 +234,7 @@ def _is_due(step: int, every: int | None, total: int) -> bool:
 
 def _save(job: Job, progress: Progress) -> None:
     state = checkpoint.TrainingState(
-        adapter={n: p.detach() for n, p in job.attached.parameters().items()},
+        adapter=job.attached.state(),
         optimizer=job.engine.optimizer.state_dict(),
         method=job.attached.method.state_dict(),
         progress=asdict(progress) | {"loss_scaler": job.engine.scaler.state_dict()},
@@ -241,12 +244,12 @@ def _save(job: Job, progress: Progress) -> None:
 
 
 def _resume(job: Job) -> Progress:
-    """The state of the newest good checkpoint, and the log up to it; or a beginning."""
-    state = checkpoint.load_newest(job.checkpoint_directory, job.watcher.note)
+    """The state to go on from, and the log up to it; or a beginning."""
+    state, job.resume_from = job.resume_from, None
     if state is None:
         job.log.clear()
         return Progress(total=job.total)
-    checkpoint.restore(job.attached.parameters(), state.adapter)
+    job.attached.load_state(state.adapter)
     job.engine.optimizer.load_state_dict(state.optimizer)
     job.attached.method.load_state_dict(state.method)
     numbers = dict(state.progress)
@@ -261,9 +264,7 @@ def _resume(job: Job) -> Progress:
 def _save_best(job: Job) -> None:
     from safetensors.torch import save_file
 
-    tensors: dict[str, Tensor] = {
-        n: p.detach().cpu().contiguous() for n, p in job.attached.parameters().items()
-    }
+    tensors = {name: t.cpu().contiguous() for name, t in job.attached.state().items()}
     with complete_directory(job.checkpoint_directory / "best") as aside:
         save_file(tensors, aside / "adapter.safetensors", {"format": "pt"})
 
@@ -273,7 +274,7 @@ def restore_best(job: Job) -> None:
     from safetensors.torch import load_file
 
     best = load_file(job.checkpoint_directory / "best" / "adapter.safetensors")
-    checkpoint.restore(job.attached.parameters(), best)
+    job.attached.load_state(best)
 
 
 # -- reasons to stop at once -----------------------------------------------------------------------
@@ -282,7 +283,7 @@ def restore_best(job: Job) -> None:
 def _rehearse(job: Job) -> None:
     """Forward and backward on the largest micro-batch: what does not fit fails now."""
     batch = job.batches.worst()
-    loss = summed_loss(job.model, batch, job.attached.method) / batch.num_targets
+    loss = summed_loss(job.model, batch, job.attached).total / batch.num_targets
     job.engine.backward(loss, last=False)
     job.engine.zero_grad()
 

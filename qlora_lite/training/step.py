@@ -10,9 +10,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from qlora_lite.adapters.method import Method, OutputChunk, StepInfo
+from qlora_lite.adapters.attach import Attached
+from qlora_lite.adapters.method import Method, Need, OutputChunk, StepInfo
 from qlora_lite.data.batches import Batch
 from qlora_lite.kernels.cross_entropy import linear_cross_entropy
 from qlora_lite.model.causal import CausalModel
@@ -24,7 +26,9 @@ class StepResult:
     """What one optimizer step measured."""
 
     loss: float
-    """Mean over the step's trained tokens, without penalties."""
+    """Mean cross-entropy over the step's trained tokens."""
+    added: float
+    """Mean of the method's own loss on the outputs, over the same tokens."""
     grad_norm: float
     num_tokens: int
     num_targets: int
@@ -34,7 +38,7 @@ class StepResult:
 def optimizer_step(
     model: CausalModel,
     batches: Sequence[Batch],
-    method: Method,
+    attached: Attached,
     engine: TorchEngine,
     step: StepInfo,
     max_grad_norm: float,
@@ -44,16 +48,19 @@ def optimizer_step(
 
     `check` sees every micro-batch's mean loss before its backward, and may stop the run.
     """
+    method = attached.method
     method.begin_step(step)
     _activate(method, step)
     num_targets = sum(batch.num_targets for batch in batches)
-    loss_sum = 0.0
+    loss_sum = added = 0.0
     for batch in batches:
         last = batch is batches[-1]
-        batch_loss = summed_loss(model, batch, method)
-        loss_sum += batch_loss.item()
-        check(batch_loss.item() / batch.num_targets, batch)
-        loss = batch_loss / num_targets
+        batch_loss = summed_loss(model, batch, attached)
+        cross_entropy = batch_loss.total.item() - batch_loss.added
+        loss_sum += cross_entropy
+        added += batch_loss.added
+        check(cross_entropy / batch.num_targets, batch)
+        loss = batch_loss.total / num_targets
         penalty = method.penalty() if last else None
         engine.backward(loss if penalty is None else loss + penalty, last)
     method.before_step(engine, step)
@@ -63,6 +70,7 @@ def optimizer_step(
     engine.zero_grad()
     return StepResult(
         loss=loss_sum / num_targets,
+        added=added / num_targets,
         grad_norm=grad_norm,
         num_tokens=sum(batch.num_tokens for batch in batches),
         num_targets=num_targets,
@@ -78,17 +86,43 @@ def _activate(method: Method, step: StepInfo) -> None:
             parameter.requires_grad_(path in active)
 
 
-def summed_loss(model: CausalModel, batch: Batch, method: Method) -> Tensor:
-    """Cross-entropy summed over a batch's trained tokens, with the method's loss on outputs."""
+@dataclass(frozen=True)
+class BatchLoss:
+    """The loss of one micro-batch, summed over its trained tokens."""
 
-    def extra(logits: Tensor, targets: Tensor) -> Tensor | None:
-        return method.output_loss(OutputChunk(logits, targets))
+    total: Tensor
+    """Cross-entropy and the method's loss on the outputs."""
+    added: float
+    """The method's part of it."""
 
+
+def summed_loss(model: CausalModel, batch: Batch, attached: Attached) -> BatchLoss:
+    """Forward through the model, then the loss a chunk of trained tokens at a time."""
+    method = attached.method
     batch = batch.to(model.device)
-    return linear_cross_entropy(
+    teacher: Tensor | None = None
+    if Need.TEACHER_OUTPUT in method.needs:
+        with torch.no_grad(), attached.disabled():
+            teacher = model.hidden(batch.input_ids, batch.position_ids)
+    added = 0.0
+
+    def extra(logits: Tensor, targets: Tensor, teacher_hidden: Tensor | None) -> Tensor | None:
+        nonlocal added
+        teacher_logits: Tensor | None = None
+        if teacher_hidden is not None:
+            with torch.no_grad(), attached.disabled():
+                teacher_logits = model.logits(teacher_hidden)
+        more = method.output_loss(OutputChunk(logits, targets, teacher_logits))
+        if more is not None:
+            added += more.item()
+        return more
+
+    total = linear_cross_entropy(
         model.hidden(batch.input_ids, batch.position_ids),
         batch.targets,
         model.logits,
         extra,
+        beside=teacher,
         head_is_trained=model.head_is_trained,
     )
+    return BatchLoss(total, added)

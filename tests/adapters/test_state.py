@@ -11,7 +11,7 @@ from qlora_lite.adapters.attach import attach
 from qlora_lite.adapters.catalogue import method_for
 from qlora_lite.adapters.lora import LoRA
 from qlora_lite.adapters.rslora import RsLoRA
-from qlora_lite.adapters.state import begin_from, load_native, read_peft, save_adapter
+from qlora_lite.adapters.state import begin_from, read_peft, save_adapter
 from qlora_lite.foundation import device
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.model.causal import CausalModel
@@ -145,7 +145,7 @@ def test_our_own_state_comes_back_to_the_bit(tmp_path, directory, settings):
     begin_from(fresh, folder)
     assert torch.equal(logits(again), logits(base))
     other, native = load(directory, settings)
-    load_native(native, load_file(folder / "native.safetensors"))
+    native.load_state(load_file(folder / "native.safetensors"))
     assert torch.equal(logits(other), logits(base))
 
 
@@ -187,7 +187,7 @@ def test_a_tensor_that_finds_no_place_is_an_error(tmp_path, directory):
     with pytest.raises(AdapterError, match=r"tensors that this recipe does not train.*targets"):
         begin_from(narrower, folder)
     with pytest.raises(AdapterError, match="differ in"):
-        load_native(narrower, load_file(folder / "native.safetensors"))
+        narrower.load_state(load_file(folder / "native.safetensors"))
 
 
 def test_a_larger_rank_is_an_error_that_says_which_is_needed(tmp_path, directory):

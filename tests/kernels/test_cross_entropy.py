@@ -69,7 +69,7 @@ def test_chunks_give_the_value_and_the_gradients_of_the_reference(
 def test_an_extra_loss_on_the_outputs_is_summed_over_chunks_and_has_its_gradient():
     states, weight, targets = case(40)
 
-    def extra(logits, targets):
+    def extra(logits, targets, beside):
         return 0.1 * logits.square().sum()
 
     expected = torch.autograd.grad(

@@ -8,6 +8,7 @@ import torch
 from qlora_lite.adapters.attach import attach
 from qlora_lite.adapters.catalogue import method_for
 from qlora_lite.adapters.lora import LoRA
+from qlora_lite.adapters.method import lora_footprint
 from qlora_lite.foundation.device import choose
 from qlora_lite.kernels.cross_entropy import linear_cross_entropy
 from qlora_lite.memory.ledger import Ledger, RunShape, make_ledger, num_trained
@@ -38,7 +39,7 @@ def run_shape(model: ModelShape, quant: dict, **changed: object) -> RunShape:
         device="cpu",
         quant=quant["kind"],
         double_quant=quant.get("double_quant", True),
-        ranks=dict.fromkeys(model.linears, 8),
+        adapters={p: lora_footprint(m.d_in, m.d_out, 8) for p, m in model.linears.items()},
         max_tokens=64,
         tokens_per_step=256,
         compute_bytes=4,
@@ -88,9 +89,9 @@ def test_adapters_count_what_attached_ones_have(tmp_path):
     shape = model_shape(loaded.config)
     method = method_for(LoRA(rank=4, ranks={"0": 12}, embedding_rank=3, targets="attention"))
     specs = linear_specs(loaded.model)
-    ranks = {s.path: 12 if s.block == 0 else 4 for s in select(specs, "attention")}
     attached = attach(loaded.model, method, specs, 0, torch.bfloat16)
-    run = run_shape(shape, {"kind": "nf4"}, ranks=ranks, embedding_rank=3)
+    adapters = {spec.path: method.footprint(spec) for spec in select(specs, "attention")}
+    run = run_shape(shape, {"kind": "nf4"}, adapters=adapters, embedding_rank=3)
     assert num_trained(shape, run) == attached.num_parameters
     held = sum(p.nbytes for p in attached.parameters().values())
     terms = {term.name: term.num_bytes for term in make_ledger(shape, run, rows=1).terms}

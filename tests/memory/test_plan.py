@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from qlora_lite.adapters.method import lora_footprint
 from qlora_lite.foundation.errors import BudgetError
 from qlora_lite.foundation.units import parse_bytes
 from qlora_lite.memory.known import known_config
@@ -20,7 +21,7 @@ LLAMA_8B = model_shape(
 ON_CARD = RunShape(
     device="cuda",
     quant="nf4",
-    ranks=dict.fromkeys(LLAMA_8B.linears, 16),
+    adapters={p: lora_footprint(m.d_in, m.d_out, 16) for p, m in LLAMA_8B.linears.items()},
     max_tokens=2048,
     tokens_per_step=32_768,
     states="8bit",

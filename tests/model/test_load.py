@@ -190,16 +190,20 @@ def test_progress_counts_bytes_up_to_all(tiny_llama):
     assert seen[-1] == (loaded.checkpoint.num_bytes, loaded.checkpoint.num_bytes)
 
 
-def test_a_split_reaches_every_layer_but_the_head(tiny_llama):
+def test_a_split_reaches_the_layers_that_it_is_for_and_not_the_head(tiny_llama):
     seen = []
 
-    def split(path, dense, round_trip):
-        seen.append(path)
+    def split(dense, round_trip):
+        seen.append(dense)
         return torch.zeros_like(dense)
 
-    model = load_base(Base(model=str(tiny_llama)), CPU, split=split).model
-    assert len(seen) == 14
+    def split_of(path):
+        return None if path.endswith("q_proj") else split
+
+    model = load_base(Base(model=str(tiny_llama)), CPU, split=split_of).model
+    assert len(seen) == 12
     assert not model.model.layers[0].mlp.up_proj.dense().any()
+    assert model.model.layers[0].self_attn.q_proj.dense().any()
     assert model.lm_head.dense().any()
 
 

@@ -1,0 +1,160 @@
+"""A method at work: one layer on a random weight, or a tiny model that takes real steps.
+
+    layer = one_layer(SoRA(rank=4), d_out=33, d_in=48, quant=NF4())
+    bench = Bench(save_tiny(tmp_path / "base"), SoRA(rank=4))
+    losses = [bench.step() for _ in range(5)]
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qlora_lite.adapters.attach import attach, build_layer, choose
+from qlora_lite.adapters.catalogue import METHODS
+from qlora_lite.adapters.layer import AdapterLayer
+from qlora_lite.adapters.method import AdapterSettings, Method, StepInfo
+from qlora_lite.adapters.start import Starts
+from qlora_lite.data.batches import Batch, make_batch, make_bin
+from qlora_lite.data.examples import Example
+from qlora_lite.foundation import device
+from qlora_lite.foundation.seeds import generator
+from qlora_lite.model.causal import CausalModel
+from qlora_lite.model.checkpointing import enable_checkpointing
+from qlora_lite.model.freeze import freeze
+from qlora_lite.model.load import Base, load_base
+from qlora_lite.model.quant import NF4, Quant
+from qlora_lite.model.targets import LinearSpec, linear_specs
+from qlora_lite.training.engine import TorchEngine
+from qlora_lite.training.optimizer import AdamW
+from qlora_lite.training.step import StepResult, optimizer_step
+from tests.tiny import VOCABULARY
+
+CPU = device.choose("cpu")
+
+
+def one_layer(
+    settings: AdapterSettings,
+    d_out: int,
+    d_in: int,
+    quant: Quant | None = None,
+    *,
+    method: type[Method] | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> AdapterLayer:
+    """A method's layer at its start on a random frozen weight without bias.
+
+    Its method is `layer.method`, with its plans made and the layer adopted.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    dense = torch.randn(d_out, d_in, generator=draw) / d_in**0.5
+    spec = LinearSpec("blocks.0.linear", d_in, d_out, 0, 1, "other")
+    made = (method or METHODS[type(settings)])(settings)
+    starts = Starts(made, choose([spec], made), seed)
+    base = freeze(dense, quant or NF4(), CPU, split=starts.split(spec.path))
+    layer = build_layer(base, spec, starts, dtype)
+    made.adopt({spec.path: layer})
+    object.__setattr__(layer, "method", made)
+    return layer
+
+
+def stir(layer: AdapterLayer, size: float = 0.05, seed: int = 1) -> AdapterLayer:
+    """Noise in every trained parameter, as if it had been trained."""
+    draw = torch.Generator().manual_seed(seed)
+    for parameter in layer.trained().values():
+        noise = torch.randn(parameter.shape, generator=draw)
+        parameter.data += (size * noise).to(parameter.dtype)
+    return layer
+
+
+class Bench:
+    """A tiny model with an adapter, and the real step."""
+
+    def __init__(
+        self,
+        directory: Path,
+        settings: AdapterSettings,
+        quant: Quant | None = None,
+        *,
+        method: type[Method] | None = None,
+        total: int = 20,
+        lr: float = 1e-2,
+        dtype: torch.dtype = torch.float32,
+        checkpointing: bool = False,
+        rows: int = 2,
+        max_grad_norm: float = 1.0,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        saved: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.total, self.lr, self.rows, self.max_grad_norm = total, lr, rows, max_grad_norm
+        self.seed = seed
+        self.number = 0
+        self.method = (method or METHODS[type(settings)])(settings)
+        base = Base(model=str(directory), quant=quant or NF4())
+        specs = linear_specs(_unloaded(base))
+        starts = Starts(self.method, choose(specs, self.method), seed, saved)
+        self.base = load_base(base, CPU, split=starts.split)
+        specs = linear_specs(self.base.model)
+        self.attached = attach(self.base.model, self.method, specs, seed, dtype, starts)
+        if saved is not None:
+            self.attached.load_state(saved)
+        if checkpointing:
+            enable_checkpointing(self.base.model)
+        self.model = CausalModel(self.base.model)
+        self.optimizer = AdamW(
+            self.attached.groups(),
+            weight_decay=weight_decay,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            states="32bit",
+            rounding="master",
+        )
+        self.engine = TorchEngine(self.optimizer, torch.float32)
+        self.result: StepResult | None = None
+
+    def step(self) -> float:
+        """The next optimizer step, over two micro-batches; its mean loss."""
+        self.attached.train()
+        torch.manual_seed(self.seed * 1000 + self.number)
+        info = StepInfo(
+            self.number,
+            self.total,
+            self.lr * self.method.lr_scale(self.number),
+            generator(self.seed, "method", self.number),
+        )
+        batches = list(batches_of(self.number, self.rows))
+        self.result = optimizer_step(
+            self.model, batches, self.attached, self.engine, info, self.max_grad_norm, _no_check
+        )
+        self.number += 1
+        return self.result.loss
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """(rows, tokens, vocabulary) of fixed ids, in evaluation."""
+        self.attached.train(False)
+        ids = torch.arange(5, 45).view(2, 20)
+        return self.model.logits(self.model.hidden(ids, torch.arange(20).expand(2, 20)))
+
+
+def batches_of(step: int, rows: int) -> Iterator[Batch]:
+    """Two micro-batches of random ids, the same for the same step."""
+    draw = torch.Generator().manual_seed(step)
+    for _ in range(2):
+        ids = torch.randint(5, VOCABULARY, (rows, 12), generator=draw, dtype=torch.int32)
+        mask = torch.arange(12) >= 3
+        yield make_batch([make_bin([Example(row, mask, 0)]) for row in ids])
+
+
+def _unloaded(base: Base) -> torch.nn.Module:
+    from qlora_lite.model.load import skeleton
+    from qlora_lite.model.shape import read_config
+
+    return skeleton(read_config(base.model), base)
+
+
+def _no_check(loss: float, batch: Batch) -> None:
+    """A tiny random model may do as badly as it likes."""
