@@ -1,9 +1,13 @@
 """One run: plan it, train it, load it, score it, merge it.
 
-folder.py     the run's folder: what it records, who may use it, whether it is finished
-planning.py   will it fit
-training.py   from recipe to adapter
-loading.py    a run, an adapter or any model directory, ready to use
-scoring.py    perplexity on a data file
-merging.py    from run to merged, verified model
+initialising.py  a recipe file for any model
+planning.py      will it fit
+folder.py        the run's folder: what it records, who may use it, whether it is finished
+training.py      from recipe to adapter
+finishing.py     samples, report and adapter at the end of training
+loading.py       a run, an adapter or any model directory, ready to use
+scoring.py       how well runs and models predict rows
+speaking.py      a conversation with a run or a model
+merging.py       from run to merged model
+proving.py       the measured proof that a merged model is the trained one
 """

@@ -1,6 +1,6 @@
 """The embedded default: what its folder promises, and how `tools/build_demo_base.py` keeps it."""
 
-import importlib.util
+import importlib
 import json
 import math
 import re
@@ -38,17 +38,11 @@ def model() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def build() -> Iterator[ModuleType]:
-    """The script, imported as a module."""
-    spec = importlib.util.spec_from_file_location(
-        "build_demo_base", ROOT / "tools" / "build_demo_base.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    """The package behind the script, which Python finds beside the script that it runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "tools")
+        importlib.import_module("build_demo_base")
+        yield importlib.import_module("demo_base")
 
 
 def rows(name: str) -> list[list[dict[str, str]]]:
@@ -279,12 +273,12 @@ def test_no_held_out_answer_occurs_in_a_training_row():
     ],
 )
 def test_an_answer_is_the_first_sentence_if_it_tells_something(build, doc, answer):
-    assert build.first_sentence(doc) == answer
+    assert build.questions.first_sentence(doc) == answer
 
 
 def test_the_best_known_name_wins(build):
     names = ["posixpath.join", "os.path.join", "_private.join", "genericpath.join"]
-    assert min(names, key=build.renown) == "os.path.join"
+    assert min(names, key=build.docstrings.renown) == "os.path.join"
 
 
 def test_signatures_do_not_tell_about_this_machine(build):
@@ -292,13 +286,14 @@ def test_signatures_do_not_tell_about_this_machine(build):
     source = "def f(self, a, b=1, c=None, env=secret, path='/secret', *rest, d='x'): pass"
     names: dict = {"secret": secret}
     exec(source, names)
-    assert build.signature(names["f"]) == "(a, b=1, c=None, env=..., path=..., *rest, d='x')"
+    shown = build.docstrings.signature(names["f"])
+    assert shown == "(a, b=1, c=None, env=..., path=..., *rest, d='x')"
 
 
 def test_packed_batches_hold_every_document_once_an_epoch(build):
     documents = [[i] * (i + 1) for i in range(300)]
-    length = 4 * build.CONTEXT
-    batches = build.packed_batches(documents, batch=4, seed=0)
+    length = 4 * build.architecture.CONTEXT
+    batches = build.pretraining.packed_batches(documents, batch=4, seed=0)
     epoch_tokens = sum(map(len, documents))
     stream = torch.cat([next(batches).flatten() for _ in range(-(-epoch_tokens // length))])
     counts = stream[:epoch_tokens].bincount(minlength=300)
@@ -306,8 +301,8 @@ def test_packed_batches_hold_every_document_once_an_epoch(build):
 
 
 def test_the_learning_rate_rises_then_falls_to_its_floor(build):
-    settings = build.Pretraining(lr=1.0, lr_floor=0.1, warmup=0.1)
-    rates = [build.cosine(step, 100, settings) for step in range(101)]
+    settings = build.architecture.Pretraining(lr=1.0, lr_floor=0.1, warmup=0.1)
+    rates = [build.pretraining.cosine(step, 100, settings) for step in range(101)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[55] == pytest.approx(0.55)
@@ -316,12 +311,12 @@ def test_the_learning_rate_rises_then_falls_to_its_floor(build):
 
 @pytest.fixture(scope="module")
 def corpus(build):
-    return build.collect()
+    return build.corpus.collect()
 
 
 @pytest.mark.slow
 def test_nothing_held_out_is_in_the_pretraining_text(build, corpus):
-    seen = "\n".join(map(build.plain, corpus.documents))
+    seen = "\n".join(map(build.docstrings.plain, corpus.documents))
     for messages in corpus.held_out_rows:
         assert plain(messages["messages"][1]["content"]) not in seen
 
@@ -339,9 +334,9 @@ def test_the_same_seed_gives_the_same_weights(build, corpus):
     documents = corpus.documents[:2000]
     weights = []
     for _ in range(2):
-        tokenizer = build.train_tokenizer(documents, 3072)
-        model = build.new_model(build.Pretraining(), tokenizer)
-        seen = build.encode(documents, tokenizer)
-        build.pretrain(model, seen, seen[:5], 3, build.Pretraining())
+        tokenizer = build.tokenizer.train_tokenizer(documents, 3072)
+        model = build.architecture.new_model(build.architecture.Pretraining(), tokenizer)
+        seen = build.tokenizer.encode(documents, tokenizer)
+        build.pretraining.pretrain(model, seen, seen[:5], 3, build.architecture.Pretraining())
         weights.append(model.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
