@@ -88,7 +88,9 @@ class Bench:
         weight_decay: float = 0.0,
         seed: int = 0,
         saved: dict[str, Tensor] | None = None,
+        repeats_data: bool = False,
     ) -> None:
+        self.repeats_data = repeats_data
         self.total, self.lr, self.rows, self.max_grad_norm = total, lr, rows, max_grad_norm
         self.seed = seed
         self.number = 0
@@ -122,10 +124,10 @@ class Bench:
         info = StepInfo(
             self.number,
             self.total,
-            self.lr * self.method.lr_scale(self.number),
+            self.lr * self.method.lr_scale(self.number, self.total),
             generator(self.seed, "method", self.number),
         )
-        batches = list(batches_of(self.number, self.rows))
+        batches = list(batches_of(0 if self.repeats_data else self.number, self.rows))
         self.result = optimizer_step(
             self.model, batches, self.attached, self.engine, info, self.max_grad_norm, _no_check
         )

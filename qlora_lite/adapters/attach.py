@@ -24,8 +24,8 @@ from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear
 from qlora_lite.model.shape import is_norm
 from qlora_lite.model.targets import LinearSpec, select
 
-ALWAYS_FP32 = (Role.GATE,)
-"""Roles whose updates are lost in bf16."""
+ALWAYS_FP32 = (Role.GATE, Role.MAGNITUDE)
+"""Roles whose updates, or whose start, would be lost in bf16."""
 
 
 class TrainedLinear(nn.Module):
@@ -209,17 +209,22 @@ def attach(
 def build_layer(
     base: FrozenLinear, spec: LinearSpec, starts: Starts, dtype: torch.dtype
 ) -> AdapterLayer:
-    """One planned layer at its start, on its base's device, at rest in `dtype`."""
+    """One planned layer at its start, on its base's device, at rest in `dtype`.
+
+    Rows lie one after the other, as in a file: another order in memory would be another order of
+    sums, and a run that was resumed would differ in its last bits.
+    """
     draws = generator(starts.seed, "adapter", spec.path)
     layer = starts.method.build(base, spec, starts.build_from(spec.path), draws)
     layer.start = starts.replay(spec.path)
     device = base.weight.device
     for name, parameter in layer.trained().items():
         rests_in = torch.float32 if layer.roles[name] in ALWAYS_FP32 else dtype
-        parameter.data = parameter.data.to(device, rests_in)
+        parameter.data = parameter.data.to(device, rests_in).contiguous()
     for name, buffer in layer._buffers.items():
         if buffer is not None:
-            layer._buffers[name] = buffer.to(device, dtype if name in layer.frozen else None)
+            rests_in = dtype if name in layer.frozen else buffer.dtype
+            layer._buffers[name] = buffer.to(device, rests_in).contiguous()
     return layer
 
 

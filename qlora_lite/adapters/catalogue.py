@@ -6,13 +6,25 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from qlora_lite.adapters.ba_lora import BALoRA, BALoRAMethod
+from qlora_lite.adapters.dora import DoRA, DoRAMethod
+from qlora_lite.adapters.loftq import LoftQ, LoftQMethod
 from qlora_lite.adapters.lora import LoRA, LoRAMethod
+from qlora_lite.adapters.lora_plus import LoRAPlus
 from qlora_lite.adapters.method import AdapterSettings, Method
+from qlora_lite.adapters.olora import OLoRA, OLoRAMethod
+from qlora_lite.adapters.pissa import PiSSA, PiSSAMethod
 from qlora_lite.adapters.rslora import RsLoRA
 
 METHODS: dict[type[AdapterSettings], type[Method]] = {
     LoRA: LoRAMethod,
     RsLoRA: LoRAMethod,
+    LoRAPlus: LoRAMethod,
+    DoRA: DoRAMethod,
+    PiSSA: PiSSAMethod,
+    OLoRA: OLoRAMethod,
+    LoftQ: LoftQMethod,
+    BALoRA: BALoRAMethod,
 }
 
 if TYPE_CHECKING:

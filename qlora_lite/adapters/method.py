@@ -281,7 +281,7 @@ class Method:
     def after_step(self, access: Access, step: StepInfo) -> None:
         """The optimizer has moved, the gradients still exist (prox, pruning, budgets, restarts)."""
 
-    def lr_scale(self, step: int) -> float:
+    def lr_scale(self, step: int, total: int) -> float:
         """A factor on the learning rate: warm restarts as a pure function of the step."""
         return 1.0
 

@@ -6,7 +6,8 @@
 
 PEFT, vLLM and llama.cpp compute the scale of an adapter differently as soon as ranks or scales vary
 between layers. So what is written is normalised: every scale is folded into B, `lora_alpha == r`,
-one rank (lower ones are padded with zeros), full paths, fp32. All consumers then agree.
+one rank (lower ones are padded with zeros, modules of rank 0 are left out), full paths, fp32. All
+consumers then agree.
 """
 
 import json
@@ -83,13 +84,17 @@ def to_peft(attached: Attached) -> tuple[dict[str, Tensor], dict[str, Any]]:
     exact = [pair for pair in (pairs | embeddings).values() if pair and pair.relative_error == 0]
     if len(exact) < len(pairs) + len(embeddings):
         return {}, {}
-    rank = max(pair.rank for pair in exact)
+    kept = {path: pair for path, pair in pairs.items() if pair and pair.rank > 0}
+    if not kept and not embeddings:
+        kept = {path: _of_zeros(pair) for path, pair in list(pairs.items())[:1] if pair}
+    rank = max(pair.rank for pair in (*kept.values(), *embeddings.values()))
     tensors: dict[str, Tensor] = {}
-    for path, pair in pairs.items():
-        assert pair is not None
+    for path, pair in kept.items():
         down, up = _padded(pair, rank)
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = down
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = up
+        if pair.magnitude is not None:
+            tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = pair.magnitude.cpu()
     for path, pair in embeddings.items():
         down, up = _padded(pair, rank)
         tensors[f"{_PREFIX}{path}.lora_embedding_A"] = down
@@ -104,7 +109,7 @@ def to_peft(attached: Attached) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": [*pairs, *embeddings],
+        "target_modules": [*kept, *embeddings],
         "modules_to_save": list(attached.whole) or None,
         "bias": "none",
         "inference_mode": True,
@@ -112,7 +117,7 @@ def to_peft(attached: Attached) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "rank_pattern": {},
         "alpha_pattern": {},
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": any(pair.magnitude is not None for pair in kept.values()),
     }
     return tensors, config
 
@@ -122,6 +127,12 @@ def _is_transposed(attached: Attached, path: str, tensor: Tensor) -> bool:
     bare = attached.bare[path]
     source = bare.source if isinstance(bare, FrozenLinear) else None
     return tensor.dim() == 2 and isinstance(source, StoredWeight) and source.transposed
+
+
+def _of_zeros(pair: Factors) -> Factors:
+    """Rank 1 and nothing in it: PEFT does not read an adapter without any module."""
+    down, up = pair.down, pair.up
+    return Factors(down.new_zeros(1, down.shape[1]), up.new_zeros(up.shape[0], 1))
 
 
 def _padded(pair: Factors, rank: int) -> tuple[Tensor, Tensor]:

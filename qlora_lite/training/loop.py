@@ -162,7 +162,7 @@ def _one_step(job: Job, progress: Progress) -> None:
     torch.manual_seed(derive(job.seed, "step", number))
     warmup = warmup_steps(job.optim.warmup, job.total)
     factor = lr_factor(number, job.total, warmup, job.optim.schedule, job.optim.lr_floor)
-    lr = job.optim.lr * factor * method.lr_scale(number)
+    lr = job.optim.lr * factor * method.lr_scale(number, job.total)
     step = StepInfo(number, job.total, lr, generator(job.seed, "method", number))
     result = optimizer_step(
         job.model,

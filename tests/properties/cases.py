@@ -1,0 +1,44 @@
+"""Every method in small, and what may be expected of it: a new method is one line here."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qlora_lite.adapters.ba_lora import BALoRA
+from qlora_lite.adapters.dora import DoRA
+from qlora_lite.adapters.loftq import LoftQ
+from qlora_lite.adapters.lora import LoRA
+from qlora_lite.adapters.lora_plus import LoRAPlus
+from qlora_lite.adapters.method import AdapterSettings
+from qlora_lite.adapters.olora import OLoRA
+from qlora_lite.adapters.pissa import PiSSA
+from qlora_lite.adapters.rslora import RsLoRA
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with settings that fit weights of a few dozen rows."""
+
+    settings: AdapterSettings
+    start: Literal["base", "near base", "own base"] = "base"
+    """The first output: the base's to the bit, to rounding, or that of a base of its own."""
+    peft: bool = True
+    """Leaves without loss as a PEFT adapter."""
+
+
+CASES = {
+    "lora": Case(LoRA(rank=4, alpha=8)),
+    "rslora": Case(RsLoRA(rank=4, alpha=6)),
+    "lora_plus": Case(LoRAPlus(rank=4, alpha=8)),
+    "dora": Case(DoRA(rank=4, alpha=8, dropout=0.0), start="near base"),
+    "pissa": Case(PiSSA(rank=4, alpha=6)),
+    "pissa, randomised": Case(PiSSA(rank=4, alpha=6, svd_iterations=4)),
+    "pissa, requantised": Case(
+        PiSSA(rank=4, alpha=6, mode="requantise"), start="own base", peft=False
+    ),
+    "olora": Case(OLoRA(rank=4, alpha=6, dropout=0.0)),
+    "olora, requantised": Case(
+        OLoRA(rank=4, alpha=6, dropout=0.0, mode="requantise"), start="own base", peft=False
+    ),
+    "loftq": Case(LoftQ(rank=4, alpha=6, iterations=2), start="own base", peft=False),
+    "ba_lora": Case(BALoRA(rank=4, alpha=6, consistency=0.1, diversity=0.1, singular=0.1)),
+}

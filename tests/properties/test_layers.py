@@ -1,0 +1,146 @@
+"""What every method promises of one layer, on every base precision and shape.
+
+Every method on NF4 and one odd shape is in the ordinary suite, the whole grid among the slow tests.
+"""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from qlora_lite.adapters.layer import AdapterLayer
+from qlora_lite.adapters.loftq import LoftQ
+from qlora_lite.adapters.offset import original
+from qlora_lite.model.quant import BF16, FP4, FP32, NF4, Int8
+from tests.properties.cases import CASES
+from tests.workbench import one_layer, stir
+
+FP32_SUMS = {"rtol": 1e-5, "atol": 1e-5}
+"""fp32 sums of up to 130 numbers of size 1, in another order."""
+
+QUANTS = {"nf4": NF4(), "fp4": FP4(), "int8": Int8(), "bf16": BF16(), "fp32": FP32()}
+SHAPES = {"square": (66, 66), "wide": (42, 129), "tall": (129, 42), "odd": (33, 57)}
+HARDLY_QUANTISED = ("bf16", "fp32")
+
+
+def grid():
+    for name, case in CASES.items():
+        for quant in QUANTS:
+            for shape in SHAPES:
+                if isinstance(case.settings, LoftQ) and quant in HARDLY_QUANTISED:
+                    continue  # refused: there is no error to start from (see test_loftq.py)
+                quick = (quant, shape) == ("nf4", "odd")
+                marks = () if quick else (pytest.mark.slow,)
+                yield pytest.param(name, quant, shape, id=f"{name}-{quant}-{shape}", marks=marks)
+
+
+every = pytest.mark.parametrize(("name", "quant", "shape"), list(grid()))
+
+
+def made(name: str, quant: str, shape: str, dtype: torch.dtype = torch.float32) -> AdapterLayer:
+    d_out, d_in = SHAPES[shape]
+    layer = one_layer(CASES[name].settings, d_out, d_in, QUANTS[quant], dtype=dtype)
+    return layer.eval()
+
+
+def inputs(layer: AdapterLayer) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(7)
+    return torch.randn(3, 5, layer.base.d_in, generator=draw)
+
+
+@every
+def test_it_starts_at_the_base(name, quant, shape):
+    layer = made(name, quant, shape)
+    x = inputs(layer)
+    expected, found = layer.base(x), layer(x)
+    match CASES[name].start:
+        case "base":
+            assert torch.equal(found, expected)
+        case "near base":
+            torch.testing.assert_close(found, expected, **FP32_SUMS)
+        case "own base":
+            weight = original(layer.base)
+            plain = one_layer(CASES["lora"].settings, *SHAPES[shape], QUANTS[quant]).base.dense()
+            error = (layer.merged(layer.base.dense()) - weight).norm()
+            # statistical, not per layer: at most as far from the weight as its own quantisation
+            assert error <= 1.1 * (plain - weight).norm() + 1e-3 * weight.norm()
+
+
+@every
+def test_it_starts_at_the_base_in_bf16_as_well(name, quant, shape):
+    layer = made(name, quant, shape, torch.bfloat16)
+    x = inputs(layer)
+    if CASES[name].start == "base":
+        assert torch.equal(layer(x), layer.base(x))
+    elif CASES[name].start == "near base":
+        torch.testing.assert_close(layer(x), layer.base(x), **FP32_SUMS)
+
+
+@every
+def test_output_and_input_gradient_are_those_of_the_merged_weight(name, quant, shape):
+    layer = stir(made(name, quant, shape))
+    x = inputs(layer).requires_grad_()
+    weight = layer.merged(layer.base.dense())
+    expected = F.linear(x, weight)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
+    (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), x)
+    found = layer(x)
+    (gradient,) = torch.autograd.grad((found * weights).sum(), x)
+    assert not torch.allclose(found, layer.base(x), **FP32_SUMS)
+    torch.testing.assert_close(found, expected, **FP32_SUMS)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-4)
+
+
+@every
+def test_the_pair_for_export_is_the_delta(name, quant, shape):
+    layer = stir(made(name, quant, shape))
+    pair = layer.factors()
+    if pair is None:
+        assert not CASES[name].peft
+        return
+    assert pair.relative_error == 0
+    assert pair.down.shape == (pair.rank, layer.base.d_in)
+    if pair.magnitude is None:
+        error = (pair.up @ pair.down - layer.delta()).norm() / layer.delta().norm()
+        assert error <= 1e-5
+    live = layer.live_factors()
+    if live is not None:
+        torch.testing.assert_close(live[1] @ live[0], layer.delta(), **FP32_SUMS)
+
+
+@every
+def test_what_is_trained_is_counted_by_the_formula_and_nothing_else_is(name, quant, shape):
+    layer = made(name, quant, shape)
+    trained = layer.trained()
+    count = sum(p.numel() for p in trained.values())
+    assert layer.trainable_count() == count
+    spec = layer.method.plans and next(iter(layer.method.plans))
+    assert layer.method.footprint(_spec(layer, spec)).trained == count
+    needing = {id(p) for p in layer.parameters() if p.requires_grad}
+    assert needing == {id(p) for p in trained.values()}
+
+
+@every
+def test_switched_off_it_is_the_bare_base(name, quant, shape):
+    layer = stir(made(name, quant, shape))
+    x = inputs(layer)
+    expected = layer.base(x)
+    layer.enabled = False
+    assert torch.equal(layer(x), expected)
+
+
+@every
+def test_its_state_comes_back_to_the_bit(name, quant, shape):
+    layer = stir(made(name, quant, shape))
+    other = made(name, quant, shape)
+    saved = {key: value.clone() for key, value in layer.state().items()}
+    assert other.state().keys() == saved.keys()
+    other.load_state(saved)
+    assert all(torch.equal(value, saved[key]) for key, value in other.state().items())
+    x = inputs(layer)
+    assert torch.equal(other(x), layer(x))
+
+
+def _spec(layer, path):
+    from qlora_lite.model.targets import LinearSpec
+
+    return LinearSpec(path, layer.base.d_in, layer.base.d_out, 0, 1, "other")

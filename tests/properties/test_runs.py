@@ -1,0 +1,178 @@
+"""What every method promises of a model in training: the real loader, step, checkpoint and merge.
+
+Every method on NF4 is in the ordinary suite, all base precisions among the slow tests.
+"""
+
+import copy
+
+import peft
+import pytest
+import torch
+
+from qlora_lite.adapters.loftq import LoftQ
+from qlora_lite.adapters.state import save_adapter
+from qlora_lite.export.merge import MergedWeights, MergeSource
+from qlora_lite.export.verify import candidate
+from qlora_lite.model.load import Base, load_base
+from qlora_lite.training import checkpoint
+from tests.dense_twin import dense_twin
+from tests.properties.cases import CASES
+from tests.properties.test_layers import FP32_SUMS, HARDLY_QUANTISED, QUANTS
+from tests.tiny import save_tiny
+from tests.workbench import CPU, Bench
+
+IDS = torch.arange(5, 45).view(2, 20)
+STEPS = 12
+
+
+def grid():
+    for name, case in CASES.items():
+        for quant in QUANTS:
+            if isinstance(case.settings, LoftQ) and quant in HARDLY_QUANTISED:
+                continue
+            marks = () if quant == "nf4" else (pytest.mark.slow,)
+            yield pytest.param(name, quant, id=f"{name}-{quant}", marks=marks)
+
+
+every = pytest.mark.parametrize(("name", "quant"), list(grid()))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("base") / "llama")
+
+
+def bench(directory, name, quant, **changed):
+    settings = CASES[name].settings
+    given = {key: changed.pop(key) for key in list(changed) if key in type(settings).model_fields}
+    settings = settings.model_copy(update=given)
+    return Bench(directory, settings, QUANTS[quant], total=STEPS, **changed)
+
+
+@every
+def test_every_trained_tensor_moves_and_the_base_does_not(directory, name, quant):
+    it = bench(directory, name, quant)
+    before = copy.deepcopy(it.attached.state())
+    frozen = {n: p.clone() for n, p in it.base.model.named_parameters() if ".base." in n}
+    touched: set[str] = set()
+    for _ in range(STEPS):
+        it.step()
+        after = it.attached.state()
+        parameters = it.attached.parameters()
+        touched |= {n for n in parameters if not torch.equal(after[n], before[n])}
+    assert touched == set(parameters)
+    for path, base in it.base.model.named_parameters():
+        if ".base." in path:
+            assert torch.equal(base, frozen[path])
+            assert base.grad is None
+
+
+@every
+def test_it_learns(directory, name, quant):
+    it = bench(directory, name, quant, repeats_data=True)
+    losses = [it.step() for _ in range(STEPS)]
+    assert losses[-1] < losses[0] - 0.02
+
+
+@every
+def test_a_run_that_was_interrupted_ends_in_the_same_bits(directory, tmp_path, name, quant):
+    whole = bench(directory, name, quant, dropout=0.1)
+    losses = [whole.step() for _ in range(STEPS)]
+    first = bench(directory, name, quant, dropout=0.1)
+    for _ in range(STEPS // 2):
+        first.step()
+    state = checkpoint.TrainingState(
+        first.attached.state(), first.optimizer.state_dict(), first.method.state_dict(), {}
+    )
+    checkpoint.save(tmp_path, first.number, state, keep=1)
+    saved = checkpoint.load(checkpoint.newest(tmp_path))
+    second = bench(directory, name, quant, dropout=0.1, saved=saved.adapter)
+    second.optimizer.load_state_dict(saved.optimizer)
+    second.method.load_state_dict(saved.method)
+    second.number = first.number
+    assert [second.step() for _ in range(STEPS // 2)] == losses[STEPS // 2 :]
+    expected, found = whole.attached.state(), second.attached.state()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    moments, others = whole.optimizer.state_dict(), second.optimizer.state_dict()
+    assert all(
+        torch.equal(torch.as_tensor(others[k]), torch.as_tensor(moments[k])) for k in moments
+    )
+
+
+@every
+def test_checkpointing_changes_no_bit(directory, name, quant):
+    plain = bench(directory, name, quant)
+    lean = bench(directory, name, quant, checkpointing=True)
+    assert [plain.step() for _ in range(STEPS)] == [lean.step() for _ in range(STEPS)]
+
+
+@every
+def test_merged_weights_give_the_same_logits(directory, name, quant):
+    it = trained(directory, name, quant)
+    source = MergeSource(
+        Base(model=str(directory), quant=QUANTS[quant]),
+        directory,
+        CPU,
+        it.method.settings,
+        {key: tensor.clone() for key, tensor in it.attached.state().items()},
+        it.seed,
+    )
+    model = candidate(MergedWeights(source, "trained", torch.float32), source.base, CPU)
+    with torch.no_grad():
+        found = model.logits(model.hidden(IDS, torch.arange(20).expand(2, 20)))
+    torch.testing.assert_close(found, it.logits(), rtol=1e-4, atol=1e-4)
+
+
+@every
+def test_plain_peft_gives_the_same_logits(directory, tmp_path, name, quant):
+    it = trained(directory, name, quant)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_adapter(
+        folder,
+        it.attached,
+        base=str(directory),
+        revision=None,
+        fan_in_fan_out=False,
+        sidecar={"adapter": it.method.settings.model_dump(mode="json")},
+    )
+    assert (folder / "native.safetensors").exists()
+    assert (folder / "adapter_model.safetensors").exists() == CASES[name].peft
+    if not CASES[name].peft:
+        return
+    with it.attached.disabled():
+        bare = it.logits()
+    twin = dense_twin(load_base(Base(model=str(directory), quant=QUANTS[quant]), CPU).model)
+    model = peft.PeftModel.from_pretrained(twin, folder).eval()
+    with torch.no_grad():
+        found = model(IDS).logits
+    assert not torch.allclose(it.logits(), bare, **FP32_SUMS)
+    torch.testing.assert_close(found, it.logits(), rtol=1e-5, atol=2e-5)
+
+
+@every
+def test_ranks_may_differ_from_layer_to_layer(directory, name, quant):
+    it = bench(directory, name, quant, ranks={"1": 2, "*.0.mlp.down_proj": 0})
+    assert "model.layers.0.mlp.down_proj" not in it.attached.layers
+    for _ in range(3):
+        it.step()
+    pairs = {path: layer.factors() for path, layer in it.attached.layers.items()}
+    widths = {path: pair.rank for path, pair in pairs.items() if pair is not None}
+    for path, width in widths.items():
+        same = path.replace(".1.", ".0.")
+        assert ".1." not in path or same not in widths or width <= widths[same]
+
+
+def trained(directory, name, quant):
+    it = bench(directory, name, quant, lr=3e-2)
+    for _ in range(STEPS - 1):
+        it.step()
+    draw = torch.Generator().manual_seed(1)
+    for layer in it.attached.layers.values():
+        for parameter in layer.trained().values():
+            live = parameter.data != 0  # what a method pruned stays pruned
+            noise = 0.02 * torch.randn(parameter.shape, generator=draw)
+            parameter.data += torch.where(live, noise, 0.0)
+    it.attached.train(False)
+    return it
