@@ -12,7 +12,8 @@
     merge(recipe.output, "merged")
 
 The functions take and return plain values, raise the errors of `qlora_lite.foundation.errors` and
-print nothing. A name is imported when it is first used, so `import qlora_lite` costs nothing.
+print nothing. A name is imported when it is first used, so `import qlora_lite` costs nothing. The
+settings of every other adapter method are names of this package too: `from qlora_lite import DoRA`.
 """
 
 import importlib
@@ -26,7 +27,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from qlora_lite.adapters.lora import LoRA
-    from qlora_lite.adapters.rslora import RsLoRA
     from qlora_lite.cli.script import main
     from qlora_lite.data.settings import Data
     from qlora_lite.model.load import Base
@@ -50,7 +50,6 @@ _HOMES = {
     "Base": "qlora_lite.model.load:Base",
     "Data": "qlora_lite.data.settings:Data",
     "LoRA": "qlora_lite.adapters.lora:LoRA",
-    "RsLoRA": "qlora_lite.adapters.rslora:RsLoRA",
     "Optim": "qlora_lite.training.optimizer:Optim",
     "Evaluation": "qlora_lite.training.loop:Evaluation",
     "Checkpoints": "qlora_lite.training.loop:Checkpoints",
@@ -75,7 +74,6 @@ __all__ = [
     "LoRA",
     "Optim",
     "Recipe",
-    "RsLoRA",
     "__version__",
     "load",
     "main",
@@ -90,11 +88,24 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("qlora-lite")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'qlora_lite' has no attribute {name!r}")
-    module, _, attribute = _HOMES[name].partition(":")
-    value = globals()[name] = getattr(importlib.import_module(module), attribute)
+    if name in _HOMES:
+        module, _, attribute = _HOMES[name].partition(":")
+        value = getattr(importlib.import_module(module), attribute)
+    else:
+        value = _adapter(name)
+    globals()[name] = value
     return value
+
+
+def _adapter(name: str) -> Any:
+    """The settings of any method, by the name of their class."""
+    if name[0].isupper():
+        from qlora_lite.adapters.catalogue import METHODS
+
+        for settings in METHODS:
+            if settings.__name__ == name:
+                return settings
+    raise AttributeError(f"module 'qlora_lite' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_lite.kernels.cross_entropy import linear_cross_entropy
 from qlora_lite.memory import formulas
+from qlora_lite.memory.live import Live
 from qlora_lite.model.shape import ModelShape, model_shape
-from tests.memory.live import Live
 
 SHAPES = [(64, 64), (48, 80), (7, 9), (1000, 96)]
 """Whole blocks, broken blocks, an odd number of weights, more than one nested block."""

@@ -12,6 +12,7 @@ from qlora_lite.adapters.method import lora_footprint
 from qlora_lite.foundation.device import choose
 from qlora_lite.kernels.cross_entropy import linear_cross_entropy
 from qlora_lite.memory.ledger import Ledger, RunShape, make_ledger, num_trained
+from qlora_lite.memory.live import Live
 from qlora_lite.model.causal import CausalModel
 from qlora_lite.model.checkpointing import enable_checkpointing
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear
@@ -20,7 +21,6 @@ from qlora_lite.model.shape import ModelShape, model_shape
 from qlora_lite.model.targets import linear_specs, select
 from qlora_lite.training.engine import TorchEngine
 from qlora_lite.training.optimizer import AdamW
-from tests.memory.live import Live
 from tests.tiny import save_tiny, tiny_model
 
 RULE = choose("cpu")
