@@ -3,6 +3,7 @@
     adapter_config.json, adapter_model.safetensors   what PEFT, vLLM and llama.cpp read
     native.safetensors                               every trained tensor as it is, in its own dtype
     qlora_lite.json                                  what the others do not record
+    README.md                                        where there is no PEFT form: why, what to do
 
 PEFT, vLLM and llama.cpp compute the scale of an adapter differently as soon as ranks or scales vary
 between layers. So what is written is normalised: every scale is folded into B, `lora_alpha == r`,
@@ -28,7 +29,7 @@ from qlora_lite.adapters.attach import Attached
 from qlora_lite.adapters.layer import Factors
 from qlora_lite.adapters.method import AdapterSettings
 from qlora_lite.foundation.errors import AdapterError
-from qlora_lite.foundation.files import write_json
+from qlora_lite.foundation.files import write_json, write_text
 from qlora_lite.model.freeze import StoredWeight
 from qlora_lite.model.frozen import FrozenLinear
 
@@ -74,7 +75,24 @@ def save_adapter(
         }
         save_file(tensors, directory / WEIGHTS, {"format": "pt"})
         write_json(directory / CONFIG, config)
+    else:
+        write_text(directory / "README.md", _without_peft(attached))
     write_json(directory / SIDECAR, sidecar | {"peft": bool(config)})
+
+
+def _without_peft(attached: Attached) -> str:
+    """What somebody who looks for a PEFT adapter has to know."""
+    kind = attached.method.settings.kind
+    why = (
+        f"`{kind}` changes weights at most by a matrix of full rank, which no LoRA adapter holds."
+        if attached.keeps_base
+        else f"`{kind}` with these settings changed the base's own weights before it quantised "
+        "them: the adapter is right on that base only, and wrong on any other."
+    )
+    return (
+        f"There is no PEFT adapter here. {why}\n\nMerge it: `qlora-lite merge RUN OUT` makes the "
+        f"base again from `{NATIVE}` and writes plain merged weights.\n"
+    )
 
 
 def to_peft(attached: Attached) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -175,8 +193,9 @@ def read_peft(directory: Path) -> PeftAdapter:
     require_adapter(directory)
     if not (directory / CONFIG).is_file():
         raise AdapterError(
-            f"{directory} has no PEFT form ({CONFIG}), and was trained with other settings than "
-            "these. Take the method, ranks and targets of its recipe.json"
+            f"{directory} has no PEFT form ({CONFIG}): its method leaves as merged weights, and "
+            "only a recipe with the same method and settings can begin from it. Merge its run and "
+            "take the merged model as base.model, or take the adapter settings of its recipe.json"
         )
     config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     _refuse_what_is_not_lora(directory, config)

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from qlora_lite.adapters.catalogue import method_for
+from qlora_lite.adapters.method import Need
 from qlora_lite.adapters.state import begin_from, require_adapter, saved_start
 from qlora_lite.data.batches import Batch, Batches, in_order
 from qlora_lite.data.coloured import bracketed
@@ -270,6 +272,11 @@ def check_settings(recipe: Recipe) -> list[str]:
     if recipe.adapter.start:
         require_adapter(Path(recipe.adapter.start))
     notes = [*check_context(recipe), *check_ranks(recipe)]
+    if Need.ORIGINAL_WEIGHTS in method_for(recipe.adapter).needs:
+        notes.append(
+            f"adapter={recipe.adapter.kind} with these settings changes the base's own weights: it "
+            "leaves as merged weights (qlora-lite merge), not as a PEFT adapter"
+        )
     if recipe.evaluation.patience and not recipe.data.heldout and not recipe.data.heldout_share:
         notes.append("evaluation.patience has no effect: no rows are held out to score")
     return notes

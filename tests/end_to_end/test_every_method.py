@@ -1,0 +1,103 @@
+"""Every method from recipe to merged model: killed, continued, loaded, begun from, merged."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_lite.foundation.errors import AdapterError
+from qlora_lite.foundation.watch import Watcher
+from qlora_lite.run.loading import load_run
+from qlora_lite.run.merging import merge
+from qlora_lite.run.scoring import score_targets
+from qlora_lite.run.training import run_recipe
+from qlora_lite.training import metrics
+from tests.end_to_end.small_run import small_recipe, write_rows
+from tests.properties.cases import CASES
+from tests.tiny import save_tiny
+
+IDS = torch.arange(5, 45).view(2, 20)
+
+
+class Killed(Exception):
+    """Nothing that the run would catch."""
+
+
+class Killer(Watcher):
+    """Ends the process's work right after the checkpoint of step 4."""
+
+    def saved(self, step: int) -> None:
+        if step == 4:
+            raise Killed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("methods")
+    save_tiny(folder / "base")
+    write_rows(folder / "train.jsonl")
+    return folder
+
+
+def recipe_of(folder, case, output, *changes):
+    recipe = small_recipe(folder / "base", folder / "train.jsonl", folder / output)
+    settings = case.settings.model_copy(update={"dropout": 0.1})
+    recipe = recipe.model_copy(update={"adapter": settings})
+    return recipe.but("optim.steps=8", "checkpoints.every=2", *changes)
+
+
+def logits(loaded):
+    with torch.no_grad():
+        return loaded.model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_survives_and_leaves_as_merged_weights(folder, name):
+    case, key = CASES[name], name.replace(", ", "-")
+    whole = run_recipe(recipe_of(folder, case, f"{key}-whole"))
+    with pytest.raises(Killed):
+        run_recipe(recipe_of(folder, case, f"{key}-killed"), watcher=Killer())
+    killed = run_recipe(recipe_of(folder, case, f"{key}-killed"))
+    expected = load_file(whole.directory / "adapter" / "native.safetensors")
+    found = load_file(killed.directory / "adapter" / "native.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[n], tensor) for n, tensor in expected.items())
+    assert losses_of(killed) == losses_of(whole)
+
+    loaded = load_run(whole.directory)
+    sidecar = json.loads((whole.directory / "adapter" / "qlora_lite.json").read_text())
+    assert sidecar["peft"] == case.peft
+    result = merge(whole.directory, folder / f"{key}-merged", base="trained", dtype="fp32")
+    assert result.written.is_exact
+    rows = score_targets([str(whole.directory)])
+    kinds = ["bare base", "adapter"] if loaded.attached.keeps_base else ["adapter"]
+    assert [row.what for row in rows] == kinds
+
+    begun = recipe_of(
+        folder,
+        case,
+        f"{key}-begun",
+        f"adapter.start={whole.directory / 'adapter'}",
+        "optim.lr=1e-9",
+    )
+    run_recipe(begun)
+    torch.testing.assert_close(
+        logits(load_run(folder / f"{key}-begun")), logits(loaded), rtol=1e-3, atol=1e-3
+    )
+
+
+def losses_of(result):
+    events = metrics.read(result.directory / "metrics.jsonl")
+    return [event["loss"] for event in events if "loss" in event]
+
+
+def test_an_adapter_on_a_base_of_its_own_is_not_merged_into_another(folder):
+    run = run_recipe(recipe_of(folder, CASES["loftq"], "own-base"))
+    assert "right on that base only" in (run.directory / "adapter" / "README.md").read_text()
+    with pytest.raises(AdapterError, match="Merge its run"):
+        run_recipe(
+            recipe_of(folder, CASES["lora"], "other", f"adapter.start={run.directory / 'adapter'}")
+        )
+    result = merge(run.directory, folder / "own-base-merged", base="auto")
+    assert result.base == "trained"
