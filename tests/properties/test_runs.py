@@ -121,7 +121,7 @@ def test_merged_weights_give_the_same_logits(directory, name, quant):
     model = candidate(MergedWeights(source, "trained", torch.float32), source.base, CPU)
     with torch.no_grad():
         found = model.logits(model.hidden(IDS, torch.arange(20).expand(2, 20)))
-    torch.testing.assert_close(found, it.logits(), rtol=1e-4, atol=1e-4)
+    assert_same_logits(found, it.logits())
 
 
 @every
@@ -148,7 +148,7 @@ def test_plain_peft_gives_the_same_logits(directory, tmp_path, name, quant):
     with torch.no_grad():
         found = model(IDS).logits
     assert not torch.allclose(it.logits(), bare, **FP32_SUMS)
-    torch.testing.assert_close(found, it.logits(), rtol=1e-5, atol=2e-5)
+    assert_same_logits(found, it.logits())
 
 
 @every
@@ -164,8 +164,13 @@ def test_ranks_may_differ_from_layer_to_layer(directory, name, quant):
         assert ".1." not in path or same not in widths or width <= widths[same]
 
 
+def assert_same_logits(found, expected):
+    """1e-5 of the largest logit, which trained adapters make large: fp32 sums in another order."""
+    assert (found - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())
+
+
 def trained(directory, name, quant):
-    it = bench(directory, name, quant, lr=3e-2)
+    it = bench(directory, name, quant, lr=3e-2 / CASES[name].settings.lr_ratio)
     for _ in range(STEPS - 1):
         it.step()
     draw = torch.Generator().manual_seed(1)
