@@ -10,8 +10,11 @@ from qlora_lite.adapters.ba_lora import BALoRA, BALoRAMethod
 from qlora_lite.adapters.dora import DoRA, DoRAMethod
 from qlora_lite.adapters.loftq import LoftQ, LoftQMethod
 from qlora_lite.adapters.lora import LoRA, LoRAMethod
+from qlora_lite.adapters.lora_mini import LoRAMini, LoRAMiniMethod
 from qlora_lite.adapters.lora_plus import LoRAPlus
+from qlora_lite.adapters.melora import MELoRA, MELoRAMethod
 from qlora_lite.adapters.method import AdapterSettings, Method
+from qlora_lite.adapters.mora import MoRA, MoRAMethod
 from qlora_lite.adapters.olora import OLoRA, OLoRAMethod
 from qlora_lite.adapters.pissa import PiSSA, PiSSAMethod
 from qlora_lite.adapters.rslora import RsLoRA
@@ -25,6 +28,9 @@ METHODS: dict[type[AdapterSettings], type[Method]] = {
     OLoRA: OLoRAMethod,
     LoftQ: LoftQMethod,
     BALoRA: BALoRAMethod,
+    MELoRA: MELoRAMethod,
+    MoRA: MoRAMethod,
+    LoRAMini: LoRAMiniMethod,
 }
 
 if TYPE_CHECKING:

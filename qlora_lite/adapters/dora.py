@@ -117,7 +117,7 @@ class DoRAMethod(LoRAMethod):
 
     def footprint(self, spec: LinearSpec) -> Footprint:
         lora = super().footprint(spec)
-        return Footprint(lora.rank, lora.trained + spec.d_out)
+        return Footprint(lora.width, lora.trained + spec.d_out)
 
     def build(
         self,

@@ -109,18 +109,18 @@ class LayerPlan:
 class Footprint:
     """Numbers that one layer's adapter holds, for the memory plan."""
 
-    rank: int
-    """Width of the activation between the factors, which is kept for the backward."""
+    width: int
+    """Of what is kept for the backward between the factors: a LoRA's rank."""
     trained: int
     frozen: int = 0
     """In the dtype of the parameters, at the end of the run."""
     statistics: int = 0
     """In fp32, beside the optimizer's own."""
 
-    def at_rank(self, rank: int) -> "Footprint":
+    def scaled(self, share: float) -> "Footprint":
         """About what it would be at another rank: everything in proportion."""
-        sizes = (self.trained, self.frozen, self.statistics)
-        return Footprint(rank, *(size * rank // self.rank for size in sizes))
+        sizes = (self.width, self.trained, self.frozen, self.statistics)
+        return Footprint(*(round(size * share) for size in sizes))
 
 
 def lora_footprint(d_in: int, d_out: int, rank: int) -> Footprint:

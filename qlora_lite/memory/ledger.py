@@ -44,6 +44,8 @@ class RunShape:
     quant: QuantKind
     adapters: Mapping[str, Footprint]
     """What the adapter of every adapted linear layer holds, by path."""
+    rank: int
+    """The setting that they follow from."""
     max_tokens: int
     """Tokens of a row: the longest, and a full bin."""
     tokens_per_step: int
@@ -242,7 +244,7 @@ def _kept_bytes(model: ModelShape, run: RunShape, block: int, tokens: int) -> in
         model.kv_heads,
         model.head_dim,
         model.ff,
-        sum(f.rank for f in held),
+        sum(f.width for f in held),
         run.compute_bytes,
         run.attention,
         run.max_tokens,

@@ -206,10 +206,10 @@ def _changes(run: RunShape) -> Iterator[_Change]:
         yield _change("base.quant.double_quant", "true", double_quant=True)
     if not four_bit:
         yield _change("base.quant", "nf4", quant="nf4", double_quant=True, block_size=64)
-    rank = max((f.rank for f in run.adapters.values()), default=0)
-    if rank > 1:
-        halved = {path: f.at_rank(max(f.rank // 2, 1)) for path, f in run.adapters.items()}
-        yield _change("adapter.rank", rank // 2, adapters=halved)
+    if run.rank > 1:
+        rank = run.rank // 2
+        smaller = {path: f.scaled(rank / run.rank) for path, f in run.adapters.items()}
+        yield _change("adapter.rank", rank, adapters=smaller, rank=rank)
     if run.head != "nf4":
         yield _change("base.head", "nf4", head="nf4")
     max_tokens = run.max_tokens // 2

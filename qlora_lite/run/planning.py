@@ -97,6 +97,7 @@ def run_shape(recipe: Recipe, model: ModelShape, rule: DeviceRule) -> RunShape:
         double_quant=four_bit.double_quant,
         block_size=four_bit.block_size,
         adapters={spec.path: method.footprint(spec) for spec in planned},
+        rank=adapter.rank,
         max_tokens=recipe.data.max_tokens,
         tokens_per_step=optim.tokens_per_step,
         head=recipe.base.head,

@@ -32,7 +32,7 @@ def heldout_loss(folder, name, dtype, seed):
     recipe = Recipe.model_validate(
         {
             "base": {"model": BASE},
-            "adapter": CASES[name].settings.model_copy(update={"dtype": dtype}).model_dump(),
+            "adapter": CASES[name].model_settings.model_copy(update={"dtype": dtype}).model_dump(),
             "data": {"train": TRAIN, "heldout": HELDOUT, "max_tokens": 256},
             "optim": {"lr": 2e-3, "tokens_per_step": 2048, "steps": STEPS},
             "evaluation": {"every": STEPS},

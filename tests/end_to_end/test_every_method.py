@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 def recipe_of(folder, case, output, *changes):
     recipe = small_recipe(folder / "base", folder / "train.jsonl", folder / output)
-    settings = case.settings.model_copy(update={"dropout": 0.1})
+    settings = case.model_settings.model_copy(update={"dropout": 0.1})
     recipe = recipe.model_copy(update={"adapter": settings})
     return recipe.but("optim.steps=8", "checkpoints.every=2", *changes)
 

@@ -40,6 +40,7 @@ def run_shape(model: ModelShape, quant: dict, **changed: object) -> RunShape:
         quant=quant["kind"],
         double_quant=quant.get("double_quant", True),
         adapters={p: lora_footprint(m.d_in, m.d_out, 8) for p, m in model.linears.items()},
+        rank=8,
         max_tokens=64,
         tokens_per_step=256,
         compute_bytes=4,

@@ -22,6 +22,7 @@ ON_CARD = RunShape(
     device="cuda",
     quant="nf4",
     adapters={p: lora_footprint(m.d_in, m.d_out, 16) for p, m in LLAMA_8B.linears.items()},
+    rank=16,
     max_tokens=2048,
     tokens_per_step=32_768,
     states="8bit",

@@ -7,8 +7,11 @@ from qlora_lite.adapters.ba_lora import BALoRA
 from qlora_lite.adapters.dora import DoRA
 from qlora_lite.adapters.loftq import LoftQ
 from qlora_lite.adapters.lora import LoRA
+from qlora_lite.adapters.lora_mini import LoRAMini
 from qlora_lite.adapters.lora_plus import LoRAPlus
+from qlora_lite.adapters.melora import MELoRA
 from qlora_lite.adapters.method import AdapterSettings
+from qlora_lite.adapters.mora import MoRA
 from qlora_lite.adapters.olora import OLoRA
 from qlora_lite.adapters.pissa import PiSSA
 from qlora_lite.adapters.rslora import RsLoRA
@@ -23,6 +26,12 @@ class Case:
     """The first output: the base's to the bit, to rounding, or that of a base of its own."""
     peft: bool = True
     """Leaves without loss as a PEFT adapter."""
+    on_model: AdapterSettings | None = None
+    """Settings for the tiny model, where its widths of 64 and 128 ask for others."""
+
+    @property
+    def model_settings(self) -> AdapterSettings:
+        return self.on_model or self.settings
 
 
 CASES = {
@@ -40,5 +49,16 @@ CASES = {
         OLoRA(rank=4, alpha=6, dropout=0.0, mode="requantise"), start="own base", peft=False
     ),
     "loftq": Case(LoftQ(rank=4, alpha=6, iterations=2), start="own base", peft=False),
+    "melora": Case(
+        MELoRA(rank=2, num_blocks=3, dropout=0.0),
+        on_model=MELoRA(rank=2, num_blocks=4, dropout=0.0),
+    ),
+    "mora, type 1": Case(MoRA(rank=4, type=1)),
+    "mora, type 6": Case(MoRA(rank=4, type=6), peft=False),
+    "mora, restarted": Case(
+        MoRA(rank=4, type=1, restart_every=3, restart_warmup=1),
+    ),
+    "lora_mini": Case(LoRAMini(rank=4)),
+    "lora_mini, orthogonal": Case(LoRAMini(rank=4, aux="orthogonal", inner_down=9, inner_up=7)),
     "ba_lora": Case(BALoRA(rank=4, alpha=6, consistency=0.1, diversity=0.1, singular=0.1)),
 }

@@ -43,7 +43,7 @@ def directory(tmp_path_factory):
 
 
 def bench(directory, name, quant, **changed):
-    settings = CASES[name].settings
+    settings = CASES[name].model_settings
     given = {key: changed.pop(key) for key in list(changed) if key in type(settings).model_fields}
     settings = settings.model_copy(update=given)
     return Bench(directory, settings, QUANTS[quant], total=STEPS, **changed)
