@@ -281,6 +281,11 @@ class Method:
     def after_step(self, access: Access, step: StepInfo) -> None:
         """The optimizer has moved, the gradients still exist (prox, pruning, budgets, restarts)."""
 
+    def clock(self, step: int, total: int) -> tuple[int, int]:
+        """Where the learning rate's schedule stands, and its length: a chain of adapters begins it
+        anew with every link. A pure function of the step."""
+        return step, total
+
     def lr_scale(self, step: int, total: int) -> float:
         """A factor on the learning rate: warm restarts as a pure function of the step."""
         return 1.0

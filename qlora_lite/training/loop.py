@@ -160,8 +160,9 @@ def _one_step(job: Job, progress: Progress) -> None:
     number = progress.step
     method = job.attached.method
     torch.manual_seed(derive(job.seed, "step", number))
-    warmup = warmup_steps(job.optim.warmup, job.total)
-    factor = lr_factor(number, job.total, warmup, job.optim.schedule, job.optim.lr_floor)
+    position, length = method.clock(number, job.total)
+    warmup = warmup_steps(job.optim.warmup, length)
+    factor = lr_factor(position, length, warmup, job.optim.schedule, job.optim.lr_floor)
     lr = job.optim.lr * factor * method.lr_scale(number, job.total)
     step = StepInfo(number, job.total, lr, generator(job.seed, "method", number))
     result = optimizer_step(

@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from qlora_lite.adapters.adalora import AdaLoRA
 from qlora_lite.adapters.ba_lora import BALoRA
+from qlora_lite.adapters.cola import COLA
 from qlora_lite.adapters.dora import DoRA
+from qlora_lite.adapters.dylora import DyLoRA
 from qlora_lite.adapters.loftq import LoftQ
 from qlora_lite.adapters.lora import LoRA
 from qlora_lite.adapters.lora_mini import LoRAMini
@@ -14,7 +17,11 @@ from qlora_lite.adapters.method import AdapterSettings
 from qlora_lite.adapters.mora import MoRA
 from qlora_lite.adapters.olora import OLoRA
 from qlora_lite.adapters.pissa import PiSSA
+from qlora_lite.adapters.prilora import PRILoRA
+from qlora_lite.adapters.rm_lora import RMLoRA
 from qlora_lite.adapters.rslora import RsLoRA
+from qlora_lite.adapters.sora import SoRA
+from qlora_lite.adapters.xgblora import XGBLoRA
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,14 @@ CASES = {
         OLoRA(rank=4, alpha=6, dropout=0.0, mode="requantise"), start="own base", peft=False
     ),
     "loftq": Case(LoftQ(rank=4, alpha=6, iterations=2), start="own base", peft=False),
+    "dylora": Case(DyLoRA(rank=4, alpha=6)),
+    "dylora, frozen": Case(DyLoRA(rank=4, alpha=6, variant="frozen", eval_rank=3)),
+    "adalora": Case(AdaLoRA(rank=4, target_rank=2, alpha=8, warmup=2, final=3, every=1)),
+    "sora": Case(SoRA(rank=4, alpha=8, threshold=0.02)),
+    "prilora": Case(PRILoRA(first_rank=2, last_rank=4, alpha=8, prune_every=3)),
+    "cola": Case(COLA(rank=4, alpha=6, num_links=3, link_ranks=[4, 3, 1])),
+    "xgblora": Case(XGBLoRA(alpha=8, boost_every=2, max_bank_rank=3)),
+    "rm_lora": Case(RMLoRA(rank=4, alpha=8, num_drawn=2)),
     "melora": Case(
         MELoRA(rank=2, num_blocks=3, dropout=0.0),
         on_model=MELoRA(rank=2, num_blocks=4, dropout=0.0),

@@ -3,11 +3,16 @@
 import pytest
 
 from qlora_lite.adapters.ba_lora import BALoRA
+from qlora_lite.adapters.cola import COLA
+from qlora_lite.adapters.dylora import DyLoRA
 from qlora_lite.adapters.lora import LoRA
 from qlora_lite.adapters.lora_plus import LoRAPlus
 from qlora_lite.adapters.melora import MELoRA
 from qlora_lite.adapters.pissa import PiSSA
+from qlora_lite.adapters.prilora import PRILoRA
+from qlora_lite.adapters.rm_lora import RMLoRA
 from qlora_lite.adapters.rslora import RsLoRA
+from qlora_lite.adapters.xgblora import XGBLoRA
 from tests.tiny import save_tiny
 from tests.workbench import Bench
 
@@ -19,6 +24,23 @@ NEUTRAL = {
     "rslora": (RsLoRA(rank=4, alpha=3.0), LoRA(rank=4, alpha=6.0), BITS),
     "lora_plus": (LoRAPlus(rank=4, lr_ratio=1.0), LoRA(rank=4), BITS),
     "melora": (MELoRA(rank=4, num_blocks=1, dropout=0), LoRA(rank=4, alpha=16), SUMS),
+    "dylora": (DyLoRA(rank=4, alpha=8, min_rank=4), LoRA(rank=4, alpha=8), BITS),
+    "prilora": (
+        PRILoRA(first_rank=4, last_rank=4, alpha=8, prune_share=0),
+        LoRA(rank=4, alpha=8),
+        BITS,
+    ),
+    "cola": (COLA(rank=4, alpha=8, num_links=1), LoRA(rank=4, alpha=8), BITS),
+    "rm_lora": (
+        RMLoRA(rank=4, alpha=8, num_drawn=4, orthogonality=0),
+        LoRA(rank=4, alpha=8),
+        BITS,
+    ),
+    "xgblora": (
+        XGBLoRA(rank=4, alpha=8, boost_every=99, num_layers=2),
+        LoRA(rank=4, alpha=8),
+        BITS,
+    ),
     "ba_lora": (
         BALoRA(rank=4, alpha=4, consistency=0, diversity=0, singular=0),
         PiSSA(rank=4, alpha=4),
