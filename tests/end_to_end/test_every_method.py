@@ -17,8 +17,6 @@ from tests.end_to_end.small_run import small_recipe, write_rows
 from tests.properties.cases import CASES
 from tests.tiny import save_tiny
 
-IDS = torch.arange(5, 45).view(2, 20)
-
 
 class Killed(Exception):
     """Nothing that the run would catch."""
@@ -45,11 +43,6 @@ def recipe_of(folder, case, output, *changes):
     settings = case.model_settings.model_copy(update={"dropout": 0.1})
     recipe = recipe.model_copy(update={"adapter": settings})
     return recipe.but("optim.steps=8", "checkpoints.every=2", *changes)
-
-
-def logits(loaded):
-    with torch.no_grad():
-        return loaded.model(input_ids=IDS).logits
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -79,12 +72,9 @@ def test_a_run_survives_and_leaves_as_merged_weights(folder, name):
         case,
         f"{key}-begun",
         f"adapter.start={whole.directory / 'adapter'}",
-        "optim.lr=1e-9",
     )
-    run_recipe(begun)
-    torch.testing.assert_close(
-        logits(load_run(folder / f"{key}-begun")), logits(loaded), rtol=1e-3, atol=1e-3
-    )
+    begun = run_recipe(begun)
+    assert begun.scores["loss_before"] == pytest.approx(whole.scores["loss"], rel=1e-4)
 
 
 def losses_of(result):
