@@ -16,6 +16,7 @@ FLOORS = {
     "data": 3,
     "memory": 4,
     "export": 4,
+    "analysis": 4,
     "training": 5,
     "evaluation": 5,
     "recipe": 6,

@@ -1,8 +1,8 @@
 """A method at work: one layer on a random weight, or a tiny model that takes real steps.
 
-    layer = one_layer(SoRA(rank=4), d_out=33, d_in=48, quant=NF4())
-    bench = Bench(save_tiny(tmp_path / "base"), SoRA(rank=4))
-    losses = [bench.step() for _ in range(5)]
+layer = one_layer(SoRA(rank=4), d_out=33, d_in=48, quant=NF4())
+bench = Bench(save_tiny(tmp_path / "base"), SoRA(rank=4))
+losses = [bench.step() for _ in range(5)]
 """
 
 from collections.abc import Iterator

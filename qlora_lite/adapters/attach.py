@@ -157,7 +157,8 @@ def choose(
     """The layers that a method adapts, planned: the targets less those of rank 0 and trained whole.
 
     Raises:
-        AdapterError: if the targets or a rank pattern match nothing, or no layer is left.
+        AdapterError: if the targets or a rank pattern match nothing, no layer is left, or the
+            method cannot adapt one of them.
     """
     settings = method.settings
     chosen = [s for s in select(specs, settings.targets) if s.path not in whole]
@@ -168,6 +169,13 @@ def choose(
         raise AdapterError(
             f"adapter.ranks={settings.ranks} gives every target rank 0, so nothing would be "
             "trained. Give some layers a rank of 1 or more"
+        )
+    heads = [s.path for s in planned if s.kind == "head"]
+    if heads and Need.ORIGINAL_WEIGHTS in method.needs:
+        raise AdapterError(
+            f"adapter={settings.kind} with these settings begins before the base is quantised, and "
+            f"the head ({heads[0]}) is not quantised as the other layers are. Leave it out of "
+            "adapter.targets"
         )
     return planned
 
@@ -216,7 +224,8 @@ def build_layer(
     """
     draws = generator(starts.seed, "adapter", spec.path)
     layer = starts.method.build(base, spec, starts.build_from(spec.path), draws)
-    layer.start = starts.replay(spec.path)
+    own = layer.state().keys()  # what it holds itself need not be kept twice
+    layer.start = {n: t for n, t in starts.replay(spec.path).items() if n not in own}
     device = base.weight.device
     for name, parameter in layer.trained().items():
         rests_in = torch.float32 if layer.roles[name] in ALWAYS_FP32 else dtype

@@ -15,7 +15,8 @@ et al. 2024, arXiv:2408.04556. With Z the logits, p = softmax(Z) and q the froze
         singular      - (s_1 + ... + s_k) / (sum of all s)
 
 The teacher is the same model with its adapter off, so the base must be untouched: `mode` is
-`offset` only. It costs a second forward.
+`offset` only. It costs a second forward. Diversity and singular values are those of a chunk of
+trained tokens, so they depend a little on how a step is cut into micro-batches.
 
 Where we deviate: the authors' first code was read in full, the constants of the later versions were
 not found. Its language form takes whole vocabularies and padding; we take trained tokens only, the
@@ -34,6 +35,7 @@ from torch.nn import functional as F
 
 from qlora_lite.adapters.method import Need, OutputChunk
 from qlora_lite.adapters.pissa import PiSSA, PiSSAMethod
+from qlora_lite.foundation.errors import AdapterError
 
 TINY = 1e-12
 """Under roots and norms, so that zero has a gradient."""
@@ -63,13 +65,15 @@ class BALoRA(PiSSA):
     """Most likely tokens among which the entropy is taken."""
 
     classes: list[int] = Field(default_factory=list)
-    """Token ids of the labels, for classification; none for language modelling."""
+    """Token ids of the labels, for classification; none for language modelling. The terms then
+    count for the tokens that are labels, and still weigh as these among all trained tokens."""
 
 
 class BALoRAMethod(PiSSAMethod):
     """PiSSA with a loss on the outputs."""
 
     settings: BALoRA
+    logit_copies = 8
 
     @property
     def needs(self) -> Need:
@@ -80,7 +84,10 @@ class BALoRAMethod(PiSSAMethod):
         if not (s.consistency or s.diversity or s.singular):
             return None
         z, teacher = chunk.logits.float(), chunk.teacher_logits
+        if not z.isfinite().all():
+            return None  # the step says so, with the rows; a decomposition would only fail
         if s.classes:
+            _require_tokens(s.classes, z.shape[-1])
             classes = torch.tensor(s.classes, device=z.device)
             is_label = torch.isin(chunk.targets, classes)
             if not is_label.any():
@@ -99,6 +106,14 @@ class BALoRAMethod(PiSSAMethod):
             share = class_share if s.classes else frobenius_share
             loss = loss - s.singular * share(z, s.num_singular)
         return loss * len(z)
+
+
+def _require_tokens(classes: list[int], vocabulary: int) -> None:
+    if max(classes) >= vocabulary or min(classes) < 0:
+        raise AdapterError(
+            f"adapter.classes={classes}: token ids go from 0 to {vocabulary - 1}. Look them up in "
+            "the model's tokenizer, or leave classes empty for language modelling"
+        )
 
 
 # -- language modelling: z (tokens, vocabulary) ----------------------------------------------------

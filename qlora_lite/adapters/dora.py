@@ -105,7 +105,8 @@ class DoRALayer(LoRALayer):
     def begin_from(self, factors: Factors) -> None:
         """The same function: magnitudes are the norms of the adapted weight."""
         super().begin_from(factors)
-        direction = self.base.dense().float() + factors.up @ factors.down
+        learned = (factors.up @ factors.down).to(self.m.device)
+        direction = self.base.dense().float() + learned
         self.m.data.copy_(direction.norm(dim=1))
 
     def trainable_count(self) -> int:
@@ -117,7 +118,9 @@ class DoRAMethod(LoRAMethod):
 
     def footprint(self, spec: LinearSpec) -> Footprint:
         lora = super().footprint(spec)
-        return Footprint(lora.width, lora.trained + spec.d_out)
+        # the output before the gain is kept as well
+        width = lora.width + spec.d_out
+        return Footprint(width, lora.trained + spec.d_out, statistics=spec.d_out)
 
     def build(
         self,

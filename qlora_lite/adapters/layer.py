@@ -139,7 +139,8 @@ class AdapterLayer(nn.Module):
         return own | {f"{START}{name}": tensor for name, tensor in self.start.items()}
 
     def load_state(self, saved: Mapping[str, Tensor]) -> None:
-        """The inverse of `state`. A buffer may have another size: banks grow."""
+        """Set what `state` gave, but for the start, which `Method.build` has had. A buffer may
+        have another size: banks grow."""
         for name, tensor in saved.items():
             if name.startswith(START):
                 continue

@@ -23,6 +23,7 @@ from qlora_lite.adapters.layer import AdapterLayer
 from qlora_lite.adapters.lora import LoRALayer
 from qlora_lite.adapters.method import AdapterSettings, Method, Need
 from qlora_lite.adapters.pissa import principal_factors
+from qlora_lite.adapters.start import require_fit
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
@@ -68,11 +69,9 @@ class LoftQMethod(Method):
         saved: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         scale = self.plans[spec.path].scale
-        if saved is not None:
-            start = dict(saved)
-        else:
-            start = self._alternate(spec, dense, round_trip, generator)
+        start = dict(saved or self._alternate(spec, dense, round_trip, generator))
         down, up = (start[name].to(dense.device) for name in ("taken_a", "taken_b"))
+        require_fit(spec, down, up)
         return dense - scale * (up @ down), start
 
     def _alternate(

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Flag, auto
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import Field, field_validator
@@ -186,6 +186,9 @@ class Method:
         self.settings = settings
         self.plans: dict[str, LayerPlan] = {}
         self.layers: dict[str, AdapterLayer] = {}
+
+    logit_copies: ClassVar[int] = 3
+    """Chunks of fp32 logits that the loss of this method holds at a time, for the memory plan."""
 
     @property
     def needs(self) -> Need:

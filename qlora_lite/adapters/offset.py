@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from qlora_lite.adapters.layer import AdapterLayer, Role
 from qlora_lite.adapters.lora import LoRALayer
 from qlora_lite.adapters.method import AdapterSettings, Footprint, LayerPlan, Method, Need, scale_of
+from qlora_lite.adapters.start import require_fit
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
 
@@ -118,6 +119,7 @@ class OffsetMethod(Method):
             a0, b0 = (factor.bfloat16().float() for factor in factors)
         else:
             a0, b0 = (saved[name].to(dense.device) for name in ("a0", "b0"))
+            require_fit(spec, a0, b0)
         return dense - plan.scale * (b0 @ a0), {"a0": a0, "b0": b0}
 
     def build(
@@ -129,10 +131,12 @@ class OffsetMethod(Method):
     ) -> AdapterLayer:
         plan = self.plans[spec.path]
         if start is None:
+            assert self.settings.mode == "offset", f"{spec.path} was loaded without its start"
             dense = original(base)
             a0, b0 = self.factorise(dense, plan.rank, plan.scale, generator)
         else:
             a0, b0 = start["a0"].clone(), start["b0"].clone()
+            require_fit(spec, a0, b0)
         if self.settings.mode == "requantise":
             return LoRALayer(base, a0, b0, plan.scale, self.settings.dropout)
         return OffsetLayer(base, a0, b0, plan.scale, self.settings.dropout)

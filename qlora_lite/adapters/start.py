@@ -48,7 +48,8 @@ class Starts:
             draws = generator(self.seed, "split", path)
             saved = self.replay(path) if path in self._saved else None
             left, made = self.method.split(self.specs[path], dense, round_trip, draws, saved)
-            self._made[path] = {n: t.detach().cpu() for n, t in (made or {}).items()}
+            if saved is None:
+                self._made[path] = {n: t.detach().cpu() for n, t in (made or {}).items()}
             return left
 
         return split
@@ -79,6 +80,20 @@ def by_layer(state: Mapping[str, Tensor], paths: Iterable[str]) -> dict[str, dic
         if path:
             found.setdefault(path, {})[name.removeprefix(f"{path}.")] = tensor
     return found
+
+
+def require_fit(spec: LinearSpec, down: Tensor, up: Tensor) -> None:
+    """A saved pair must be one of this layer.
+
+    Raises:
+        AdapterError: if it maps other numbers of features.
+    """
+    got = (down.shape[1], up.shape[0])
+    if got != (spec.d_in, spec.d_out):
+        raise AdapterError(
+            f"{spec.path}: the saved adapter maps {got[0]} to {got[1]} features, the base "
+            f"{spec.d_in} to {spec.d_out}. It was trained on another base model"
+        )
 
 
 def require_original(method: Method, *, is_packed: bool) -> None:

@@ -1,7 +1,7 @@
 """Adapters as files: PEFT's directory, and our own state beside it.
 
     adapter_config.json, adapter_model.safetensors   what PEFT, vLLM and llama.cpp read
-    native.safetensors                               every trained tensor as it is, in its own dtype
+    native.safetensors                               all that the layers are, in its own dtype
     qlora_lite.json                                  what the others do not record
     README.md                                        where there is no PEFT form: why, what to do
 
@@ -84,7 +84,7 @@ def _without_peft(attached: Attached) -> str:
     """What somebody who looks for a PEFT adapter has to know."""
     kind = attached.method.settings.kind
     why = (
-        f"`{kind}` changes weights at most by a matrix of full rank, which no LoRA adapter holds."
+        f"What `{kind}` with these settings learned has no form as a PEFT adapter without loss."
         if attached.keeps_base
         else f"`{kind}` with these settings changed the base's own weights before it quantised "
         "them: the adapter is right on that base only, and wrong on any other."
@@ -96,12 +96,13 @@ def _without_peft(attached: Attached) -> str:
 
 
 def to_peft(attached: Attached) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """PEFT's tensors and configuration; both empty if a layer has no lossless pair."""
+    """PEFT's tensors and configuration; both empty if a layer has no lossless form there."""
     pairs = {path: layer.factors() for path, layer in attached.layers.items()}
     embeddings = {path: layer.factors() for path, layer in attached.embeddings.items()}
     exact = [pair for pair in (pairs | embeddings).values() if pair and pair.relative_error == 0]
-    if len(exact) < len(pairs) + len(embeddings):
-        return {}, {}
+    is_dora = any(pair.magnitude is not None for pair in exact)
+    if len(exact) < len(pairs) + len(embeddings) or (is_dora and embeddings):
+        return {}, {}  # PEFT gives every module of a DoRA adapter a magnitude, embeddings too
     kept = {path: pair for path, pair in pairs.items() if pair and pair.rank > 0}
     if not kept and not embeddings:
         kept = {path: _of_zeros(pair) for path, pair in list(pairs.items())[:1] if pair}
@@ -135,7 +136,7 @@ def to_peft(attached: Attached) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "rank_pattern": {},
         "alpha_pattern": {},
         "use_rslora": False,
-        "use_dora": any(pair.magnitude is not None for pair in kept.values()),
+        "use_dora": is_dora,
     }
     return tensors, config
 
@@ -266,6 +267,12 @@ def begin_from(attached: Attached, directory: Path) -> None:
     if saved is not None:
         attached.load_state(saved)
         return
+    if not attached.keeps_base:
+        raise AdapterError(
+            f"adapter={attached.method.settings.kind} with these settings begins at a part of the "
+            f"base's own weights, so it cannot begin at {directory}. Leave out adapter.start, or "
+            "give a run with the same adapter settings"
+        )
     adapter = read_peft(directory)
     _check_places(attached, adapter)
     for path, factors in adapter.layers.items():

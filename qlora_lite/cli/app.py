@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from qlora_lite.cli.display import Display
+from qlora_lite.cli.inspect import inspect
 from qlora_lite.cli.script import Assignments, Extend, train_recipe
 from qlora_lite.cli.status import status_of
 from qlora_lite.cli.tables import show, time_line
@@ -166,7 +167,7 @@ def evaluate(
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Perplexity and accuracy, with the bare base beside the adapter."""
+    """Perplexity and accuracy, with the bare base beside the adapter where there is one."""
     from qlora_lite.cli.tables import score_table
     from qlora_lite.run.scoring import score_targets
 
@@ -201,6 +202,9 @@ def chat(
         converse(console, talk)
     else:
         say_answer(console, talk, prompt)
+
+
+app.command()(inspect)
 
 
 @app.command()

@@ -182,7 +182,7 @@ class Display(Watcher):
             self.say(f"{result.directory} is finished after {result.steps:,} steps")
         if result.scores:
             before, after = result.scores["loss_before"], result.scores["loss"]
-            self.say(f"held-out loss {before:.3f} (bare base) -> {after:.3f}", style="bold")
+            self.say(f"held-out loss {before:.3f} (at the start) -> {after:.3f}", style="bold")
         share = result.peak_bytes / result.predicted_peak_bytes - 1
         self.say(
             f"peak memory {format_bytes(result.peak_bytes)} measured, "

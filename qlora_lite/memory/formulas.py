@@ -121,10 +121,13 @@ def backward_bytes_per_token(hidden: int, ff: int, b: int) -> int:
     return b * (3 * ff + hidden)
 
 
-def loss_bytes(num_tokens: int, chunk_tokens: int, vocab: int, hidden: int, b: int) -> int:
+def loss_bytes(
+    num_tokens: int, chunk_tokens: int, vocab: int, hidden: int, b: int, logit_copies: int = 3
+) -> int:
     """The loss in chunks, with every token trained: the decoder's output, its trained rows and
-    their gradient; for one chunk, in fp32, the log-probabilities and two gradients."""
-    logits = min(chunk_tokens, num_tokens) * vocab * 3 * FP32
+    their gradient; for one chunk, in fp32, the log-probabilities and two gradients, and more for a
+    method with a loss of its own on them."""
+    logits = min(chunk_tokens, num_tokens) * vocab * logit_copies * FP32
     return logits + 3 * b * num_tokens * hidden
 
 

@@ -49,6 +49,8 @@ class RunShape:
     max_tokens: int
     """Tokens of a row: the longest, and a full bin."""
     tokens_per_step: int
+    logit_copies: int = 3
+    """Chunks of fp32 logits that the loss holds at a time."""
     double_quant: bool = True
     block_size: int = 64
     head: Literal["16bit", "int8", "nf4"] = "16bit"
@@ -219,7 +221,7 @@ def _activations(model: ModelShape, run: RunShape, rows: int) -> Iterator[Term]:
         rows * (run.max_tokens * 3 * 8 + run.max_tokens**2),
         f"{tokens:,} ids, targets, positions; {rows} x {run.max_tokens:,}^2 of mask",
     )
-    loss = formulas.loss_bytes(tokens, CHUNK_TOKENS, model.vocab, hidden, b)
+    loss = formulas.loss_bytes(tokens, CHUNK_TOKENS, model.vocab, hidden, b, run.logit_copies)
     layer = tokens * formulas.backward_bytes_per_token(hidden, model.ff, b)
     layer += max(kept) if run.checkpointing else 0
     yield Term(

@@ -8,6 +8,9 @@ finishing.py     samples, report and adapter at the end of training
 loading.py       a run, an adapter or any model directory, ready to use
 scoring.py       how well runs and models predict rows
 speaking.py      a conversation with a run or a model
+inspecting.py    what trained adapters look like: spectra, ranks, subspaces
+deltas.py        the trained layers of a run, one at a time
+pairs.py         the factors of PEFT adapters and loralib checkpoints
 merging.py       from run to merged model
 proving.py       the measured proof that a merged model is the trained one
 """

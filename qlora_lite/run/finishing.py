@@ -55,7 +55,7 @@ class Outcome:
     """What a run came to."""
 
     scores: dict[str, float]
-    """Of the held-out rows: `loss_before` (bare base) and `loss`; empty if nothing is held out."""
+    """Of the held-out rows: `loss_before` (at the start) and `loss`; empty if none is held out."""
     samples: tuple[Sample, ...]
     peak_bytes: int
 
@@ -80,7 +80,7 @@ def finish(end: Finish) -> Outcome:
 
 
 def _scores(end: Finish) -> dict[str, float]:
-    """The bare base's loss and the kept adapter's, from the log."""
+    """The loss at the start, as a rule the bare base's, and the kept adapter's, from the log."""
     events = metrics.read(end.folder.metrics)
     losses = {e["step"]: e["heldout_loss"] for e in events if "heldout_loss" in e}
     if not losses:

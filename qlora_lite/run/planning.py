@@ -72,7 +72,9 @@ def check_ranks(recipe: Recipe) -> list[str]:
     """A note if some ranks are above what a matrix can have."""
     shape = model_shape(_config(recipe), recipe.base.trust_remote_code)
     method = method_for(recipe.adapter)
-    specs = choose(specs_of_shape(shape), method)
+    modules = [p.module for p in shape.parameters]
+    whole = match_modules(modules, recipe.adapter.train_modules)
+    specs = choose(specs_of_shape(shape), method, whole)
     full = [s for s in specs if method.plans[s.path].rank > min(s.d_in, s.d_out)]
     if not full:
         return []
@@ -98,6 +100,7 @@ def run_shape(recipe: Recipe, model: ModelShape, rule: DeviceRule) -> RunShape:
         block_size=four_bit.block_size,
         adapters={spec.path: method.footprint(spec) for spec in planned},
         rank=adapter.rank,
+        logit_copies=method.logit_copies,
         max_tokens=recipe.data.max_tokens,
         tokens_per_step=optim.tokens_per_step,
         head=recipe.base.head,

@@ -55,7 +55,7 @@ class RunResult:
     already_finished: bool
     steps: int
     scores: dict[str, float]
-    """Of the held-out rows: `loss_before` (bare base) and `loss`; empty if nothing is held out."""
+    """Of the held-out rows: `loss_before` (at the start) and `loss`; empty if none is held out."""
     samples: tuple[Sample, ...]
     predicted_peak_bytes: int
     peak_bytes: int
@@ -103,15 +103,14 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, request: Request
     request.leave_if_asked("before anything was trained")
 
     try:
-        resume_from = checkpoint.load_newest(folder.checkpoints, watcher.note)
-        saved = resume_from.adapter if resume_from else _saved_start(recipe)
-        loaded = load_for_training(recipe, watcher=watcher, saved=saved)
+        resume_from = [checkpoint.load_newest(folder.checkpoints, watcher.note)]
+        loaded = load_for_training(recipe, watcher=watcher, saved=_saved(recipe, resume_from[0]))
         request.leave_if_asked("before anything was trained")
         fingerprints = {"data": data.fingerprint, "base": loaded.base.checkpoint.fingerprint}
         for warning in folder.record(recipe, fingerprints, rule.line, micro_batch_tokens):
             watcher.note(warning)
         job = _job(recipe, folder, loaded, data, batches, rule, watcher, request)
-        job.resume_from = resume_from
+        job.resume_from = resume_from.pop()  # the job lets go of it, and nobody else holds it
         reset_peak(rule.device)
         with _tracked(job, recipe):
             progress = train(job)
@@ -135,8 +134,12 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, request: Request
     )
 
 
-def _saved_start(recipe: Recipe) -> dict[str, torch.Tensor] | None:
-    """The state of the adapter that the recipe begins from, where it is one of the same method."""
+def _saved(
+    recipe: Recipe, resume_from: checkpoint.TrainingState | None
+) -> dict[str, torch.Tensor] | None:
+    """The adapter's state so far, or that of the one that it begins from, if of the same method."""
+    if resume_from is not None:
+        return resume_from.adapter
     start = recipe.adapter.start
     return None if start is None else saved_start(Path(start), recipe.adapter)
 

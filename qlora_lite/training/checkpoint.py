@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent.
 
     checkpoints/step-000200/
-        adapter.safetensors     every trained tensor as it rests
+        adapter.safetensors     all that the adapter's layers are, as it rests
         optimizer.safetensors   masters, moments, the method's tensors
         state.json              how far the run is; numbers of optimizer and method
 

@@ -15,7 +15,7 @@ def test_a_run_says_plan_row_progress_scores_memory_and_path(trained):
         "[[It is",  # one row, with what of it is trained
         "step 1/6",
         "step 6/6",
-        "(bare base) ->",
+        "(at the start) ->",
         "predicted (",
         str(trained.run / "adapter"),
     ]

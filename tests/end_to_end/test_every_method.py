@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_lite.foundation.errors import AdapterError
+from qlora_lite.foundation.errors import AdapterError, ExportError
 from qlora_lite.foundation.watch import Watcher
 from qlora_lite.run.loading import load_run
 from qlora_lite.run.merging import merge
@@ -89,5 +89,18 @@ def test_an_adapter_on_a_base_of_its_own_is_not_merged_into_another(folder):
         run_recipe(
             recipe_of(folder, CASES["lora"], "other", f"adapter.start={run.directory / 'adapter'}")
         )
+    with pytest.raises(ExportError, match="changed the weights at its start"):
+        merge(run.directory, folder / "own-base-merged", base="original")
     result = merge(run.directory, folder / "own-base-merged", base="auto")
     assert result.base == "trained"
+
+
+@pytest.mark.parametrize("name", ["loftq", "pissa, requantised"])
+def test_a_start_inside_the_weights_is_neither_a_lora_nor_one_of_the_head(folder, name):
+    lora = run_recipe(recipe_of(folder, CASES["lora"], f"plain-{name[:5]}"))
+    start = f"adapter.start={lora.directory / 'adapter'}"
+    with pytest.raises(AdapterError, match="cannot begin at"):
+        run_recipe(recipe_of(folder, CASES[name], f"from-lora-{name[:5]}", start))
+    head = 'adapter.targets=["q_proj", "lm_head"]'
+    with pytest.raises(AdapterError, match=r"the head \(lm_head\)"):
+        run_recipe(recipe_of(folder, CASES[name], f"head-{name[:5]}", head))

@@ -123,6 +123,12 @@ def test_early_stopping_keeps_the_best_adapter_and_says_so(folder):
     assert result.scores["loss"] == scorings[best]
     sidecar = json.loads((folder / "early" / "adapter" / "qlora_lite.json").read_text())
     assert (sidecar["state"], sidecar["steps"]) == ("best", best)
+    kept = load_file(folder / "early" / "adapter" / "native.safetensors")
+    of_best = load_file(folder / "early" / "checkpoints" / "best" / "adapter.safetensors")
+    last = sorted((folder / "early" / "checkpoints").glob("step-*"))[-1]
+    of_last = load_file(last / "adapter.safetensors")
+    assert all(torch.equal(kept[name], tensor) for name, tensor in of_best.items())
+    assert any(not torch.equal(kept[name], tensor) for name, tensor in of_last.items())
 
 
 def test_with_patience_the_best_adapter_is_kept_although_nothing_stopped_the_run(folder):

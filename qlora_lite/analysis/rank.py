@@ -1,0 +1,78 @@
+"""How much rank a delta really has: its singular values, and numbers made of them.
+
+    delta = U diag(s) V^T          U (d_out, n),  s (n,) falling,  V (d_in, n)
+
+Of a pair the dense matrix is never formed. With a QR of both factors,
+
+    up = Q1 R1,   down^T = Q2 R2,   R1 R2^T = U' diag(s) V'^T    ->    U = Q1 U',   V = Q2 V'
+
+so that a (4096, 4096) delta of rank 16 costs an SVD of (16, 16).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlora_lite.adapters.layer import AdapterLayer, Role
+
+
+@dataclass(frozen=True)
+class SVD:
+    """The singular directions of a matrix, strongest first."""
+
+    left: Tensor
+    """(d_out, n), orthonormal columns."""
+    values: Tensor
+    """(n,), falling."""
+    right: Tensor
+    """(d_in, n), orthonormal columns."""
+
+
+def svd_of_pair(down: Tensor, up: Tensor) -> SVD:
+    """The SVD of `up @ down` from its factors, in fp64: components that are nothing come out as
+    nothing, and not as the rounding of fp32.
+
+    Args:
+        down: (rank, d_in)
+        up: (d_out, rank)
+    """
+    q_up, r_up = torch.linalg.qr(up.double())
+    q_down, r_down = torch.linalg.qr(down.double().T)
+    left, values, right = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
+    return SVD(q_up @ left, values, q_down @ right.T)
+
+
+def svd_of_dense(delta: Tensor) -> SVD:
+    """The SVD of a dense matrix (d_out, d_in), in fp32. 1.9 s for (2048, 2048) on one core."""
+    left, values, right = torch.linalg.svd(delta.float(), full_matrices=False)
+    return SVD(left, values, right.T)
+
+
+def effective_rank(values: Tensor) -> float:
+    """exp(-sum p_i ln p_i) with p_i = s_i / sum s, of singular values (n,).
+
+    Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality": between 1
+    (one direction) and n (all alike). Their p are the values themselves, not their squares. 0 for a
+    delta of zero.
+    """
+    total = values.sum()
+    if total == 0:
+        return 0.0
+    return float(torch.special.entr(values / total).sum().exp())
+
+
+def kept_rank(values: Tensor, shape: tuple[int, int]) -> int:
+    """How many singular values (n,) of a matrix (d_out, d_in) are more than rounding.
+
+    As numpy's `matrix_rank`: above max(shape) * eps * the largest, eps of the dtype that the values
+    were computed in. Pruned components, closed gates and padding with zeros do not count.
+    """
+    floor = max(shape) * torch.finfo(values.dtype).eps * values.max()
+    return int((values > floor).sum())
+
+
+def gate_values(layer: AdapterLayer) -> Tensor | None:
+    """All gates of a layer in a row, (n,) in fp32; None if it has none."""
+    gates = [getattr(layer, name) for name, role in layer.roles.items() if role is Role.GATE]
+    return torch.cat([gate.detach().float().flatten() for gate in gates]) if gates else None

@@ -1,0 +1,76 @@
+"""The weights of a base, for adapters that come without: read one at a time from its files.
+
+No model is loaded, and nothing is rounded: a checkpoint that is quantised itself is dequantised.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlora_lite.analysis.findings import Shape
+from qlora_lite.foundation.device import DeviceRule
+from qlora_lite.model.frozen import Scratch
+from qlora_lite.model.load import Base, locate
+from qlora_lite.model.prequantised import is_packed, read_packed
+from qlora_lite.model.shape import ParameterShape, model_shape, read_config
+from qlora_lite.shards.reader import Checkpoint
+
+
+@dataclass(frozen=True)
+class Part:
+    """A weight of a model, or one of `num` equal parts of its rows."""
+
+    path: str
+    index: int = 0
+    num: int = 1
+
+
+class BaseWeights:
+    """The matrices of a model, read from its files one at a time and as they are stored."""
+
+    def __init__(self, model: str, rule: DeviceRule) -> None:
+        shape = model_shape(read_config(model))
+        self.model = model
+        self.checkpoint = Checkpoint.open(locate(Base(model=model)))
+        self._rule = rule
+        self._decoder = shape.blocks.partition(".")[0]
+        matrices = [p for p in shape.parameters if len(p.shape) == 2]
+        self._matrices = {p.module: p for p in matrices if p.name.endswith(".weight")}
+
+    def shape(self, path: str) -> Shape | None:
+        """Of the weight at `path`, if there is one."""
+        p = self._find(path)
+        if p is None:
+            return None
+        return (p.d_in, p.d_out) if p.role == "embedding" else (p.d_out, p.d_in)
+
+    def read(self, part: Part) -> Tensor:
+        """(d_out, d_in) in fp32."""
+        p, name = self._find(part.path), self._stored(part.path)
+        assert p is not None, part.path
+        if is_packed(self.checkpoint, name):
+            weight = read_packed(self.checkpoint, name, self._rule, None, Scratch()).dense()
+        else:
+            stored = self.checkpoint.read(name)
+            weight = stored.T if p.transposed or p.role == "embedding" else stored
+        rows = len(weight) // part.num
+        own = weight[part.index * rows : (part.index + 1) * rows]
+        return own.to(self._rule.device, torch.float32)
+
+    def num_bytes(self, part: Part) -> int:
+        return self.checkpoint.info(self._stored(part.path)).num_bytes // part.num
+
+    def _find(self, path: str) -> ParameterShape | None:
+        spelled = (name for name in self._spellings(path) if name in self._matrices)
+        return self._matrices.get(next(spelled, path))
+
+    def _stored(self, path: str) -> str:
+        p = self._find(path)
+        assert p is not None, path
+        name = p.tied_to or p.name
+        return next((n for n in self._spellings(name) if n in self.checkpoint), name)
+
+    def _spellings(self, name: str) -> tuple[str, str, str]:
+        """With or without the name of the decoder inside the model: not everybody saves it."""
+        return name, f"{self._decoder}.{name}", name.removeprefix(f"{self._decoder}.")

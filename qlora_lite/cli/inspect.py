@@ -1,0 +1,227 @@
+"""The verb `inspect`: what adapters learned, as tables, JSON and figures."""
+
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from qlora_lite.cli.display import Display
+from qlora_lite.cli.tables import show
+from qlora_lite.foundation.console import console
+from qlora_lite.foundation.errors import ExportError
+
+if TYPE_CHECKING:
+    from qlora_lite.analysis.findings import Comparison, Grid, Inspection, LayerRow, PhiRow
+
+SHOWN_VALUES = 4
+"""Singular values of a layer in the table; JSON and figures have all."""
+SOME_DIRECTIONS = 4
+"""phi is shown for one direction, for so many, and for all."""
+NARROWEST_NAME = 18
+"""Columns of a layer's name, in a terminal too narrow for all of it."""
+
+
+def inspect(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN|ADAPTER...",
+            help="Runs, PEFT adapter directories or loralib checkpoints (.pt, .bin); "
+            "every two of them are compared.",
+        ),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(help="The base of adapters that are not runs: a directory or a hub id."),
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(min=0, help="Of a loralib checkpoint, which does not record it.")
+    ] = None,
+    top: Annotated[
+        int | None,
+        typer.Option(min=1, help="Directions of the delta for amplification; all unless given."),
+    ] = None,
+    i: Annotated[
+        int | None, typer.Option("-i", min=1, help="Directions of the first target in phi(i, j).")
+    ] = None,
+    j: Annotated[
+        int | None, typer.Option("-j", min=1, help="Directions of the second; as many as -i.")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write everything as JSON.")
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Draw PNG files (needs matplotlib).")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+) -> None:
+    """What was learned: ranks, spectra, norms, amplification, and the subspaces that two share."""
+    from qlora_lite.analysis.figures import require_matplotlib
+    from qlora_lite.export.directory import require_free
+    from qlora_lite.foundation.files import write_json
+    from qlora_lite.run import inspecting
+
+    if json is not None and json.exists():
+        raise ExportError(
+            f"{json} exists already. Nothing is overwritten: give another --json FILE"
+        )
+    if figures is not None:
+        require_matplotlib()
+        require_free(figures)
+    with Display() as display:
+        inspection = inspecting.inspect(
+            targets, base=base, alpha=alpha, top=top, i=i, j=j, device=device, watcher=display
+        )
+        _show(display, inspection, i or j, j or i)
+        if json is not None:
+            json.parent.mkdir(parents=True, exist_ok=True)
+            write_json(json, inspection.as_values())
+            display.say(f"everything as JSON: {json}")
+        if figures is not None:
+            inspecting.write_figures(inspection, figures)
+            display.say(f"figures: {figures}")
+
+
+def _show(display: Display, inspection: "Inspection", i: int | None, j: int | None) -> None:
+    for report in inspection.targets:
+        base = f", base {report.base}" if report.base else ""
+        display.say(f"{report.target}: {report.what}{base}", style="bold")
+        show(console, layer_table(report.layers, report.is_scaled))
+        if any(row.amplification for row in report.layers):
+            display.say(
+                "||U'WV|| of the weight W in the strongest directions U, V of its delta dW, in its "
+                "own and in random ones; amplified: ||dW|| / the first (Hu et al. 2021, table 4)"
+            )
+            show(console, amplification_table(report.layers))
+    for comparison in inspection.comparisons:
+        first, second = (
+            inspection.targets[n].target for n in (comparison.first, comparison.second)
+        )
+        display.say(f"phi of {first} (i) and {second} (j)", style="bold")
+        display.say(f"singular directions of {_of(comparison)}; i = j unless said")
+        show(console, phi_table(comparison.layers, i, j))
+
+
+def layer_table(rows: Sequence["LayerRow"], is_scaled: bool) -> Table:
+    """A line for each layer; columns that no layer has anything for are left out."""
+    columns = {
+        ">rank": [str(row.rank) for row in rows],
+        ">kept": [str(row.kept_rank) for row in rows],
+        ">effective": [f"{row.effective_rank:.2f}" for row in rows],
+        ">gates open": [_gates(row.gates) for row in rows],
+        ">||dW||": [_number(row.norm) for row in rows],
+        ">of ||W||": [_share(row.relative_norm) for row in rows],
+        "singular values" + " / largest" * (not is_scaled): [_first(row) for row in rows],
+    }
+    known = {name: cells for name, cells in columns.items() if any(cells)}
+    return _table(_layers([row.path for row in rows]) | known)
+
+
+def amplification_table(rows: Sequence["LayerRow"]) -> Table:
+    """A line for each layer whose weight is known, as table 4 of the paper."""
+    looks = {row.path: row.amplification for row in rows if row.amplification}
+    columns = {
+        ">directions": [str(look.rank) for look in looks.values()],
+        ">of dW": [_number(look.weight_there) for look in looks.values()],
+        ">W's own": [_number(look.weight_at_top) for look in looks.values()],
+        ">random": [_number(look.weight_by_chance) for look in looks.values()],
+        ">amplified": [_number(look.factor) for look in looks.values()],
+    }
+    return _table(_layers(list(looks)) | columns)
+
+
+def phi_table(rows: Sequence["PhiRow"], i: int | None, j: int | None) -> Table:
+    """A line for each layer: phi(i, j) if these are given, else for one, some and all directions;
+    beside each side what chance would give for the last, and under all their mean."""
+    from qlora_lite.analysis.subspace import phi_by_chance
+
+    cells: dict[str, list[float | None]] = {}
+    for row in rows:
+        for side, grid, d in (("right", row.right, row.shape[1]), ("left", row.left, row.shape[0])):
+            sizes = _sizes(grid, i, j)
+            for name, size in sizes.items():
+                cells.setdefault(f">{side} {name}", []).append(_phi(grid, size))
+            last = [*sizes.values()][-1]
+            by_chance = None if last is None else phi_by_chance(*last, d)
+            cells.setdefault(f">{side} chance", []).append(by_chance)
+    columns = _layers([row.path for row in rows], "mean")
+    for name, values in cells.items():
+        known = [value for value in values if value is not None]
+        mean = sum(known) / len(known) if known else None
+        columns[name] = ["" if value is None else f"{value:.3f}" for value in (*values, mean)]
+    return _table(columns)
+
+
+def _sizes(grid: "Grid", i: int | None, j: int | None) -> dict[str, tuple[int, int] | None]:
+    """The cells of a grid that are shown, by their headings; None where it is too small."""
+    there = (len(grid), len(grid[0]) if grid else 0)
+    if i is not None and j is not None:
+        wanted = {f"({i},{j})": (i, j)}
+    else:
+        wanted = {"1": (1, 1), f"{SOME_DIRECTIONS}": (SOME_DIRECTIONS,) * 2, "all": there}
+    return {
+        name: size if 0 < size[0] <= there[0] and 0 < size[1] <= there[1] else None
+        for name, size in wanted.items()
+    }
+
+
+def _phi(grid: "Grid", size: tuple[int, int] | None) -> float | None:
+    return None if size is None else grid[size[0] - 1][size[1] - 1]
+
+
+def _of(comparison: "Comparison") -> str:
+    kinds = {row.of for row in comparison.layers}
+    if kinds == {"factors"}:
+        return "the factors: right ones of A, left ones of B"
+    if kinds == {"delta"}:
+        return "the deltas, right and left"
+    return "the factors (right ones of A, left ones of B), or of the delta where there are none"
+
+
+def _layers(paths: Sequence[str], *below: str) -> dict[str, list[str]]:
+    """The column of paths, under what all of them begin with."""
+    parents = [path.split(".")[:-1] for path in paths]
+    same = takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False))
+    shared = "".join(f"{parts[0]}." for parts in same)
+    return {shared or "layer": [*(path.removeprefix(shared) for path in paths), *below]}
+
+
+def _first(row: "LayerRow") -> str:
+    values = row.singular_values
+    shown = " ".join(f"{value:.3g}" for value in values[:SHOWN_VALUES])
+    return shown + (" ..." if len(values) > SHOWN_VALUES else "")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2%}"
+
+
+def _gates(gates: Sequence[float] | None) -> str:
+    return "" if gates is None else f"{sum(gate != 0 for gate in gates)}/{len(gates)}"
+
+
+def _table(columns: dict[str, list[str]]) -> Table:
+    """Numbers, under headings that begin with >, stay on one line; so that they fit 80 columns,
+    these headings break at their spaces."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for number, name in enumerate(columns):
+        is_number = name.startswith(">")
+        table.add_column(
+            Text(name.removeprefix(">").replace(" ", "\n") if is_number else name),
+            justify="right" if is_number else "left",
+            no_wrap=is_number,
+            min_width=NARROWEST_NAME if number == 0 else None,
+            overflow="fold",
+        )
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
