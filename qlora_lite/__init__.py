@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from qlora_lite.model.load import Base
     from qlora_lite.model.quant import BF16, FP4, FP32, NF4, Int8
     from qlora_lite.recipe import Recipe
+    from qlora_lite.run.extracting import extract
     from qlora_lite.run.merging import merge
     from qlora_lite.run.planning import plan_recipe as plan
     from qlora_lite.run.speaking import load
@@ -59,6 +60,7 @@ _HOMES = {
     "train": "qlora_lite.run.training:run_recipe",
     "load": "qlora_lite.run.speaking:load",
     "merge": "qlora_lite.run.merging:merge",
+    "extract": "qlora_lite.run.extracting:extract",
 }
 
 __all__ = [
@@ -75,6 +77,7 @@ __all__ = [
     "Optim",
     "Recipe",
     "__version__",
+    "extract",
     "load",
     "main",
     "merge",

@@ -66,11 +66,9 @@ def save_adapter(
     save_file(native, directory / NATIVE, {"format": "pt"})
     tensors, config = to_peft(attached) if attached.keeps_base else ({}, {})
     if config:
-        settings = attached.method.settings
         config |= {
             "base_model_name_or_path": base,
             "revision": revision,
-            "lora_dropout": settings.dropout,
             "fan_in_fan_out": fan_in_fan_out,
         }
         save_file(tensors, directory / WEIGHTS, {"format": "pt"})
@@ -78,6 +76,52 @@ def save_adapter(
     else:
         write_text(directory / "README.md", _without_peft(attached))
     write_json(directory / SIDECAR, sidecar | {"peft": bool(config)})
+
+
+def save_at_rank(
+    directory: Path,
+    attached: Attached,
+    rank: int,
+    *,
+    base: str,
+    revision: str | None,
+    fan_in_fan_out: bool,
+) -> float:
+    """Write the PEFT form of an adapter cut to `rank`, and return the largest relative error.
+
+    It is 0 for a method that trained every rank (DyLoRA), and that of the best approximation for
+    one that has it (MoRA).
+
+    Raises:
+        AdapterError: if the method has no pair of this rank.
+    """
+    pairs = {p: _cut(p, layer.factors(rank), rank) for p, layer in attached.layers.items()}
+    largest = max(pair.rank for pair in pairs.values())
+    if largest < rank:
+        raise AdapterError(
+            f"there is no adapter of rank {rank} here: {largest} is the largest that was trained"
+        )
+    tensors, config = to_peft(attached, pairs)
+    error = max(pair.relative_error for pair in pairs.values())
+    config |= {
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "fan_in_fan_out": fan_in_fan_out,
+    }
+    save_file(tensors, directory / WEIGHTS, {"format": "pt"})
+    write_json(directory / CONFIG, config)
+    recorded = attached.method.settings.model_dump(mode="json")
+    write_json(directory / SIDECAR, {"adapter": recorded, "rank": rank, "relative_error": error})
+    return error
+
+
+def _cut(path: str, pair: Factors | None, rank: int) -> Factors:
+    if pair is None or pair.magnitude is not None:
+        raise AdapterError(
+            f"{path} has no adapter of rank {rank}: its method trained one rank, or this is above "
+            "it. DyLoRA can be cut to any rank up to its own, MoRA approximated"
+        )
+    return pair
 
 
 def _without_peft(attached: Attached) -> str:
@@ -95,17 +139,26 @@ def _without_peft(attached: Attached) -> str:
     )
 
 
-def to_peft(attached: Attached) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """PEFT's tensors and configuration; both empty if a layer has no lossless form there."""
-    pairs = {path: layer.factors() for path, layer in attached.layers.items()}
+def to_peft(
+    attached: Attached, pairs: Mapping[str, Factors] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """PEFT's tensors and configuration; both empty if a layer has no lossless form there.
+
+    Args:
+        pairs: what to write of the linear layers, in place of their lossless pairs.
+    """
     embeddings = {path: layer.factors() for path, layer in attached.embeddings.items()}
-    exact = [pair for pair in (pairs | embeddings).values() if pair and pair.relative_error == 0]
-    is_dora = any(pair.magnitude is not None for pair in exact)
-    if len(exact) < len(pairs) + len(embeddings) or (is_dora and embeddings):
+    if pairs is None:
+        found = {path: layer.factors() for path, layer in attached.layers.items()}
+        pairs = {path: pair for path, pair in found.items() if pair and not pair.relative_error}
+        if len(pairs) < len(found):
+            return {}, {}
+    is_dora = any(pair.magnitude is not None for pair in pairs.values())
+    if is_dora and embeddings:
         return {}, {}  # PEFT gives every module of a DoRA adapter a magnitude, embeddings too
-    kept = {path: pair for path, pair in pairs.items() if pair and pair.rank > 0}
+    kept = {path: pair for path, pair in pairs.items() if pair.rank > 0}
     if not kept and not embeddings:
-        kept = {path: _of_zeros(pair) for path, pair in list(pairs.items())[:1] if pair}
+        kept = {path: _of_zeros(pair) for path, pair in list(pairs.items())[:1]}
     rank = max(pair.rank for pair in (*kept.values(), *embeddings.values()))
     tensors: dict[str, Tensor] = {}
     for path, pair in kept.items():
@@ -130,6 +183,7 @@ def to_peft(attached: Attached) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "lora_alpha": rank,
         "target_modules": [*kept, *embeddings],
         "modules_to_save": list(attached.whole) or None,
+        "lora_dropout": attached.method.settings.dropout,
         "bias": "none",
         "inference_mode": True,
         "init_lora_weights": True,

@@ -11,6 +11,7 @@ speaking.py      a conversation with a run or a model
 inspecting.py    what trained adapters look like: spectra, ranks, subspaces
 deltas.py        the trained layers of a run, one at a time
 pairs.py         the factors of PEFT adapters and loralib checkpoints
+extracting.py    an adapter of another rank out of a run
 merging.py       from run to merged model
 proving.py       the measured proof that a merged model is the trained one
 """

@@ -73,7 +73,7 @@ def finish(end: Finish) -> Outcome:
             end.attached,
             base=end.recipe.base.model,
             revision=end.recipe.base.revision,
-            fan_in_fan_out=_stores_transposed(end.attached),
+            fan_in_fan_out=stores_transposed(end.attached),
             sidecar=_sidecar(end, outcome),
         )
     return outcome
@@ -164,7 +164,7 @@ def _report(end: Finish, outcome: Outcome) -> Report:
     )
 
 
-def _stores_transposed(attached: Attached) -> bool:
+def stores_transposed(attached: Attached) -> bool:
     """Whether the base stores (d_in, d_out), as GPT-2's Conv1D does: PEFT has to know."""
     sources = [layer.base.source for layer in attached.layers.values()]
     return any(isinstance(source, StoredWeight) and source.transposed for source in sources)

@@ -69,7 +69,7 @@ def test_eval_of_a_run_has_the_bare_base_beside_it(trained):
     assert ended.status == 0
     bare = _losses(ended.out, "bare base")
     adapted = _losses(ended.out, "adapter")
-    said = re.search(r"loss ([\d.]+) \(bare base\) -> ([\d.]+)", trained.said.out).groups()
+    said = re.search(r"loss ([\d.]+) \(at the start\) -> ([\d.]+)", trained.said.out).groups()
     assert [f"{bare[0]:.3f}", f"{adapted[0]:.3f}"] == list(said)
 
 

@@ -25,7 +25,9 @@ def test_a_run_says_plan_row_progress_scores_memory_and_path(trained):
 
 
 def test_the_held_out_loss_falls(trained):
-    before, after = re.search(r"loss ([\d.]+) \(bare base\) -> ([\d.]+)", trained.said.out).groups()
+    before, after = re.search(
+        r"loss ([\d.]+) \(at the start\) -> ([\d.]+)", trained.said.out
+    ).groups()
     assert float(after) < float(before) - 1
 
 

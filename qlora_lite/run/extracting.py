@@ -1,0 +1,35 @@
+"""An adapter of another rank out of a finished run."""
+
+from pathlib import Path
+
+from qlora_lite.adapters.state import save_at_rank
+from qlora_lite.foundation.errors import RunError
+from qlora_lite.foundation.files import complete_directory
+from qlora_lite.run.finishing import stores_transposed
+from qlora_lite.run.loading import load_run
+
+
+def extract(run: str | Path, out: str | Path, rank: int) -> float:
+    """Write a run's adapter, cut to `rank`, as a PEFT adapter directory.
+
+    DyLoRA is cut to any rank up to its own without loss, MoRA is approximated. Returns the largest
+    relative error of a layer, 0 where there is none; `qlora_lite.json` records it too.
+
+    Raises:
+        QloraLiteError: if there is no finished run, its method has no such rank, or `out` exists.
+    """
+    out = Path(out)
+    if out.exists():
+        raise RunError(f"{out} exists already. Give a folder that does not, or remove it")
+    loaded = load_run(run)
+    assert loaded.attached is not None
+    assert loaded.recipe is not None
+    with complete_directory(out) as aside:
+        return save_at_rank(
+            aside,
+            loaded.attached,
+            rank,
+            base=loaded.recipe.base.model,
+            revision=loaded.recipe.base.revision,
+            fan_in_fan_out=stores_transposed(loaded.attached),
+        )

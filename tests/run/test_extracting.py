@@ -1,0 +1,77 @@
+"""Adapters of other ranks out of one run."""
+
+import json
+
+import peft
+import pytest
+import torch
+
+from qlora_lite.adapters.dylora import DyLoRA
+from qlora_lite.adapters.lora import LoRA
+from qlora_lite.adapters.mora import MoRA
+from qlora_lite.foundation.errors import AdapterError, RunError
+from qlora_lite.model.load import Base, load_base
+from qlora_lite.run.extracting import extract
+from qlora_lite.run.loading import load_run
+from qlora_lite.run.training import run_recipe
+from tests.dense_twin import dense_twin
+from tests.end_to_end.small_run import small_recipe, write_rows
+from tests.tiny import save_tiny
+from tests.workbench import CPU
+
+IDS = torch.arange(5, 45).view(2, 20)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    save_tiny(folder / "base")
+    write_rows(folder / "train.jsonl")
+    return folder
+
+
+def run_of(folder, settings):
+    recipe = small_recipe(folder / "base", folder / "train.jsonl", folder / settings.kind)
+    recipe = recipe.model_copy(update={"adapter": settings}).but("optim.steps=4")
+    return run_recipe(recipe).directory
+
+
+def logits_in_peft(folder, adapter):
+    twin = dense_twin(load_base(Base(model=str(folder / "base")), CPU).model)
+    model = peft.PeftModel.from_pretrained(twin, adapter).eval()
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def test_one_dylora_run_gives_an_adapter_of_every_rank(folder):
+    run = run_of(folder, DyLoRA(rank=4, alpha=6))
+    outputs = []
+    for rank in (1, 2, 3, 4):
+        out = folder / f"dylora-{rank}"
+        assert extract(run, out, rank) == 0
+        loaded = load_run(run)
+        for layer in loaded.attached.layers.values():
+            layer.eval_rank = rank
+        with torch.no_grad():
+            expected = loaded.model(input_ids=IDS).logits
+        outputs.append(expected)
+        torch.testing.assert_close(logits_in_peft(folder, out), expected, rtol=1e-5, atol=2e-5)
+    assert not torch.allclose(outputs[0], outputs[3], atol=1e-3)
+    with pytest.raises(AdapterError, match="rank 5 here: 4 is the largest"):
+        extract(run, folder / "dylora-5", 5)
+    with pytest.raises(RunError, match="exists already"):
+        extract(run, folder / "dylora-1", 1)
+
+
+def test_mora_is_approximated_and_the_error_is_said(folder):
+    run = run_of(folder, MoRA(rank=4, type=6))
+    errors = [extract(run, folder / f"mora-{rank}", rank) for rank in (4, 16)]
+    assert 0 < errors[1] < errors[0] < 1
+    sidecar = json.loads((folder / "mora-4" / "qlora_lite.json").read_text())
+    assert sidecar["relative_error"] == errors[0]
+    assert logits_in_peft(folder, folder / "mora-4").isfinite().all()
+
+
+def test_a_method_of_one_rank_is_not_cut(folder):
+    with pytest.raises(AdapterError, match="no adapter of rank 2"):
+        extract(run_of(folder, LoRA(rank=4)), folder / "lora-2", 2)
