@@ -18,6 +18,9 @@ from tests.properties.cases import CASES
 from tests.tiny import save_tiny
 
 
+QUICK = ("dora", "pissa, requantised", "loftq", "adalora", "cola")
+
+
 class Killed(Exception):
     """Nothing that the run would catch."""
 
@@ -45,7 +48,14 @@ def recipe_of(folder, case, output, *changes):
     return recipe.but("optim.steps=8", "checkpoints.every=2", *changes)
 
 
-@pytest.mark.parametrize("name", CASES)
+def cases():
+    """Those that keep different kinds of state are in the ordinary suite, all among the slow."""
+    for name in CASES:
+        marks = () if name in QUICK else (pytest.mark.slow,)
+        yield pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("name", list(cases()))
 def test_a_run_survives_and_leaves_as_merged_weights(folder, name):
     case, key = CASES[name], name.replace(", ", "-")
     whole = run_recipe(recipe_of(folder, case, f"{key}-whole"))
