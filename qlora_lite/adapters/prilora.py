@@ -11,13 +11,13 @@ Benedek and Wolf 2024, arXiv:2401.11316. Pruned entries still get gradients and 
 event chooses anew. From 4 to 12 over twelve blocks is 4 5 5 6 7 8 8 9 10 11 11 12, the budget of
 rank 8 everywhere.
 
-Known from the abstract and from summaries: the line of ranks and the form of the score. Recalled:
-4 to 12, half of A, 40 steps. Not found: beta, the scale, the end of the pruning, and any public
-repository (there is a software archive beside the paper at the ACL Anthology, not read). So,
-chosen here: beta = 0.9; alpha is the same in all layers; u is divided by the root of the number of
-tokens, so that steps of different size mix fairly; the last event is at 90 % of the run. v starts
-at zero, without the usual correction: that is one factor on all of v, and a row's order does not
-see it.
+Known from the abstract and from summaries: the line of ranks and the form of the score. From
+memory, not checked: 4 to 12, half of A, 40 steps. Not found: beta, the scale, the end of the
+pruning, and any public repository (there is a software archive beside the paper at the ACL
+Anthology, not read). So, chosen here: beta = 0.9; alpha is the same in all layers; u is divided by
+the root of the number of tokens, so that steps of different size mix fairly; the last event is at
+90 % of the run. v starts at zero, without the usual correction: that is one factor on all of v, and
+a row's order does not see it.
 
 Where we deviate: Adam's moments of what is pruned are cleared, or it would jump back
 (`reset_momentum`). `freeze_mask` keeps what the last event pruned at zero to the end. An event that
@@ -242,11 +242,12 @@ class PRILoRAMethod(LoRAMethod):
             return
         for a, pruned in held.items():
             access.write(a, access.read(a).masked_fill(pruned, 0))
-        for path, layer in self._layers().items():
+        layers = self._layers()
+        for path, layer in layers.items():
             self._average(path, layer)
         if s.prune_share and is_event(step.step + 1, step.total, s.prune_every, s.prune_until):
             for path, activity in self.activity.items():
-                self._prune(self._layers()[path].a, activity, access)
+                self._prune(layers[path].a, activity, access)
 
     def _average(self, path: str, layer: PRILoRALayer) -> None:
         if layer.squares is None or not layer.num_tokens:  # an expert that no token reached

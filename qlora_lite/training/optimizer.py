@@ -155,10 +155,11 @@ class AdamW:
         if where is None:
             self.inner.state.pop(image, None)
             return
-        for value in self.inner.state.get(image, {}).values():
+        state = self.inner.state.get(image, {})
+        for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                assert value.is_floating_point(), "8-bit moments cannot be cleared in part"
-                value.masked_fill_(where, 0)
+                zero = 0.0 if value.is_floating_point() else _code_of_zero(state, name)
+                value.masked_fill_(where.to(value.device), zero)
 
     def state_dict(self) -> dict[str, Any]:
         """Adam's state by parameter name, and the masters: flat, tensors and numbers only."""
@@ -198,6 +199,11 @@ def round_stochastically(value: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randint(0, 1 << 16, value.shape, generator=generator, dtype=torch.int32)
     bits = value.float().view(torch.int32) + noise.to(value.device)
     return (bits & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+
+
+def _code_of_zero(state: Mapping[str, Any], name: str) -> int:
+    """bitsandbytes' 8-bit moments `state1` and `state2` are codes of `qmap1` and `qmap2`."""
+    return int(state[name.replace("state", "qmap")].abs().argmin())
 
 
 def _image(parameter: nn.Parameter) -> nn.Parameter:

@@ -95,6 +95,12 @@ def test_it_is_zero_for_orthonormal_factors():
     assert distance_from_orthonormal(2 * rows.T) == pytest.approx(3 * 6**0.5, rel=1e-5)
 
 
+def test_exactly_orthonormal_rows_have_a_gradient_of_zero():
+    rows = torch.eye(3, 7, requires_grad=True)
+    (gradient,) = torch.autograd.grad(distance_from_orthonormal(rows), rows)
+    assert torch.equal(gradient, torch.zeros(3, 7))
+
+
 def test_at_a_b_of_zero_it_is_the_root_of_the_rank_and_pulls_nowhere():
     layer = made(RMLoRA(rank=9, orthogonality=1.0))
     of_b = distance_from_orthonormal(layer.b.T)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qlora_lite.adapters.method import ParameterGroup
-from qlora_lite.training.optimizer import AdamW, round_stochastically
+from qlora_lite.training.optimizer import AdamW, _code_of_zero, round_stochastically
 
 SETTINGS = {"weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "states": "32bit"}
 
@@ -123,6 +123,19 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(rounding):
     restored.load_state_dict(saved)
     run(second, restored, gradients[3:])
     assert torch.equal(whole, second)
+
+
+def test_a_part_of_8_bit_moments_is_cleared_to_the_code_of_zero():
+    from bitsandbytes.functional import create_dynamic_map
+
+    signed, unsigned = create_dynamic_map(), create_dynamic_map(signed=False)
+    where = torch.tensor([[True, False]])
+    state = {"qmap1": signed, "qmap2": unsigned}
+    for name, qmap in (("state1", signed), ("state2", unsigned)):
+        codes = torch.full((1, 2), 200, dtype=torch.uint8)
+        codes.masked_fill_(where, _code_of_zero(state, name))
+        assert qmap[codes[0, 0].long()] == 0
+        assert codes[0, 1] == 200
 
 
 def test_forgetting_clears_all_or_a_part_of_the_moments():

@@ -1,0 +1,300 @@
+"""The study of all methods: it measures once, goes on, and says what shows and what does not."""
+
+import importlib
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qlora_lite.adapters.lora import LoRA
+from qlora_lite.foundation.errors import RecipeError, RunError
+from tests.workbench import one_layer, stir
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = (
+    "budget",
+    "claims",
+    "contenders",
+    "cost",
+    "figures",
+    "material",
+    "page",
+    "ranks",
+    "rates",
+    "readings",
+    "results",
+    "schedule",
+    "verdict",
+)
+
+
+@pytest.fixture(scope="module")
+def study():
+    """The tool and its stages, which Python finds beside the script that it runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "tools" / "benchmark")
+        stages = {name: importlib.import_module(f"method_study.{name}") for name in STAGES}
+        yield SimpleNamespace(tool=importlib.import_module("methods"), **stages)
+
+
+# ------------------------------------------------------------------------------------ the whole way
+
+
+@pytest.fixture
+def quick(study, monkeypatch):
+    """Few and short steps on few rows, one rate, no figures."""
+    whole = study.schedule.recipe_of
+
+    def recipe_of(*what):
+        return whole(*what).but(
+            "data.max_rows=40", "data.max_heldout_rows=4", "optim.tokens_per_step=256"
+        )
+
+    monkeypatch.setattr(study.schedule, "recipe_of", recipe_of)
+    monkeypatch.setattr(study.cost, "PAIRS", 2)
+    monkeypatch.setattr(study.rates, "FACTORS", (1.0,))
+    monkeypatch.setattr(study.figures, "require_matplotlib", lambda: None)
+    monkeypatch.setattr(study.figures, "draw", lambda readings, methods, folder: [])
+    return study
+
+
+def stop_after(monkeypatch, results, number):
+    """The process ends before the next measurement."""
+    carry_out = results.Results.carry_out
+
+    def counted(self, task):
+        if len(self.lines) == number:
+            raise KeyboardInterrupt
+        return carry_out(self, task)
+
+    monkeypatch.setattr(results.Results, "carry_out", counted)
+
+
+def test_two_methods_from_the_first_run_to_the_page(quick, tmp_path, monkeypatch, capsys):
+    words = [str(tmp_path / "work"), "--only", "lora_plus", "--steps", "2", "--seeds", "1"]
+    docs = tmp_path / "docs"
+    lines = tmp_path / "work" / "results.jsonl"
+    with monkeypatch.context() as patch:
+        stop_after(patch, quick.results, 3)
+        with pytest.raises(KeyboardInterrupt):
+            quick.tool.main(words)
+    assert len(lines.read_text().splitlines()) == 3
+
+    quick.tool.main([*words, "--write", str(docs)])
+    assert "6 measurements, 3 of them done" in capsys.readouterr().out
+    first = lines.read_text()
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, quick.results, 6)
+        quick.tool.main([*words, "--write", str(docs)])
+    assert "6 measurements, 6 of them done" in capsys.readouterr().out
+    assert lines.read_text() == first
+
+    page = (docs / "methods.md").read_text()
+    assert page.count("\n| lora_plus | 0.001 ") == 1
+    assert "| LoRA+ is better than LoRA at equal steps | embedded | lora_plus " in page
+    found = json.loads((docs / "benchmarks" / "methods.json").read_text())
+    assert found["seconds"] == sum(line["seconds"] for line in found["results"])
+    assert found["findings"][0]["verdict"] == "one seed has no spread"
+    assert str(tmp_path) not in json.dumps(found)
+    costs = [line["values"] for line in found["results"] if line["key"]["kind"] == "cost"]
+    assert all(c["trained_at_a_time"] == 77_824 and len(c["ratios"]) == 2 for c in costs)
+    assert all(c["rest_bytes"] > 77_824 * 4 * 3 and c["peak_bytes"] > 0 for c in costs)
+
+
+def test_other_settings_do_not_pass_for_the_same_measurement(study, tmp_path):
+    results = study.results.Results(tmp_path)
+    key = study.results.Key("run", "lora", "embedded", 0)
+    results.carry_out(study.results.Task(key, {"steps": 40}, lambda: {"loss": 1.0}))
+    results.carry_out(
+        study.results.Task(
+            study.results.Key("run", "lora", "embedded", 1),
+            {"steps": 40},
+            lambda: {"run_seconds": 100.0},
+        )
+    )
+    again = study.results.Results(tmp_path)
+    assert again.has(study.results.Task(key, {"steps": 40}, dict))
+    assert again.values(key) == {"loss": 1.0}
+    assert again.seconds == pytest.approx(100, abs=1)  # what an earlier process spent counts
+    with pytest.raises(RunError, match="steps: 40 -> 60"):
+        again.has(study.results.Task(key, {"steps": 60}, dict))
+
+
+# ---------------------------------------------------------------------------------- who takes part
+
+
+def test_every_method_of_the_catalogue_takes_part_at_the_budget(study):
+    chosen = study.contenders.contenders([])
+    assert [contender.kind for contender in chosen] == study.contenders.kinds()
+    for contender in (*chosen, *study.contenders.extras(chosen)):
+        settings = study.budget.settings_of(contender, study.budget.Budget())["adapter"]
+        assert settings["kind"] == contender.kind
+        assert settings.get("dropout", 0.0) == 0.0
+    assert set(study.contenders.SETTINGS) <= set(study.contenders.kinds())
+
+
+def test_only_what_is_asked_for_and_lora(study):
+    chosen = study.contenders.contenders(["melora"])
+    assert [contender.name for contender in chosen] == ["lora", "melora"]
+    assert [extra.name for extra in study.contenders.extras(chosen)] == ["lora-rank-4"]
+    with pytest.raises(RecipeError, match=r"--only lorra: no such method. There are lora, "):
+        study.contenders.contenders(["lorra"])
+
+
+def test_a_truncated_lora_keeps_its_first_components(study):
+    layer = stir(one_layer(LoRA(rank=4, alpha=8), d_out=6, d_in=5))
+    down, up = study.ranks.cut(layer, 2)
+    torch.testing.assert_close(up @ down, 2.0 * layer.b[:, :2] @ layer.a[:2])
+
+
+# ------------------------------------------------------------------------------------- the verdicts
+
+
+@pytest.mark.parametrize(
+    ("values", "above", "not_below"),
+    [
+        ([0.3, 0.2, 0.4], "shows", "shows"),
+        ([0.1, -0.2, 0.4], "does not show at this size", "shows"),
+        ([-0.3, -0.2, -0.4], "does not show at this size", "does not show at this size"),
+        ([0.3], "one seed has no spread", "one seed has no spread"),
+        ([0.0, 0.0], "does not show at this size", "shows"),
+    ],
+)
+def test_a_difference_counts_if_it_is_larger_than_its_spread(study, values, above, not_below):
+    assert study.verdict.is_above(values) == above
+    assert study.verdict.is_not_below(values) == not_below
+
+
+def test_a_mean_is_spoken_with_its_spread(study):
+    assert study.verdict.spoken([3.0, 3.1, 3.2]) == "3.100 ± 0.100"
+    assert study.verdict.spoken([3.0]) == "3.000"
+    assert study.verdict.spoken([0.5, 0.5], sign="+") == "+0.500 ± 0.000"
+
+
+def readings_of(study, folder, measured):
+    """Readings of two seeds: `{(kind, method, data): (values, values)}`."""
+    results = study.results.Results(folder)
+    for (kind, method, data), seeds in measured.items():
+        for seed, values in enumerate(seeds):
+            key = study.results.Key(kind, method, data, seed)
+            results.lines[key] = {"key": asdict(key), "seconds": 1.0, "values": values}
+    return study.readings.Readings(results, len(seeds))
+
+
+def run(loss, **more):
+    return {"loss": loss, "losses": [4.0, loss], "trained": 100, "components": 8, **more}
+
+
+def test_claims_name_both_sides_and_are_left_out_where_runs_are_missing(study, tmp_path):
+    readings = readings_of(
+        study,
+        tmp_path,
+        {
+            ("run", "lora", "e2e"): (run(3.0), run(3.2)),
+            ("run", "cola", "e2e"): (run(2.9), run(3.0)),
+            ("run", "melora", "e2e"): (run(3.1, trained=50), run(3.3, trained=50)),
+            ("run", "adalora", "e2e"): (run(3.0), {"failed": "the loss is nan"}),
+        },
+    )
+    found = study.claims.findings(readings, ["e2e", "gsm8k"])
+    assert [(f.claim, f.data, f.verdict) for f in found] == [
+        ("MELoRA is as good as LoRA with fewer numbers", "e2e", "does not show at this size"),
+        ("COLA is better than LoRA at equal steps", "e2e", "shows"),
+    ]
+    assert found[0].measured.endswith("difference +0.100 ± 0.000; trained numbers 50 and 100")
+    assert found[1].measured == "cola 2.950 ± 0.071, lora 3.100 ± 0.141; difference -0.150 ± 0.071"
+    assert study.page.table(readings, ["lora", "adalora"], ["e2e"]).endswith(
+        "| lora | – | – | – | 3.100 ± 0.141 | – | – |\n| adalora | – | – | – | stopped | – | – |"
+    )
+    assert "adalora on e2e: the loss is nan" in study.page.stopped(readings, ["adalora"], ["e2e"])
+
+
+def test_a_rate_at_the_edge_of_those_tried_is_marked(study, tmp_path):
+    readings = readings_of(study, tmp_path, {("run", "lora", "embedded"): (run(3.0),)})
+    for kind, losses in {"lora": (3.2, 3.1, 3.3), "adalora": (3.2, 3.1, 3.0)}.items():
+        for lr, loss in zip(study.rates.rates_of(kind), losses, strict=True):
+            key = study.rates.rate_key(kind, lr)
+            readings.results.lines[key] = {"seconds": 1.0, "values": run(loss)}
+    cost = {"rest_bytes": 2**20, "peak_bytes": 2**20, "trained_at_a_time": 25, "ratios": [1, 3, 2]}
+    for kind in ("lora", "adalora"):
+        more = run(3.0, exported="native.safetensors", exported_bytes=2048)
+        for name, values in (("run", more), ("cost", cost)):
+            key = study.results.Key(name, kind, "embedded", 0)
+            readings.results.lines[key] = {"seconds": 1.0, "values": values}
+    assert study.page.table(readings, ["lora", "adalora"], ["embedded"]).splitlines()[2:] == [
+        "| lora | 0.004 | 100 (25 at a time) | 2.00 KiB (native) | 3.000 | 2.00 | 2.00 MiB |",
+        "| adalora | 0.064 (highest) | 100 (25 at a time) | 2.00 KiB (native) | 3.000 | 2.00 "
+        "| 2.00 MiB |",
+    ]
+
+
+def dylora_readings(study, folder):
+    names = [study.contenders.at_rank(rank) for rank in range(1, 9)]
+    measured = {("run", name, "embedded"): (run(3.0, step_seconds=1.0),) * 2 for name in names}
+    measured["run", "dylora", "embedded"] = (run(3.0, step_seconds=1.6),) * 2
+    falling = [3.8, 3.7, 3.6, 3.5, 3.4, 3.3, 3.2, 3.1]
+    measured["ranks", "lora", "embedded"] = ({"losses": falling},) * 2
+    measured["ranks", "dylora", "embedded"] = ({"losses": [2.9] * 8}, {"losses": [3.0] * 8})
+    return readings_of(study, folder, measured)
+
+
+def test_dylora_is_held_against_separate_and_truncated_runs(study, tmp_path):
+    readings = dylora_readings(study, tmp_path)
+    time, truncated, quality = study.claims.findings(readings, ["embedded"])
+    assert (time.verdict, time.measured[:9]) == ("shows", "5.0 ± 0.0")
+    assert truncated.verdict == quality.verdict == "shows"
+    assert "dylora 2.950 ± 0.071, truncated lora 3.500 ± 0.000" in truncated.measured
+    assert "dylora 2.950 ± 0.071, separate runs 3.000 ± 0.000" in quality.measured
+
+
+def test_loftq_starts_nearer_on_either_side_of_the_base(study, tmp_path):
+    readings = readings_of(
+        study,
+        tmp_path,
+        {
+            ("run", "unquantised", "e2e"): ({"start": 5.0}, {"start": 5.1}),
+            ("run", "lora", "e2e"): (run(3.0, start=5.2), run(3.0, start=5.3)),
+            ("run", "loftq", "e2e"): (run(3.1, start=4.9), run(3.1, start=5.1)),
+        },
+    )
+    final, start = study.claims.findings(readings, ["e2e"])
+    assert (final.verdict, start.verdict) == ("does not show at this size", "shows")
+    assert "loftq 0.0500 ± 0.0707, plain start 0.2000 ± 0.0000" in start.measured
+
+
+# ----------------------------------------------------------------------------------------- the page
+
+
+def test_the_page_changes_between_its_markers_only(study, tmp_path):
+    page = tmp_path / "docs" / "methods.md"
+    study.page.update(page, "one")
+    assert page.read_text() == "<!-- study:begin -->\none\n<!-- study:end -->\n"
+    page.write_text(f"# Methods\n\n{page.read_text()}\nAfter.\n")
+    study.page.update(page, "two")
+    assert page.read_text() == (
+        "# Methods\n\n<!-- study:begin -->\ntwo\n<!-- study:end -->\n\nAfter.\n"
+    )
+    page.write_text("# Methods\n")
+    study.page.update(page, "three")
+    assert page.read_text() == "# Methods\n\n<!-- study:begin -->\nthree\n<!-- study:end -->\n"
+
+
+def test_figures_are_drawn_where_the_runs_were_made(study, tmp_path):
+    pytest.importorskip("matplotlib")
+    readings = dylora_readings(study, tmp_path)
+    files = study.figures.draw(readings, ["lora", "dylora"], tmp_path / "docs" / "methods")
+    assert [file.name for file in files] == ["parameters.png", "dylora.png"]
+    assert all(file.stat().st_size > 5000 for file in files)
+    shown = study.page.pictures(files, tmp_path / "docs" / "methods.md")
+    assert shown.startswith("![parameters](methods/parameters.png)")
+
+
+def test_figures_without_matplotlib_are_refused_before_anything_is_trained(study, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(RecipeError, match="figures"):
+        study.figures.require_matplotlib()

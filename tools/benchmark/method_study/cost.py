@@ -1,0 +1,116 @@
+"""What a step costs: seconds beside LoRA's, and the bytes that tensors hold."""
+
+import gc
+import time
+
+import torch
+from torch import Tensor
+
+from method_study.results import Values
+from qlora_lite.adapters.method import StepInfo
+from qlora_lite.data.load import Prepared, load_data
+from qlora_lite.foundation import device as devices
+from qlora_lite.foundation.seeds import generator
+from qlora_lite.memory.live import Live
+from qlora_lite.model.checkpointing import enable_checkpointing
+from qlora_lite.model.load import load_tokenizer
+from qlora_lite.recipe import Recipe
+from qlora_lite.run.loading import load_for_training
+from qlora_lite.run.training import training_batches
+from qlora_lite.training.engine import TorchEngine
+from qlora_lite.training.optimizer import AdamW
+from qlora_lite.training.step import optimizer_step
+
+PAIRS = 12
+"""Steps of LoRA and of the method that are timed, in turns; one more of each warms up."""
+
+
+class Stepper:
+    """A method on the base, ready for real optimizer steps. Its schedule runs once over them."""
+
+    def __init__(self, recipe: Recipe, data: Prepared) -> None:
+        optim = recipe.optim
+        loaded = load_for_training(recipe)
+        assert loaded.attached is not None
+        self.recipe, self.attached, self.model = recipe, loaded.attached, loaded.causal
+        if optim.checkpointing:
+            enable_checkpointing(loaded.base.model)
+        self.attached.train()
+        optimizer = AdamW(
+            self.attached.groups(),
+            weight_decay=optim.weight_decay,
+            betas=optim.betas,
+            eps=optim.eps,
+            states="32bit",
+            rounding=optim.rounding,
+        )
+        rule = devices.choose(recipe.device, recipe.base.compute)
+        self.engine = TorchEngine(optimizer, rule.compute)
+        self.batches = training_batches(recipe, data, optim.micro_batch_tokens or 0)
+        self.number = 0
+
+    def step(self) -> float:
+        """The next step; returns its seconds."""
+        batches = self.batches.step(self.number)
+        draws = generator(self.recipe.seed, "method", self.number)
+        info = StepInfo(self.number, self.batches.steps, self.recipe.optim.lr, draws)
+        limit = self.recipe.optim.max_grad_norm
+        began = time.perf_counter()
+        optimizer_step(
+            self.model, batches, self.attached, self.engine, info, limit, lambda loss, batch: None
+        )
+        self.number += 1
+        return time.perf_counter() - began
+
+
+def cost(recipe: Recipe, reference: Recipe) -> Values:
+    """Both recipes are of PAIRS + 1 steps on the same rows."""
+    data = load_data(recipe.data, load_tokenizer(recipe.base), recipe.seed)
+    return step_bytes(recipe, data) | {"ratios": time_ratios(recipe, reference, data)}
+
+
+def time_ratios(recipe: Recipe, reference: Recipe, data: Prepared) -> list[float]:
+    """Seconds of a step relative to the reference's on the same batch, pair by pair.
+
+    The two take turns, and turns at being first, so that a busy machine slows both alike.
+    """
+    ours, theirs = Stepper(recipe, data), Stepper(reference, data)
+    ours.step()
+    theirs.step()
+    ratios = []
+    for pair in range(PAIRS):
+        if pair % 2:
+            below, above = theirs.step(), ours.step()
+        else:
+            above, below = ours.step(), theirs.step()
+        ratios.append(above / below)
+    return ratios
+
+
+def step_bytes(recipe: Recipe, data: Prepared) -> Values:
+    """Bytes of the base, adapter, optimizer and method between two steps, and the most that the
+    second step (Adam's state exists by then) holds beyond them."""
+    before = storages()
+    stepper = Stepper(recipe, data)
+    stepper.step()
+    at_rest = storages()
+    with Live(living_tensors()) as live:
+        stepper.step()
+    parameters = stepper.attached.parameters().values()
+    return {
+        "rest_bytes": sum(size for key, size in at_rest.items() if key not in before),
+        "peak_bytes": live.peak,
+        "trained_at_a_time": sum(p.numel() for p in parameters if p.requires_grad),
+    }
+
+
+def living_tensors() -> list[Tensor]:
+    """Every tensor that Python knows of."""
+    gc.collect()
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+
+
+def storages() -> dict[int, int]:
+    """Bytes of every storage that is alive."""
+    kept = [tensor.untyped_storage() for tensor in living_tensors()]
+    return {storage._cdata: storage.nbytes() for storage in kept}

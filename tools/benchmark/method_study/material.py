@@ -1,0 +1,42 @@
+"""The data sets of the study: the embedded rows, E2E and GSM8K."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_lite.demo import HELDOUT, TRAIN
+from qlora_lite.foundation.errors import DataError
+
+
+@dataclass(frozen=True)
+class Material:
+    """Rows to train on and rows held out, as settings of a recipe."""
+
+    name: str
+    settings: tuple[str, ...]
+
+
+EMBEDDED = Material(
+    "embedded", (f"data.train={TRAIN}", f"data.heldout={HELDOUT}", "data.max_tokens=256")
+)
+
+
+def e2e(folder: Path) -> Material:
+    """Restaurants described from their attributes: `train.csv` and `test.csv`."""
+    fields = 'data.fields={"prompt": "mr", "completion": "ref"}'
+    return Material("e2e", (*_files(folder, "csv"), fields, "data.max_tokens=256"))
+
+
+def gsm8k(folder: Path) -> Material:
+    """Sums with their reasoning: `train.jsonl` and `test.jsonl`. Rows are long, so fewer are
+    held out."""
+    fields = 'data.fields={"prompt": "question", "completion": "answer"}'
+    sizes = ("data.max_tokens=768", "data.max_heldout_rows=100")
+    return Material("gsm8k", (*_files(folder, "jsonl"), fields, *sizes))
+
+
+def _files(folder: Path, suffix: str) -> tuple[str, str]:
+    train, test = folder / f"train.{suffix}", folder / f"test.{suffix}"
+    for file in (train, test):
+        if not file.is_file():
+            raise DataError(f"{file} is not there. Give the folder of train and test.{suffix}")
+    return f"data.train={train.resolve()}", f"data.heldout={test.resolve()}"

@@ -1,0 +1,86 @@
+"""`results.jsonl`: one line a measurement. What is there is not measured again."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_lite.foundation.errors import RunError
+from qlora_lite.foundation.files import write_text
+from qlora_lite.recipe import differences
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Key:
+    """What was measured."""
+
+    kind: str
+    method: str
+    data: str
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.method} on {self.data}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to measure."""
+
+    key: Key
+    settings: Values
+    """What the result depends on beside the key."""
+    measure: Callable[[], Values]
+
+
+class Results:
+    """All measurements in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "results.jsonl"
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        lines = [json.loads(line) for line in text.splitlines()]
+        self.lines: dict[Key, Values] = {Key(**line["key"]): line for line in lines}
+
+    def has(self, task: Task) -> bool:
+        """Whether this is measured already.
+
+        Raises:
+            RunError: if it was measured with other settings.
+        """
+        if task.key not in self.lines:
+            return False
+        if changed := differences(self.lines[task.key]["settings"], task.settings):
+            raise RunError(
+                f"{self.path} has '{task.key}' with other settings: {'; '.join(changed)}. "
+                "Give the settings that it has, or another folder"
+            )
+        return True
+
+    def carry_out(self, task: Task) -> float:
+        """Measure and write it down; returns the seconds, with those of an earlier attempt."""
+        began = time.perf_counter()
+        values = task.measure()
+        seconds = max(time.perf_counter() - began, values.get("run_seconds", 0.0))
+        self.lines[task.key] = {
+            "key": asdict(task.key),
+            "settings": task.settings,
+            "seconds": seconds,
+            "values": values,
+        }
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines.values()))
+        return seconds
+
+    def values(self, key: Key) -> Values | None:
+        """What was measured, if it was."""
+        line = self.lines.get(key)
+        return None if line is None else line["values"]
+
+    @property
+    def seconds(self) -> float:
+        """What all measurements took together, over all calls."""
+        return sum(line["seconds"] for line in self.lines.values())

@@ -1,0 +1,120 @@
+"""Everything that has to be measured, in order: rates first, for all that follows needs them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from method_study import cost, rates
+from method_study.budget import Budget, recipe_of, settings_of
+from method_study.contenders import REFERENCE, Contender, extras
+from method_study.material import EMBEDDED, Material
+from method_study.ranks import losses_by_rank
+from method_study.results import Key, Results, Task, Values
+from method_study.training import train
+from qlora_lite.data.load import load_data
+from qlora_lite.demo import BASE
+from qlora_lite.evaluation.perplexity import score
+from qlora_lite.model.load import load_tokenizer
+from qlora_lite.model.quant import FP32
+from qlora_lite.run.loading import load_model
+from qlora_lite.run.training import held_out_batches
+
+
+@dataclass(frozen=True)
+class Study:
+    """What takes part."""
+
+    work: Path
+    budget: Budget
+    materials: Sequence[Material]
+    contenders: Sequence[Contender]
+    results: Results
+
+    def run_folder(self, name: str, material: Material, seed: int) -> Path:
+        return self.work / material.name / f"{name}-seed{seed}"
+
+
+def tasks(study: Study) -> list[Task]:
+    """All measurements of a study. Claims that need more runs are checked on embedded rows."""
+    found = [*_rates(study), *_costs(study)]
+    more = extras(study.contenders)
+    for seed in range(study.budget.seeds):
+        for material in study.materials:
+            found += [_run(study, c, material, seed) for c in study.contenders]
+        found += [_run(study, extra, EMBEDDED, seed) for extra in more]
+        found += _cuts(study, seed)
+        found += _unquantised(study, seed)
+    return found
+
+
+def _rates(study: Study) -> Iterator[Task]:
+    for contender in study.contenders:
+        for lr in rates.rates_of(contender.kind):
+            output = study.work / "rates" / f"{contender.name}-{lr:g}"
+            recipe = recipe_of(contender, EMBEDDED, study.budget.steps, rates.SEED, lr, output)
+            key = rates.rate_key(contender.kind, lr)
+            yield Task(key, settings_of(contender, study.budget), partial(train, recipe))
+
+
+def _costs(study: Study) -> Iterator[Task]:
+    reference = next(c for c in study.contenders if c.name == REFERENCE)
+    for contender in study.contenders:
+        settings = settings_of(contender, study.budget) | {"pairs": cost.PAIRS}
+        yield Task(
+            Key("cost", contender.name, EMBEDDED.name),
+            settings,
+            partial(_cost, study, contender, reference),
+        )
+
+
+def _cost(study: Study, contender: Contender, reference: Contender) -> Values:
+    ours, theirs = (
+        recipe_of(
+            c, EMBEDDED, cost.PAIRS + 1, 0, rates.best_rate(study.results, c.kind), study.work
+        )
+        for c in (contender, reference)
+    )
+    return cost.cost(ours, theirs)
+
+
+def _run(study: Study, contender: Contender, material: Material, seed: int) -> Task:
+    def measure() -> Values:
+        lr = rates.best_rate(study.results, contender.kind)
+        output = study.run_folder(contender.name, material, seed)
+        return train(recipe_of(contender, material, study.budget.steps, seed, lr, output))
+
+    key = Key("run", contender.name, material.name, seed)
+    return Task(key, settings_of(contender, study.budget), measure)
+
+
+def _cuts(study: Study, seed: int) -> Iterator[Task]:
+    """DyLoRA at every rank, and LoRA truncated to it."""
+    names = [contender.name for contender in study.contenders]
+    if "dylora" not in names:
+        return
+    for name in ("dylora", REFERENCE):
+        contender = study.contenders[names.index(name)]
+        folder = study.run_folder(name, EMBEDDED, seed)
+        yield Task(
+            Key("ranks", name, EMBEDDED.name, seed),
+            settings_of(contender, study.budget),
+            partial(losses_by_rank, folder),
+        )
+
+
+def _unquantised(study: Study, seed: int) -> Iterator[Task]:
+    """The base before quantisation, which LoftQ's start should be near to."""
+    if not any(contender.name == "loftq" for contender in study.contenders):
+        return
+    for material in study.materials:
+        key = Key("run", "unquantised", material.name, seed)
+        yield Task(key, {}, partial(_score_unquantised, material, seed))
+
+
+def _score_unquantised(material: Material, seed: int) -> Values:
+    plain = Contender(REFERENCE, REFERENCE)
+    recipe = recipe_of(plain, material, 1, seed, 1.0, Path("unused"))
+    data = load_data(recipe.data, load_tokenizer(recipe.base), seed)
+    model = load_model(BASE, FP32(), device=recipe.device)
+    return {"start": score(model.causal, held_out_batches(recipe, data)).loss}
