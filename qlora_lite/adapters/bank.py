@@ -3,13 +3,9 @@
     y = W x + sum over finished links of s_k B_k A_k x  +  s B A drop(x)
 
 Merging a finished link into a quantised weight would lose it: a small delta rounds back to where
-the weight was. So it is kept beside, as exactly as it was trained. The links lie one after the
-other in one pair of matrices, which costs two products whatever their number; scales are fp32,
-applied to the activation between the two, and never rounded into bf16 factors. A finished link
-counts as part of the weight: dropout is on the input of the live pair only.
-
-A bank can be cut to a rank: it becomes its own truncated SVD, from the QRs of both matrices and
-the SVD of their small core. What it has lost, rounding included, is added up in `bank_error`.
+the weight was. So it is kept beside, exactly. The links lie one after the other in one pair of
+matrices, which costs two products whatever their number; scales are applied to the activation
+between them and never rounded into bf16 factors.
 """
 
 from typing import ClassVar
@@ -34,9 +30,9 @@ class BankedLayer(LoRALayer):
     bank_up: Tensor
     """(d_out, R)"""
     bank_scales: Tensor
-    """(R,) in fp32"""
+    """(R,)"""
     bank_error: Tensor
-    """() in fp32: what recompressing has lost so far, a sum of relative Frobenius norms."""
+    """What recompressing has lost so far: a sum of relative Frobenius norms."""
 
     def __init__(
         self, base: FrozenLinear, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0
@@ -51,8 +47,8 @@ class BankedLayer(LoRALayer):
         y = super().update(x)
         if not len(self.bank_scales):
             return y
-        low = F.linear(x, self.bank_down.to(x.dtype)) * self.bank_scales
-        return y + F.linear(low.to(x.dtype), self.bank_up.to(x.dtype))
+        low = F.linear(x, self.bank_down.to(x.dtype)) * self.bank_scales.to(x.dtype)
+        return F.linear(low, self.bank_up.to(x.dtype)) + y
 
     def live_factors(self) -> tuple[Tensor, Tensor] | None:
         """The finished links, then the live one."""
@@ -62,66 +58,61 @@ class BankedLayer(LoRALayer):
 
     @torch.no_grad()
     def finish_link(
-        self, access: Access, fresh: Tensor, *, shrinkage: float = 1.0, cap: int | None = None
+        self, access: Access, fresh: Tensor, cap: int | None, shrinkage: float = 1.0
     ) -> None:
         """Put the live pair into the bank and begin another: A is `fresh`, B zero.
 
-        The function stays what it was, but for the order of sums, if `shrinkage` is 1 and the bank
-        stays below `cap`.
+        The function stays what it was, but for the order of sums, if `shrinkage` is 1.
         """
-        # a master in fp32 is rounded to what the forward has seen of it
-        down, up = (access.read(p).to(p.dtype) for p in (self.a, self.b))
-        self.deposit(down, up, self.scale * shrinkage)
+        self.deposit(self.a.data, self.b.data, self.scale * shrinkage)
         if cap is not None and len(self.bank_scales) > cap:
             self.recompress(cap)
-        access.write(self.a, fresh.to(down.device))
-        access.write(self.b, torch.zeros_like(up))
+        access.write(self.a, fresh.to(self.a.device))
+        access.write(self.b, torch.zeros_like(self.b))
         for parameter in (self.a, self.b):
             access.forget(parameter)
 
     def deposit(self, down: Tensor, up: Tensor, scale: float) -> None:
         """Add a finished pair. Components that are zero take no room."""
         used = (up != 0).any(dim=0) & (down != 0).any(dim=1)
-        scales = self.bank_scales.new_full((int(used.sum()),), scale)
-        self.bank_down = torch.cat([self.bank_down, down[used]])
-        self.bank_up = torch.cat([self.bank_up, up[:, used]], dim=1)
+        self.bank_down = torch.cat([self.bank_down, down[used].to(self.bank_down)])
+        self.bank_up = torch.cat([self.bank_up, up[:, used].to(self.bank_up)], dim=1)
+        scales = torch.full((int(used.sum()),), scale, device=self.bank_scales.device)
         self.bank_scales = torch.cat([self.bank_scales, scales])
 
-    def recompress(self, rank: int) -> None:
-        """The best bank of this rank, as it will rest; adds what it loses to `bank_error`."""
-        down, up = self.bank_down.float(), self.bank_up.float() * self.bank_scales
-        u, s, vh = product_svd(down, up)
-        self.bank_down, self.bank_up = vh[:rank].to(self.bank_down), u[:, :rank].to(self.bank_up)
-        self.bank_scales = s[:rank].contiguous()
-        missed = torch.cat([up, -self.bank_up.float() * self.bank_scales], dim=1)
-        lost = product_norm(torch.cat([down, self.bank_down.float()]), missed)
-        self.bank_error = self.bank_error + lost / s.norm().clamp(min=torch.finfo(s.dtype).tiny)
+    def recompress(self, cap: int) -> None:
+        """The best bank of rank `cap`, and how much it loses, added to `bank_error`."""
+        down, up, lost = best_of_rank(
+            self.bank_down.float(), self.bank_up.float() * self.bank_scales, cap
+        )
+        self.bank_down, self.bank_up = down.to(self.bank_down), up.to(self.bank_up)
+        self.bank_scales = torch.ones(len(down), device=self.bank_scales.device)
+        self.bank_error = self.bank_error + lost
 
     def begin_from(self, factors: Factors) -> None:
         """A trained pair of any rank is the first finished link."""
-        self.deposit(factors.down.to(self.a), factors.up.to(self.a), 1.0)
+        self.deposit(factors.down, factors.up, 1.0)
 
     def fresh_down(self, generator: torch.Generator, rank: int | None = None) -> Tensor:
-        """A new A in fp32, drawn as LoRA's; rows from `rank` on are zero."""
+        """A new A in fp32, drawn as LoRA's; rows from `rank` on are zero and stay so."""
         a = kaiming_uniform(self.a.shape[0], self.base.d_in, generator)
         if rank is not None:
             a[rank:] = 0.0
         return a
 
 
-def product_svd(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The SVD of up @ down without making it: U (d_out, n), S (n,), V^T (n, d_in).
+def best_of_rank(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Best rank-`rank` pair for up @ down, by QR of both and an SVD of the small core.
 
     Args:
-        down: (rank, d_in); up: (d_out, rank). n is the least of the three sizes.
+        down: (R, d_in); up: (d_out, R), fp32.
+
+    Returns:
+        (rank, d_in), (d_out, rank), and the relative Frobenius norm of what is lost.
     """
     q_up, r_up = torch.linalg.qr(up)
     q_down, r_down = torch.linalg.qr(down.T)
-    u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
-    return q_up @ u, s, vh @ q_down.T
-
-
-def product_norm(down: Tensor, up: Tensor) -> Tensor:
-    """The Frobenius norm of up @ down without making it."""
-    r_up, r_down = (torch.linalg.qr(factor, mode="r").R for factor in (up, down.T))
-    return (r_up @ r_down.T).norm()
+    u, s, vh = torch.linalg.svd(r_up @ r_down.T)
+    root = s[:rank].sqrt()
+    lost = (s[rank:].norm() / s.norm().clamp(min=1e-30)).item()
+    return root[:, None] * (vh[:rank] @ q_down.T), (q_up @ u[:, :rank]) * root, lost

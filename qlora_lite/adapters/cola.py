@@ -10,12 +10,12 @@ found; chain length and learning rates are recalled, not checked.
 
 Where we deviate: a finished link is not merged into the weight but kept in a bank (`bank.py`),
 since a quantised weight would round it away; all leave as one LoRA of their ranks together. The
-links share the run equally. A link of a smaller rank keeps the parameters' shape: its last rows of
-A are zero as B is, and where both are zero nothing ever moves. Its scale is that of its own rank.
+links share the run equally. A link of a smaller rank keeps the parameters' shape, with rows of A
+that are zero and, with B zero too, never move.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -44,61 +44,56 @@ class COLA(AdapterSettings):
     """Links of the chain; they share the steps of the run equally."""
 
     link_ranks: list[int] = Field(default_factory=list)
-    """Ranks of the links, from `rank` on and none larger than the one before: `[8, 4, 2]`. All
-    have `rank` unless given. Layers of another rank (`ranks`) follow in proportion."""
+    """Ranks of the links, none larger than the one before or than `rank`: `[8, 4, 2]`. All have
+    `rank` unless given."""
 
     @model_validator(mode="after")
-    def _one_rank_a_link(self) -> Self:
+    def _one_rank_a_link(self) -> "COLA":
         ranks = self.link_ranks
         if ranks and len(ranks) != self.num_links:
             raise ValueError(
                 f"link_ranks={ranks} has {len(ranks)} ranks for num_links={self.num_links} links. "
                 "Give one for each, or none"
             )
-        if ranks and (ranks[0] != self.rank or ranks[-1] < 1 or ranks != sorted(ranks)[::-1]):
+        if any(r < 1 for r in ranks) or [self.rank, *ranks] != sorted(
+            [self.rank, *ranks], reverse=True
+        ):
             raise ValueError(
-                f"link_ranks={ranks} must begin with rank={self.rank} and never grow, down to 1 "
-                f"at least. Set rank={max(ranks)}, or take other link_ranks"
+                f"link_ranks={ranks} must be 1 or more, and fall from rank={self.rank} at most"
             )
         return self
 
-
-def first_step(link: int, total: int, num_links: int) -> int:
-    """The step with which a link begins: equal shares, in whole steps."""
-    return link * total // num_links
-
-
-def link_of(step: int, total: int, num_links: int) -> int:
-    """The link that a step trains: the last one that has begun."""
-    return ((step + 1) * num_links - 1) // total
-
-
-def rank_of_link(link: int, rank: int, link_ranks: list[int]) -> int:
-    """Of a layer whose own rank is `rank`: in proportion to the ranks of the chain."""
-    return max(1, round(rank * link_ranks[link] / link_ranks[0])) if link_ranks else rank
+    def rank_of_link(self, link: int, rank: int) -> int:
+        """Of a layer whose own rank is `rank`."""
+        return min(self.link_ranks[link], rank) if self.link_ranks else rank
 
 
 class COLALayer(BankedLayer):
-    """The live link and the finished ones; the scale goes with the live link's rank."""
+    """The live link, the finished ones, and how many those are."""
 
-    live_scale: Tensor
-    """() in fp32: the scale of the live link, for a layer that is loaded."""
+    links: Tensor
+    """(): finished links. A layer that was loaded knows its scale by it."""
 
-    def __init__(
-        self, base: FrozenLinear, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0
-    ) -> None:
-        super().__init__(base, a, b, scale, dropout)
-        self.register_buffer("live_scale", torch.tensor(scale))
+    def __init__(self, base: FrozenLinear, a: Tensor, b: Tensor, settings: COLA) -> None:
+        self.settings = settings
+        super().__init__(base, a, b, 1.0, settings.dropout)
+        self.register_buffer("links", torch.zeros((), dtype=torch.int64))
+        self._rescale()
 
     def load_state(self, saved: Mapping[str, Tensor]) -> None:
         super().load_state(saved)
-        self.scale = self.live_scale.item()
+        self._rescale()
 
-    def extend(self, access: Access, rank: int, scale: float, generator: torch.Generator) -> None:
-        """Tie the live link and begin another, of this rank and scale."""
-        self.finish_link(access, self.fresh_down(generator, rank))
-        self.live_scale.fill_(scale)
-        self.scale = scale
+    def extend(self, access: Access, link: int, generator: torch.Generator) -> None:
+        """Tie the live link and begin number `link`."""
+        rank = self.settings.rank_of_link(link, self.a.shape[0])
+        self.finish_link(access, self.fresh_down(generator, rank), cap=None)
+        self.links.fill_(link)
+        self._rescale()
+
+    def _rescale(self) -> None:
+        rank = self.settings.rank_of_link(int(self.links), self.a.shape[0])
+        self.scale = scale_of(self.settings.alpha, rank, self.settings.scaling)
 
 
 class COLAMethod(LoRAMethod):
@@ -106,16 +101,12 @@ class COLAMethod(LoRAMethod):
 
     settings: COLA
 
-    def __init__(self, settings: AdapterSettings) -> None:
-        super().__init__(settings)
-        self.num_finished = 0
-
     def footprint(self, spec: LinearSpec) -> Footprint:
-        """The bank's activation is not kept for the backward: its factors are not trained."""
-        rank, size = self.plans[spec.path].rank, spec.d_in + spec.d_out
+        rank = self.plans[spec.path].rank
         links = range(self.settings.num_links - 1)
-        finished = sum(rank_of_link(link, rank, self.settings.link_ranks) for link in links)
-        return Footprint(rank, rank * size, frozen=finished * size)
+        finished = sum(self.settings.rank_of_link(link, rank) for link in links)
+        size = spec.d_in + spec.d_out
+        return Footprint(rank + finished, rank * size, frozen=finished * size)
 
     def build(
         self,
@@ -126,34 +117,29 @@ class COLAMethod(LoRAMethod):
     ) -> AdapterLayer:
         lora = super().build(base, spec, start, generator)
         assert isinstance(lora, LoRALayer)
-        return COLALayer(base, lora.a.data, lora.b.data, lora.scale, lora.dropout)
+        a = lora.a.data
+        a[self.settings.rank_of_link(0, len(a)) :] = 0.0
+        return COLALayer(base, a, lora.b.data, self.settings)
 
     def clock(self, step: int, total: int) -> tuple[int, int]:
-        """Every link has the whole schedule to itself, warm-up included."""
-        num = self.settings.num_links
-        link = link_of(step, total, num)
-        first, end = first_step(link, total, num), first_step(link + 1, total, num)
-        return step - first, end - first
+        link = self._link(step, total)
+        first, last = (self._first_step(k, total) for k in (link, link + 1))
+        return step - first, last - first
 
     def after_step(self, access: Access, step: StepInfo) -> None:
         done = step.step + 1
         if step.skipped or done >= step.total:
             return
-        link = link_of(done, step.total, self.settings.num_links)
-        if link > self.num_finished:  # counted, so that a skipped step only puts it off
-            self.num_finished = link
-            self._extend(link, access, step.generator)
-
-    def _extend(self, link: int, access: Access, generator: torch.Generator) -> None:
-        settings = self.settings
-        for path, layer in self.layers.items():
+        link = self._link(done, step.total)
+        for layer in self.layers.values():
             assert isinstance(layer, COLALayer)
-            rank = rank_of_link(link, self.plans[path].rank, settings.link_ranks)
-            scale = scale_of(settings.alpha, rank, settings.scaling)
-            layer.extend(access, rank, scale, generator)
+            if int(layer.links) < link:
+                layer.extend(access, link, step.generator)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"num_finished": self.num_finished}
+    def _link(self, step: int, total: int) -> int:
+        """Which link a step trains."""
+        links = range(self.settings.num_links)
+        return max(link for link in links if self._first_step(link, total) <= step)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.num_finished = state["num_finished"]
+    def _first_step(self, link: int, total: int) -> int:
+        return link * total // self.settings.num_links

@@ -7,26 +7,19 @@ Ding et al. 2023, arXiv:2311.11696. A gate at zero is a component that export le
 come back: its own gradient does not vanish, and one update above xi revives it. g starts N(0, 1),
 B at zero.
 
-The released code (TsinghuaC3I/SoRA) was read in full. Its proximal step applies its cases one after
-the other: what has shrunk below xi is zeroed too, so that a gate loses xi only from 2 xi on.
-`release_prox` does that, the default is the soft threshold of the paper. The paper's threshold is
-the learning rate times lambda, the one that the release imports is a constant: `threshold`, or
-`threshold_per_lr` times the gates' own rate. A constant makes longer runs sparser; tie it to the
-rate where runs of different length are compared. Values of the sparsifying schedule share one run
-here, where the release trains anew with each; a list of them fails there. Of its three spacings,
-"log_linear" is a straight line to 0.1 % at these sizes, and "exp_linear" is our `log`.
-
-Where we deviate: no loss on |g| beside the proximal step, which the release has by default; `l1` is
-one in its place. Layer norms, which the release trains too, are a setting of every method
-(`train_norms`). Gates rest in fp32: the shrink of 3e-4 is below what bf16 can say of a number near
-1. They do not decay.
+Where we deviate: the released proximal step (TsinghuaC3I/SoRA) applies its cases one after the
+other, so that a gate in (xi, 2 xi] is zeroed as well: `release_prox` does that, the default is the
+soft threshold of the paper. The paper's threshold is the learning rate times lambda, the release's
+is a constant: `threshold`, or `threshold_per_lr` times the rate. Layer norms, which the release
+trains too, are a setting of every method (`train_norms`). Gates rest in fp32: the shrink of 3e-4 is
+below what bf16 can say of a number near 1.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,8 +28,6 @@ from qlora_lite.adapters.lora import LoRALayer, LoRAMethod
 from qlora_lite.adapters.method import Access, AdapterSettings, Footprint, StepInfo
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
-
-Threshold = Annotated[float, Field(ge=0)]
 
 
 class SoRA(AdapterSettings):
@@ -50,52 +41,18 @@ class SoRA(AdapterSettings):
     alpha: float = Field(default=16.0, gt=0)
     """Numerator of the scale of the update; its denominator is the largest rank throughout."""
 
-    threshold: Threshold | Annotated[list[Threshold], Field(min_length=1)] = 3e-4
-    """What a step takes off every gate (xi); several values share the run between them (the
+    threshold: float | list[float] = 3e-4
+    """What a step takes off every gate (xi); several, growing, share the run between them (the
     paper's sparsifying schedule)."""
 
-    num_thresholds: int | None = Field(default=None, ge=2)
-    """Values of the schedule, spaced between the two of `threshold`; as they are unless given."""
-
-    spacing: Literal["linear", "log"] = "linear"
-    """Equal differences between them, or equal ratios."""
-
     threshold_per_lr: float | None = Field(default=None, ge=0)
-    """Threshold relative to the learning rate of the gates (the paper's lambda), in place of
-    `threshold`. The authors' numbers are 0.375 (3e-4 at a rate of 8e-4)."""
+    """Threshold relative to the learning rate (the paper's lambda), in place of `threshold`."""
 
     l1: float = Field(default=0.0, ge=0)
     """Weight of the mean |g| in the loss, in place of the shrinking (with `threshold=0`)."""
 
     release_prox: bool = False
-    """The proximal step of the released code: what has shrunk below xi is zeroed as well."""
-
-    @model_validator(mode="after")
-    def _one_way_to_zero(self) -> Self:
-        if self.threshold_per_lr is not None and isinstance(self.threshold, list):
-            raise ValueError(
-                f"threshold={self.threshold} is a schedule of its own, and threshold_per_lr="
-                f"{self.threshold_per_lr} would replace it. Take one of the two"
-            )
-        if self.l1 and (self.threshold_per_lr or self.threshold != 0):
-            raise ValueError(
-                f"l1={self.l1} would shrink the gates beside the proximal step. Take threshold=0 "
-                "without threshold_per_lr, or l1=0"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _two_ends(self) -> Self:
-        if self.num_thresholds is None:
-            return self
-        ends = self.threshold if isinstance(self.threshold, list) else [self.threshold]
-        if len(ends) != 2 or (self.spacing == "log" and 0 in ends):
-            raise ValueError(
-                f"num_thresholds={self.num_thresholds} values with spacing={self.spacing} lie "
-                f"between two, threshold={self.threshold} does not give these. Write "
-                "threshold=[1e-4,7e-4]"
-            )
-        return self
+    """The proximal step of the released code: a hard threshold at twice xi, with a shrink of xi."""
 
 
 def soft_threshold(gate: Tensor, width: float) -> Tensor:
@@ -104,17 +61,8 @@ def soft_threshold(gate: Tensor, width: float) -> Tensor:
 
 
 def released_threshold(gate: Tensor, width: float) -> Tensor:
-    """What the released code makes of it: what is below `width` afterwards is zero too."""
-    shrunk = torch.where(gate.abs() > width, soft_threshold(gate, width), gate)
-    return torch.where(shrunk.abs() < width, 0.0, shrunk)
-
-
-def spaced(first: float, last: float, num: int, spacing: Literal["linear", "log"]) -> list[float]:
-    """`num` values between two, both included."""
-    shares = [i / (num - 1) for i in range(num)]
-    if spacing == "log":
-        return [first ** (1 - share) * last**share for share in shares]
-    return [first * (1 - share) + last * share for share in shares]
+    """What the released code makes of it: up to twice `width` is zero, the rest shrinks."""
+    return torch.where(gate.abs() > 2 * width, soft_threshold(gate, width), 0.0)
 
 
 class SoRALayer(LoRALayer):
@@ -145,7 +93,6 @@ class SoRALayer(LoRALayer):
         return Factors(a[kept], b[:, kept] * (self.scale * g[kept]))
 
     def begin_from(self, factors: Factors) -> None:
-        """Gates of 1, their mean size at the start; the others keep theirs."""
         super().begin_from(factors)
         self.g.data[: factors.rank] = 1.0
 
@@ -160,7 +107,7 @@ class SoRAMethod(LoRAMethod):
 
     def footprint(self, spec: LinearSpec) -> Footprint:
         lora = super().footprint(spec)
-        return Footprint(lora.width, lora.trained + self.plans[spec.path].rank)
+        return Footprint(lora.width, lora.trained + lora.width)
 
     def build(
         self,
@@ -193,12 +140,9 @@ class SoRAMethod(LoRAMethod):
 
 
 def threshold_at(settings: SoRA, step: StepInfo) -> float:
-    """xi of a step: a constant, one of several that share the run evenly, or tied to the rate."""
+    """xi of a step: a constant, one of a list that shares the run evenly, or tied to the rate."""
     if settings.threshold_per_lr is not None:
-        return settings.threshold_per_lr * step.lr * settings.lr_ratio
-    values = settings.threshold
-    if not isinstance(values, list):
-        return values
-    if settings.num_thresholds is not None:
-        values = spaced(values[0], values[1], settings.num_thresholds, settings.spacing)
-    return values[step.step * len(values) // step.total]
+        return settings.threshold_per_lr * step.lr
+    if isinstance(settings.threshold, list):
+        return settings.threshold[step.step * len(settings.threshold) // step.total]
+    return settings.threshold

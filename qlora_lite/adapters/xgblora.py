@@ -5,33 +5,27 @@
 Every kappa steps the booster is finished and another begins, on decoder layers drawn anew; only
 those train. Zhang et al. 2024, arXiv:2410.19694. The loop, rank 1 and eta = 1 are confirmed by
 public reviews; kappa, alpha, the rate and the weight of the norm penalty were not found, and no
-code of the authors. A third of the layers is near the best of the paper's ablation, 11 of 32.
+code of the authors.
 
 Where we deviate: a finished booster is not merged into the weight but kept in a bank (`bank.py`),
 since a quantised weight would round it away. A bank above `max_bank_rank` is recompressed to it and
-says in `bank_error` what that lost. A booster that is not finished when the run ends stays the live
-pair, at its full scale. The learning rate's schedule goes on; `rewarm` steps of each booster rise
-to it. What is adapted outside the decoder layers (the head) is drawn as if it were one more of
-them. Not here: an end by patience, as in a third party's code.
+says in `bank_error` what that lost. The booster that the run ends with stays the live pair. The
+learning rate's schedule goes on; `rewarm` steps of each booster rise to it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from qlora_lite.adapters.bank import BankedLayer
 from qlora_lite.adapters.layer import AdapterLayer
 from qlora_lite.adapters.lora import LoRALayer, LoRAMethod
-from qlora_lite.adapters.method import Access, AdapterSettings, Footprint, LayerPlan, StepInfo
-from qlora_lite.foundation.errors import AdapterError
+from qlora_lite.adapters.method import Access, AdapterSettings, Footprint, StepInfo
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
-
-OUTSIDE = -1
-"""The number of what is adapted outside the decoder layers."""
 
 
 class XGBLoRA(AdapterSettings):
@@ -40,7 +34,7 @@ class XGBLoRA(AdapterSettings):
     kind: Literal["xgblora"] = "xgblora"
 
     rank: int = Field(default=1, ge=1)
-    """Rank of a booster; `ranks` may change it layer by layer."""
+    """Rank of a booster."""
 
     alpha: float = Field(default=16.0, gt=0)
     """Numerator of the scale of a booster."""
@@ -55,57 +49,30 @@ class XGBLoRA(AdapterSettings):
     """What a finished booster is multiplied by (eta)."""
 
     norm_penalty: float = Field(default=0.0, ge=0)
-    """Weight of ||A||_F^2 + ||B||_F^2 of the booster in the loss."""
+    """Weight of ||A||_F^2 + ||B||_F^2 of the live boosters in the loss."""
 
     rewarm: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises again with each booster."""
 
-    max_bank_rank: int = Field(default=64, ge=1)
+    max_bank_rank: int = Field(default=256, ge=1)
     """Rank above which a layer's finished boosters are recompressed."""
-
-    @model_validator(mode="after")
-    def _rise_ends(self) -> Self:
-        if self.rewarm >= self.boost_every:
-            raise ValueError(
-                f"rewarm={self.rewarm} does not end before the next booster, boost_every="
-                f"{self.boost_every} steps later. Take a rewarm below {self.boost_every}"
-            )
-        return self
 
 
 class XGBLoRAMethod(LoRAMethod):
-    """Draws the decoder layers of a booster, and finishes it when its steps are over."""
+    """Draws the layers of a booster, and finishes it when its steps are over."""
 
     settings: XGBLoRA
 
-    def __init__(self, settings: AdapterSettings) -> None:
+    def __init__(self, settings: XGBLoRA) -> None:
         super().__init__(settings)
-        self.num_finished = 0
-        self.drawn: list[int] = []
-        """Decoder layers of the running booster; empty between two."""
-        self.block_of: dict[str, int] = {}
-
-    def plan(self, specs: Sequence[LinearSpec]) -> dict[str, LayerPlan]:
-        """As every method.
-
-        Raises:
-            AdapterError: if a booster is to train more decoder layers than there are.
-        """
-        plans = super().plan(specs)
-        blocks = {spec.path: OUTSIDE if spec.block is None else spec.block for spec in specs}
-        self.block_of = {path: blocks[path] for path in plans}
-        num, there = self.settings.num_layers or 1, len(set(self.block_of.values()))
-        if num > max(there, 1):
-            raise AdapterError(
-                f"adapter.num_layers={num}, but adapters are in {there} decoder layers. Take "
-                f"adapter.num_layers={there} or less, or widen adapter.targets"
-            )
-        return plans
+        self._blocks: list[int] = []
+        """Decoder layers of the running booster; -1 stands for what is in none."""
+        self._block_of: dict[str, int] = {}
 
     def footprint(self, spec: LinearSpec) -> Footprint:
-        """With a full bank: the number of boosters depends on the run's length."""
-        rank, size = self.plans[spec.path].rank, spec.d_in + spec.d_out
-        return Footprint(rank, rank * size, frozen=self._cap(spec.d_in, spec.d_out) * size)
+        rank, cap = self.plans[spec.path].rank, self.settings.max_bank_rank
+        size = spec.d_in + spec.d_out
+        return Footprint(rank + cap, rank * size, frozen=cap * size)
 
     def build(
         self,
@@ -116,14 +83,15 @@ class XGBLoRAMethod(LoRAMethod):
     ) -> AdapterLayer:
         lora = super().build(base, spec, start, generator)
         assert isinstance(lora, LoRALayer)
+        self._block_of[spec.path] = -1 if spec.block is None else spec.block
         return BankedLayer(base, lora.a.data, lora.b.data, lora.scale, lora.dropout)
 
     def begin_step(self, step: StepInfo) -> None:
-        if not self.drawn:
-            self.drawn = self._draw(step.generator)
+        if step.step % self.settings.boost_every == 0 or not self._blocks:
+            self._blocks = self._draw(step.generator)
 
     def active(self, step: StepInfo) -> Iterable[str]:
-        return [path for path in self.layers if self.block_of[path] in self.drawn]
+        return [path for path in self.layers if self._block_of[path] in self._blocks]
 
     def penalty(self) -> Tensor | None:
         if not self.settings.norm_penalty:
@@ -133,37 +101,29 @@ class XGBLoRAMethod(LoRAMethod):
         return self.settings.norm_penalty * torch.stack(squares).sum()
 
     def after_step(self, access: Access, step: StepInfo) -> None:
-        due = (step.step + 1) // self.settings.boost_every
-        if step.skipped or due <= self.num_finished:
+        done = step.step + 1
+        if step.skipped or done % self.settings.boost_every or done >= step.total:
             return
-        self.num_finished = due  # counted, so that a skipped step only puts it off
         for path in self.active(step):
             layer = self.layers[path]
             assert isinstance(layer, BankedLayer)
-            cap = self._cap(layer.base.d_in, layer.base.d_out)
             fresh = layer.fresh_down(step.generator)
-            layer.finish_link(access, fresh, shrinkage=self.settings.shrinkage, cap=cap)
-        self.drawn = []
+            layer.finish_link(access, fresh, self.settings.max_bank_rank, self.settings.shrinkage)
 
     def lr_scale(self, step: int, total: int) -> float:
-        """Rises to 1 with every booster but the first, which has the run's own warm-up."""
-        every, rewarm = self.settings.boost_every, self.settings.rewarm
-        return 1.0 if step < every else min(1.0, (step % every + 1) / (rewarm + 1))
+        if not self.settings.rewarm or step < self.settings.boost_every:
+            return 1.0
+        return min(1.0, (step % self.settings.boost_every + 1) / (self.settings.rewarm + 1))
 
     def state_dict(self) -> dict[str, Any]:
-        drawn = torch.tensor(self.drawn, dtype=torch.int64)
-        return {"num_finished": self.num_finished, "drawn": drawn}
+        return {"blocks": torch.tensor(self._blocks, dtype=torch.int64)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.num_finished, self.drawn = state["num_finished"], state["drawn"].tolist()
+        self._blocks = state["blocks"].tolist()
 
     def _draw(self, generator: torch.Generator) -> list[int]:
-        """Decoder layers without replacement, the same for all processes."""
-        there = sorted(set(self.block_of.values()))
-        num = self.settings.num_layers or max(round(len(there) / 3), 1)
-        order = torch.randperm(len(there), generator=generator)[:num]
+        """Distinct decoder layers, the same for all processes."""
+        there = sorted({self._block_of[path] for path in self.layers})
+        count = min(self.settings.num_layers or max(len(there) // 3, 1), len(there))
+        order = torch.randperm(len(there), generator=generator)[:count]
         return sorted(there[i] for i in order.tolist())
-
-    def _cap(self, d_in: int, d_out: int) -> int:
-        """No product has more than full rank, so a bank above it can lose nothing."""
-        return min(self.settings.max_bank_rank, d_in, d_out)
