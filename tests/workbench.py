@@ -5,7 +5,7 @@ bench = Bench(save_tiny(tmp_path / "base"), SoRA(rank=4))
 losses = [bench.step() for _ in range(5)]
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -89,6 +89,7 @@ class Bench:
         seed: int = 0,
         saved: dict[str, Tensor] | None = None,
         repeats_data: bool = False,
+        engine: Callable[[AdamW, torch.dtype], TorchEngine] = TorchEngine,
     ) -> None:
         self.repeats_data = repeats_data
         self.total, self.lr, self.rows, self.max_grad_norm = total, lr, rows, max_grad_norm
@@ -114,7 +115,7 @@ class Bench:
             states="32bit",
             rounding="master",
         )
-        self.engine = TorchEngine(self.optimizer, torch.float32)
+        self.engine = engine(self.optimizer, torch.float32)
         self.result: StepResult | None = None
 
     def step(self) -> float:

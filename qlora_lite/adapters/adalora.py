@@ -173,7 +173,7 @@ class AdaLoRAMethod(LoRAMethod):
         if done <= fixed:
             self._observe(access, gradients)
         every = self.settings.every or max(1, step.total // 200)
-        if done == fixed:
+        if done >= fixed and not self._kept:  # late, where that step was skipped
             self._kept = self._select(budget(done, warm, fixed, *self._budgets()))
             self._sensitivity, self._deviation = {}, {}
         if done >= fixed:

@@ -69,7 +69,7 @@ class MergeSource:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """One tensor of the merged model."""
 
     spec: TensorSpec
@@ -131,7 +131,7 @@ class MergedWeights:
         places = [(stored, stored, ours) for stored, ours in names.items()]
         places += [(copy, stored_as[tied[copy]], copy) for copy in self.untied]
         self._entries = {
-            name: _Entry(self._spec(name, stored, ours, dtype, unpacked), stored, ours)
+            name: Entry(self._spec(name, stored, ours, dtype, unpacked), stored, ours)
             for name, stored, ours in places
         }
 
@@ -208,7 +208,7 @@ class MergedWeights:
         else:
             yield from (part.to("cpu", dtype) for part in rows)
 
-    def _rows(self, entry: _Entry) -> Iterator[Tensor] | None:
+    def _rows(self, entry: Entry) -> Iterator[Tensor] | None:
         """What training changed or held otherwise, along the outputs; None: as it is stored."""
         learned, path = self._learned, entry.path
         if entry.ours in learned.whole:
@@ -224,14 +224,14 @@ class MergedWeights:
             return _dense(self._frozen(entry))
         return self._held(entry)
 
-    def _adapted(self, entry: _Entry) -> Iterator[Tensor]:
+    def _adapted(self, entry: Entry) -> Iterator[Tensor]:
         layer = self._layer(entry)
         pair = layer.factors() if type(layer).merged is AdapterLayer.merged else None
         if pair is None or pair.relative_error > 0:
             return _cut(layer.merged(layer.base.dense()))
         return _add(_dense(layer.base), pair)
 
-    def _layer(self, entry: _Entry) -> AdapterLayer:
+    def _layer(self, entry: Entry) -> AdapterLayer:
         """The trained layer of one weight, on a base of its own."""
         path = entry.path
         spec, saved = self._starts.specs[path], self._learned.layers[path]
@@ -254,7 +254,7 @@ class MergedWeights:
         scale = scale_of(settings.alpha, settings.embedding_rank, settings.scaling)
         return Factors(down=scale * saved["b"].float().T, up=saved["a"].float().T)
 
-    def _frozen(self, entry: _Entry) -> FrozenLinear:
+    def _frozen(self, entry: Entry) -> FrozenLinear:
         """One linear layer without its bias, as training held it; or exactly as it is stored."""
         rule = self.source.rule
         if is_packed(self.checkpoint, entry.stored):
@@ -273,7 +273,7 @@ class MergedWeights:
             *weight.shape, label, rule.compute, plain, source=weight, scratch=self._scratch
         )
 
-    def _quant(self, entry: _Entry) -> Quant | None:
+    def _quant(self, entry: Entry) -> Quant | None:
         """How training quantised a tensor; None if it held it in a plain dtype."""
         module, base = self.model.get_submodule(entry.path), self.source.base
         is_linear = type(module) is nn.Linear or isinstance(module, Conv1D)
@@ -283,7 +283,7 @@ class MergedWeights:
             return base.quant
         return {"16bit": None, "int8": Int8(), "nf4": NF4()}[base.head]
 
-    def _dtype_at_rest(self, entry: _Entry) -> torch.dtype:
+    def _dtype_at_rest(self, entry: Entry) -> torch.dtype:
         """In what training held a tensor that it did not quantise."""
         module, rule = self.model.get_submodule(entry.path), self.source.rule
         if len(entry.spec.shape) == 1:
@@ -292,18 +292,18 @@ class MergedWeights:
             return torch.float32 if isinstance(self.source.base.quant, FP32) else rule.storage
         return rule.compute
 
-    def _is_transposed(self, entry: _Entry) -> bool:
+    def _is_transposed(self, entry: Entry) -> bool:
         """Stored as (d_in, d_out)."""
         module = self.model.get_submodule(entry.path)
         return isinstance(module, Conv1D) and len(entry.spec.shape) == 2
 
-    def _held(self, entry: _Entry) -> Iterator[Tensor]:
+    def _held(self, entry: Entry) -> Iterator[Tensor]:
         """A tensor that was not quantised, in fp32 after the rounding that training gave it."""
         exact = self.base == "original"
         held = torch.float32 if exact else self._dtype_at_rest(entry)
         return (part.to(held).float() for part in self._stored(entry))
 
-    def _stored(self, entry: _Entry) -> Iterator[Tensor]:
+    def _stored(self, entry: Entry) -> Iterator[Tensor]:
         """The checkpoint's tensor, in pieces along its first dimension."""
         info = self.checkpoint.info(entry.stored)
         if not info.shape:

@@ -18,12 +18,12 @@ from qlora_lite.adapters.layer import Factors
 from qlora_lite.adapters.method import Need
 from qlora_lite.analysis.findings import Shape
 from qlora_lite.analysis.rank import SVD, gate_values, svd_of_dense, svd_of_pair
-from qlora_lite.export.merge import MergedWeights, _Entry
+from qlora_lite.export.merge import Entry, MergedWeights
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import AdapterError, RunError
 from qlora_lite.recipe import load_recipe
 from qlora_lite.run.folder import RunFolder
-from qlora_lite.run.merging import _source
+from qlora_lite.run.merging import merge_source
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class RunDeltas:
         folder.read_record()
         recipe = load_recipe(folder.recipe)
         try:
-            source = _source(folder, recipe, rule)
+            source = merge_source(folder, recipe, rule)
         except json.JSONDecodeError as error:
             raise RunError(
                 f"{folder.adapter}: its record is damaged ({error}). Restore it, or delete the "
@@ -184,6 +184,6 @@ class TrainedLayers(MergedWeights):
     def num_bytes(self, path: str) -> int:
         return self.checkpoint.info(self._entry_of(path).stored).num_bytes
 
-    def _entry_of(self, path: str) -> _Entry:
+    def _entry_of(self, path: str) -> Entry:
         """Of the weight at `path`."""
         return next(e for e in self._entries.values() if e.ours == f"{path}.weight")

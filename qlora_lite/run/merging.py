@@ -106,11 +106,11 @@ def _begin(folder: RunFolder, device: str | None, watcher: Watcher) -> Proof:
     folder.read_record()
     recipe = load_recipe(folder.recipe)
     rule = devices.choose(device or recipe.device, recipe.base.compute)
-    source = _source(folder, recipe, rule)
+    source = merge_source(folder, recipe, rule)
     return Proof(folder, recipe, source, rule, load_tokenizer(recipe.base), watcher)
 
 
-def _source(folder: RunFolder, recipe: Recipe, rule: DeviceRule) -> MergeSource:
+def merge_source(folder: RunFolder, recipe: Recipe, rule: DeviceRule) -> MergeSource:
     """A run's adapter and base. Weights are dequantised to the dtype that training computed in.
 
     Raises:

@@ -98,12 +98,13 @@ class AdamW:
         self.names = [name for group in groups for name in group.names]
         self.parameters = [p for group in groups for p in group.parameters]
         self.images = [p if p.dtype is torch.float32 else _image(p) for p in self.parameters]
-        image_of = dict(zip(self.names, self.images, strict=True))
+        self._image_of = dict(zip(self.parameters, self.images, strict=True))
+        by_name = dict(zip(self.names, self.images, strict=True))
         self.lr_factors = [group.lr_factor for group in groups]
         self.inner = _adamw(states)(
             [
                 {
-                    "params": [image_of[name] for name in group.names],
+                    "params": [by_name[name] for name in group.names],
                     "weight_decay": weight_decay if group.decays else 0.0,
                 }
                 for group in groups
@@ -143,7 +144,7 @@ class AdamW:
 
     def image(self, parameter: nn.Parameter) -> nn.Parameter:
         """What the optimizer moves for this parameter: an fp32 image, or itself."""
-        return self.images[self._index(parameter)]
+        return self._image_of[parameter]
 
     def kept(self, parameter: nn.Parameter) -> nn.Parameter:
         """What remembers its value between steps: the master, or itself."""
@@ -186,9 +187,6 @@ class AdamW:
                 if self.is_paged and isinstance(stored, Tensor) and stored.shape == image.shape:
                     stored = self.inner.get_state_buffer(image, stored.dtype).copy_(stored)  # type: ignore[attr-defined]
                 self.inner.state[image][part] = stored
-
-    def _index(self, parameter: nn.Parameter) -> int:
-        return next(i for i, p in enumerate(self.parameters) if p is parameter)
 
 
 def round_stochastically(value: Tensor, generator: torch.Generator) -> Tensor:

@@ -4,6 +4,7 @@ Every method on NF4 is in the ordinary suite, all base precisions among the slow
 """
 
 import copy
+from functools import partial
 
 import peft
 import pytest
@@ -15,6 +16,7 @@ from qlora_lite.export.merge import MergedWeights, MergeSource
 from qlora_lite.export.verify import candidate
 from qlora_lite.model.load import Base, load_base
 from qlora_lite.training import checkpoint
+from qlora_lite.training.engine import TorchEngine
 from tests.dense_twin import dense_twin
 from tests.properties.cases import CASES
 from tests.properties.test_layers import FP32_SUMS, HARDLY_QUANTISED, QUANTS
@@ -101,6 +103,22 @@ def test_a_run_that_was_interrupted_ends_in_the_same_bits(directory, tmp_path, n
 
 
 @every
+@pytest.mark.parametrize("overflows", [0, 1], ids=["even steps", "odd steps"])
+def test_a_step_that_overflowed_changes_nothing_wherever_it_falls(
+    directory, name, quant, overflows
+):
+    it = bench(directory, name, quant, engine=partial(Overflowing, overflows))
+    for number in range(STEPS):
+        before = copy.deepcopy(it.attached.state())
+        it.step()
+        after = it.attached.state()
+        is_same = before.keys() == after.keys() and all(
+            torch.equal(after[key], tensor) for key, tensor in before.items()
+        )
+        assert is_same == (number % 2 == overflows)
+
+
+@every
 def test_checkpointing_changes_no_bit(directory, name, quant):
     plain = bench(directory, name, quant)
     lean = bench(directory, name, quant, checkpointing=True)
@@ -160,6 +178,18 @@ def test_ranks_may_differ_from_layer_to_layer(directory, name, quant):
     path = "model.layers.1.self_attn.q_proj"
     counts = [b.attached.layers[path].trainable_count() for b in (it, without)]
     assert counts[0] != counts[1]
+
+
+class Overflowing(TorchEngine):
+    """Skips every other step, as loss scaling does when a gradient is not finite."""
+
+    def __init__(self, overflows, optimizer, compute):
+        super().__init__(optimizer, compute)
+        self.overflows = overflows
+
+    def step(self, max_norm, step):
+        self.skipped = step.step % 2 == self.overflows
+        return float("inf") if self.skipped else super().step(max_norm, step)
 
 
 def assert_same_logits(found, expected):

@@ -2,8 +2,11 @@
 
 import importlib
 import json
+import multiprocessing
+import os
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +26,7 @@ STAGES = (
     "figures",
     "material",
     "page",
+    "processes",
     "ranks",
     "rates",
     "readings",
@@ -63,19 +67,20 @@ def quick(study, monkeypatch):
 
 
 def stop_after(monkeypatch, results, number):
-    """The process ends before the next measurement."""
-    carry_out = results.Results.carry_out
+    """The process ends before the next measurement is written down."""
+    record = results.Results.record
 
-    def counted(self, task):
+    def counted(self, *measured):
         if len(self.lines) == number:
             raise KeyboardInterrupt
-        return carry_out(self, task)
+        record(self, *measured)
 
-    monkeypatch.setattr(results.Results, "carry_out", counted)
+    monkeypatch.setattr(results.Results, "record", counted)
 
 
 def test_two_methods_from_the_first_run_to_the_page(quick, tmp_path, monkeypatch, capsys):
     words = [str(tmp_path / "work"), "--only", "lora_plus", "--steps", "2", "--seeds", "1"]
+    words += ["--cores", "1"]  # a fork of a process that has computed has one thread at most
     docs = tmp_path / "docs"
     lines = tmp_path / "work" / "results.jsonl"
     with monkeypatch.context() as patch:
@@ -98,7 +103,7 @@ def test_two_methods_from_the_first_run_to_the_page(quick, tmp_path, monkeypatch
     assert page.count("\n| lora_plus | 0.001 ") == 1
     assert "| LoRA+ is better than LoRA at equal steps | embedded | lora_plus " in page
     found = json.loads((docs / "benchmarks" / "methods.json").read_text())
-    assert found["seconds"] == sum(line["seconds"] for line in found["results"])
+    assert found["core_seconds"] == sum(line["seconds"] for line in found["results"])
     assert found["findings"][0]["verdict"] == "one seed has no spread"
     assert str(tmp_path) not in json.dumps(found)
     costs = [line["values"] for line in found["results"] if line["key"]["kind"] == "cost"]
@@ -109,20 +114,45 @@ def test_two_methods_from_the_first_run_to_the_page(quick, tmp_path, monkeypatch
 def test_other_settings_do_not_pass_for_the_same_measurement(study, tmp_path):
     results = study.results.Results(tmp_path)
     key = study.results.Key("run", "lora", "embedded", 0)
-    results.carry_out(study.results.Task(key, {"steps": 40}, lambda: {"loss": 1.0}))
-    results.carry_out(
-        study.results.Task(
-            study.results.Key("run", "lora", "embedded", 1),
-            {"steps": 40},
-            lambda: {"run_seconds": 100.0},
-        )
-    )
+    results.record(study.results.Task(key, {"steps": 40}, dict), {"loss": 1.0}, 20.0, threads=2)
     again = study.results.Results(tmp_path)
     assert again.has(study.results.Task(key, {"steps": 40}, dict))
     assert again.values(key) == {"loss": 1.0}
-    assert again.seconds == pytest.approx(100, abs=1)  # what an earlier process spent counts
+    assert again.core_seconds == 40.0
     with pytest.raises(RunError, match="steps: 40 -> 60"):
         again.has(study.results.Task(key, {"steps": 60}, dict))
+
+
+def process_of(barrier):
+    """Meets the other measurement, which must run at the same time."""
+    barrier.wait(timeout=60)
+    return {"process": os.getpid(), "threads": torch.get_num_threads(), "run_seconds": 1000.0}
+
+
+def fails(error):
+    raise error
+
+
+def test_measurements_run_side_by_side_in_processes_of_their_own(study):
+    barrier = multiprocessing.get_context("fork").Barrier(2)
+    keys = [study.results.Key("run", "lora", "embedded", seed) for seed in range(2)]
+    tasks = [study.results.Task(key, {}, partial(process_of, barrier)) for key in keys]
+    found = list(study.processes.side_by_side(tasks, jobs=2, threads=1))
+    assert sorted(task.key.seed for task, _, _ in found) == [0, 1]
+    assert len({values["process"] for _, values, _ in found} | {os.getpid()}) == 3
+    assert all(values["threads"] == 1 for _, values, _ in found)
+    assert all(seconds == 1000.0 for *_, seconds in found)  # an earlier attempt's count
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(RunError("no"), "no"), (SystemExit(3), "'run: lora .* without a result")]
+)
+def test_a_measurement_that_fails_ends_the_study(study, error, said):
+    task = study.results.Task(
+        study.results.Key("run", "lora", "embedded"), {}, partial(fails, error)
+    )
+    with pytest.raises((RunError, RuntimeError), match=said):
+        list(study.processes.side_by_side([task], jobs=2, threads=1))
 
 
 # ---------------------------------------------------------------------------------- who takes part

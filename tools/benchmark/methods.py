@@ -5,7 +5,8 @@
 
 On the embedded base, with the embedded rows and, where their folders are given, E2E (train.csv,
 test.csv) and GSM8K (train.jsonl, test.jsonl). Everything is measured once: the same command goes on
-where it was stopped, and with more seeds, data or methods it measures what is new.
+where it was stopped, and with more seeds, data or methods it measures what is new. Runs go side by
+side, one on each core; what is timed goes alone.
 
 `--write docs` puts the table, the figures and the claims between the markers of docs/methods.md,
 and every number into docs/benchmarks/methods.json. A claim that does not show at this size is
@@ -13,6 +14,7 @@ reported as such. Each stage is a file in `tools/benchmark/method_study`.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +24,11 @@ from method_study.budget import Budget
 from method_study.claims import findings
 from method_study.contenders import contenders
 from method_study.material import EMBEDDED, Material, e2e, gsm8k
+from method_study.processes import side_by_side
 from method_study.readings import Readings
 from method_study.record import record, this_machine
 from method_study.results import Results
-from method_study.schedule import Study, tasks
+from method_study.schedule import Study, stages
 
 from qlora_lite.cli.status import status_of
 from qlora_lite.foundation.files import lock, write_json
@@ -46,7 +49,7 @@ def main(words: Sequence[str] | None = None) -> None:
             contenders=contenders(asked.only),
             results=Results(asked.work),
         )
-        measure(study)
+        measure(study, asked.cores)
     if asked.write:
         write(study, asked.write)
 
@@ -61,21 +64,20 @@ def materials(e2e_folder: Path | None, gsm8k_folder: Path | None) -> list[Materi
     return found
 
 
-def measure(study: Study) -> None:
+def measure(study: Study, cores: int) -> None:
     """Carry out every task that has no result yet, a line for each."""
-    results = study.results
-    every = tasks(study)
-    missing = [task for task in every if not results.has(task)]
-    print(f"{len(every)} measurements, {len(every) - len(missing)} of them done", flush=True)
-    spent = 0.0
-    for number, task in enumerate(missing, 1):
-        seconds = results.carry_out(task)
-        spent += seconds
-        left = spent / number * (len(missing) - number)
-        print(
-            f"{task.key}: {format_seconds(seconds)}, about {format_seconds(left)} left", flush=True
-        )
-    print(f"{format_seconds(results.seconds)} in all, over every call")
+    results, plan = study.results, stages(study)
+    every = [task for stage in plan for task in stage.tasks]
+    left = sum(not results.has(task) for task in every)
+    print(f"{len(every)} measurements, {len(every) - left} of them done", flush=True)
+    for stage in plan:
+        missing = [task for task in stage.tasks if not results.has(task)]
+        jobs, threads = (1, cores) if stage.is_timed else (cores, 1)
+        for task, values, seconds in side_by_side(missing, jobs, threads):
+            results.record(task, values, seconds, threads)
+            left -= 1
+            print(f"{task.key}: {format_seconds(seconds)}; {left} left", flush=True)
+    print(f"{format_seconds(results.core_seconds)} of core time in all, over every call")
 
 
 def write(study: Study, docs: Path) -> None:
@@ -86,7 +88,7 @@ def write(study: Study, docs: Path) -> None:
     found = findings(readings, names)
     target = docs / "methods.md"
     parts = [
-        page.introduction(study.budget, study.results.seconds, this_machine()),
+        page.introduction(study.budget, study.results.core_seconds, this_machine()),
         page.table(readings, methods, names),
         page.stopped(readings, methods, names),
         page.pictures(figures.draw(readings, methods, docs / "methods"), target),
@@ -108,6 +110,8 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gsm8k", type=Path, metavar="DIR", help="has train.jsonl and test.jsonl")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of a run (40)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of everything (3)")
+    here = len(os.sched_getaffinity(0))
+    parser.add_argument("--cores", type=int, default=here, help=f"to use ({here})")
     parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="and LoRA")
     parser.add_argument("--write", type=Path, metavar="DOCS", help="where methods.md is")
     return parser.parse_args(words)

@@ -20,18 +20,20 @@ EMBEDDED = Material(
 )
 
 
+FEWER = ("data.max_heldout_rows=100",)
+"""Their rows are long, so fewer are held out."""
+
+
 def e2e(folder: Path) -> Material:
     """Restaurants described from their attributes: `train.csv` and `test.csv`."""
     fields = 'data.fields={"prompt": "mr", "completion": "ref"}'
-    return Material("e2e", (*_files(folder, "csv"), fields, "data.max_tokens=256"))
+    return Material("e2e", (*_files(folder, "csv"), fields, "data.max_tokens=256", *FEWER))
 
 
 def gsm8k(folder: Path) -> Material:
-    """Sums with their reasoning: `train.jsonl` and `test.jsonl`. Rows are long, so fewer are
-    held out."""
+    """Sums with their reasoning: `train.jsonl` and `test.jsonl`."""
     fields = 'data.fields={"prompt": "question", "completion": "answer"}'
-    sizes = ("data.max_tokens=768", "data.max_heldout_rows=100")
-    return Material("gsm8k", (*_files(folder, "jsonl"), fields, *sizes))
+    return Material("gsm8k", (*_files(folder, "jsonl"), fields, "data.max_tokens=1024", *FEWER))
 
 
 def _files(folder: Path, suffix: str) -> tuple[str, str]:

@@ -28,12 +28,12 @@ def update(page: Path, content: str) -> None:
     write_text(page, f"{before}{BEGIN}\n{content.strip()}\n{END}{after}")
 
 
-def introduction(budget: Budget, seconds: float, machine: Machine) -> str:
+def introduction(budget: Budget, core_seconds: float, machine: Machine) -> str:
     """What was done, and how long it took."""
     seeds = f"{budget.seeds} seeds" if budget.seeds > 1 else "1 seed"
     return (
-        f"Measured by `{TOOL}` in {format_seconds(seconds)} ({machine.cores} CPU cores, "
-        f"{machine.threads} torch threads): the embedded base in NF4, all linear layers, "
+        f"Measured by `{TOOL}` in {format_seconds(core_seconds)} of core time (of {machine.cores} "
+        "CPU cores, a run on each): the embedded base in NF4, all linear layers, "
         f"{budget.steps} steps of about {TOKENS_PER_STEP:,} tokens, rank 8 or about as much, "
         f"no dropout, {seeds}, at most {HELDOUT_ROWS} held-out rows, drawn by the seed.\n\n"
         "The learning rate is the best of three, each 4 times the one before, around "

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from method_study import rates
 from method_study.budget import TOKENS_PER_STEP, Budget
 from method_study.results import Results
@@ -22,13 +20,12 @@ class Machine:
     """Where it was measured."""
 
     cores: int
-    threads: int
     architecture: str
 
 
 def this_machine() -> Machine:
     """The present process's."""
-    return Machine(len(os.sched_getaffinity(0)), torch.get_num_threads(), platform.machine())
+    return Machine(len(os.sched_getaffinity(0)), platform.machine())
 
 
 def record(
@@ -45,7 +42,7 @@ def record(
         },
         "versions": versions | {"python": platform.python_version()},
         "machine": asdict(this_machine()),
-        "seconds": results.seconds,
+        "core_seconds": results.core_seconds,
         "findings": [asdict(finding) for finding in findings],
         "results": list(results.lines.values()),
     }

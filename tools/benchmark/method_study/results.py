@@ -1,7 +1,6 @@
 """`results.jsonl`: one line a measurement. What is there is not measured again."""
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,19 +60,16 @@ class Results:
             )
         return True
 
-    def carry_out(self, task: Task) -> float:
-        """Measure and write it down; returns the seconds, with those of an earlier attempt."""
-        began = time.perf_counter()
-        values = task.measure()
-        seconds = max(time.perf_counter() - began, values.get("run_seconds", 0.0))
+    def record(self, task: Task, values: Values, seconds: float, threads: int) -> None:
+        """Write down what was measured, and what it took."""
         self.lines[task.key] = {
             "key": asdict(task.key),
             "settings": task.settings,
             "seconds": seconds,
+            "threads": threads,
             "values": values,
         }
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines.values()))
-        return seconds
 
     def values(self, key: Key) -> Values | None:
         """What was measured, if it was."""
@@ -81,6 +77,6 @@ class Results:
         return None if line is None else line["values"]
 
     @property
-    def seconds(self) -> float:
-        """What all measurements took together, over all calls."""
-        return sum(line["seconds"] for line in self.lines.values())
+    def core_seconds(self) -> float:
+        """What all measurements took together, over all calls: seconds times threads."""
+        return sum(line["seconds"] * line["threads"] for line in self.lines.values())

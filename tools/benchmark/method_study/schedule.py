@@ -1,4 +1,4 @@
-"""Everything that has to be measured, in order: rates first, for all that follows needs them."""
+"""Everything that has to be measured, in stages: what a stage needs was measured before it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,17 +35,32 @@ class Study:
         return self.work / material.name / f"{name}-seed{seed}"
 
 
-def tasks(study: Study) -> list[Task]:
+@dataclass(frozen=True)
+class Stage:
+    """Measurements that do not need one another."""
+
+    tasks: Sequence[Task]
+    is_timed: bool = False
+    """It is about seconds: one at a time, on all cores."""
+
+
+def stages(study: Study) -> list[Stage]:
     """All measurements of a study. Claims that need more runs are checked on embedded rows."""
-    found = [*_rates(study), *_costs(study)]
     more = extras(study.contenders)
+    runs: list[Task] = []
+    cuts: list[Task] = []
     for seed in range(study.budget.seeds):
         for material in study.materials:
-            found += [_run(study, c, material, seed) for c in study.contenders]
-        found += [_run(study, extra, EMBEDDED, seed) for extra in more]
-        found += _cuts(study, seed)
-        found += _unquantised(study, seed)
-    return found
+            runs += [_run(study, c, material, seed) for c in study.contenders]
+        runs += [_run(study, extra, EMBEDDED, seed) for extra in more]
+        runs += _unquantised(study, seed)
+        cuts += _cuts(study, seed)
+    return [
+        Stage(list(_rates(study))),
+        Stage(list(_costs(study)), is_timed=True),
+        Stage(runs),
+        Stage(cuts),
+    ]
 
 
 def _rates(study: Study) -> Iterator[Task]:
@@ -72,7 +87,7 @@ def _cost(study: Study, contender: Contender, reference: Contender) -> Values:
     ours, theirs = (
         recipe_of(
             c, EMBEDDED, cost.PAIRS + 1, 0, rates.best_rate(study.results, c.kind), study.work
-        )
+        ).but("optim.checkpointing=true")
         for c in (contender, reference)
     )
     return cost.cost(ours, theirs)
