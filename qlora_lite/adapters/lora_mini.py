@@ -30,7 +30,13 @@ from torch.nn import functional as F
 
 from qlora_lite.adapters.layer import AdapterLayer, Role
 from qlora_lite.adapters.lora import kaiming_uniform
-from qlora_lite.adapters.method import AdapterSettings, Footprint, LayerPlan, Method
+from qlora_lite.adapters.method import (
+    AdapterSettings,
+    Footprint,
+    LayerPlan,
+    Method,
+    cut_to_weight,
+)
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
@@ -129,12 +135,12 @@ class LoRAMiniMethod(Method):
     settings: LoRAMini
 
     def plan(self, specs: Sequence[LinearSpec]) -> dict[str, LayerPlan]:
-        """As every method.
+        """As every method, but no rank is above what the weight itself has.
 
         Raises:
             AdapterError: if an inner size that was given is smaller than a layer's rank.
         """
-        plans = super().plan(specs)
+        plans = cut_to_weight(super().plan(specs), specs, self.settings)
         given = {"inner_down": self.settings.inner_down, "inner_up": self.settings.inner_up}
         for path, plan in plans.items():
             for name, size in given.items():

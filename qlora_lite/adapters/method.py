@@ -309,6 +309,19 @@ def rank_of(spec: LinearSpec, rank: int, ranks: Mapping[str, int]) -> int:
     return rank
 
 
+def cut_to_weight(
+    plans: Mapping[str, LayerPlan], specs: Sequence[LinearSpec], settings: AdapterSettings
+) -> dict[str, LayerPlan]:
+    """The plans with ranks of min(d_in, d_out) at most: a weight has no more."""
+    full = {spec.path: min(spec.d_in, spec.d_out) for spec in specs}
+    return {
+        path: plan
+        if plan.rank <= full[path]
+        else LayerPlan(full[path], scale_of(settings.alpha, full[path], settings.scaling))
+        for path, plan in plans.items()
+    }
+
+
 def _matches(spec: LinearSpec, pattern: str) -> bool:
     blocks = re.fullmatch(r"(\d+)(?:-(\d+))?", pattern)
     if blocks is None:

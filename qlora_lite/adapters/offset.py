@@ -24,7 +24,14 @@ from torch.nn import functional as F
 
 from qlora_lite.adapters.layer import AdapterLayer, Role
 from qlora_lite.adapters.lora import LoRALayer
-from qlora_lite.adapters.method import AdapterSettings, Footprint, LayerPlan, Method, Need, scale_of
+from qlora_lite.adapters.method import (
+    AdapterSettings,
+    Footprint,
+    LayerPlan,
+    Method,
+    Need,
+    cut_to_weight,
+)
 from qlora_lite.adapters.start import require_fit
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
@@ -89,13 +96,7 @@ class OffsetMethod(Method):
 
     def plan(self, specs: Sequence[LinearSpec]) -> dict[str, LayerPlan]:
         """As every method, but no rank is above what the weight itself has."""
-        plans = super().plan(specs)
-        for spec in specs:
-            full = min(spec.d_in, spec.d_out)
-            if spec.path in plans and plans[spec.path].rank > full:
-                scale = scale_of(self.settings.alpha, full, self.settings.scaling)
-                plans[spec.path] = LayerPlan(full, scale)
-        return plans
+        return cut_to_weight(super().plan(specs), specs, self.settings)
 
     def footprint(self, spec: LinearSpec) -> Footprint:
         rank = self.plans[spec.path].rank

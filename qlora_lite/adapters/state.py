@@ -93,8 +93,14 @@ def save_at_rank(
     one that has it (MoRA).
 
     Raises:
-        AdapterError: if the method has no pair of this rank.
+        AdapterError: if the method has no pair of this rank, or is right on its own base only.
     """
+    if not attached.keeps_base:
+        raise AdapterError(
+            f"adapter={attached.method.settings.kind} with these settings changed the base's own "
+            "weights before it quantised them, so no adapter of it is right on another base. "
+            "Merge the run"
+        )
     pairs = {p: _cut(p, layer.factors(rank), rank) for p, layer in attached.layers.items()}
     largest = max(pair.rank for pair in pairs.values())
     if largest < rank:

@@ -73,11 +73,14 @@ def _draw_spectra(file: Path, report: TargetReport) -> None:
 def _draw_depth(file: Path, report: TargetReport) -> None:
     """A panel for each quantity, a curve for each name of a layer."""
     quantities = _quantities(report.layers)
+    colours = {n: f"C{i % 10}" for i, n in enumerate(by_name(row.path for row in report.layers))}
     figure, panels = _panels(report.target, len(quantities), PANELS, (4.2, 3.0))
     for panel, (quantity, values) in zip(panels, quantities.items(), strict=True):
         for name, paths in by_name(values).items():
-            panel.plot([values[path] for path in paths], label=name, linewidth=1, marker=".")
-        panel.set(title=quantity, xlabel="layer of this name")
+            depths = [depth(path, place) for place, path in enumerate(paths)]
+            heights = [values[path] for path in paths]
+            panel.plot(depths, heights, label=name, color=colours[name], linewidth=1, marker=".")
+        panel.set(title=quantity, xlabel="block")
         panel.set_ylim(bottom=0)
         panel.legend(fontsize=6)
     _save(figure, file)
@@ -137,6 +140,12 @@ def by_name(paths: Iterable[str]) -> dict[str, list[str]]:
     for path in paths:
         names.setdefault(path.rpartition(".")[2], []).append(path)
     return names
+
+
+def depth(path: str, otherwise: int) -> int:
+    """Number of the block that a layer lies in, as its path says it."""
+    numbers = re.findall(r"(?:^|\.)(\d+)\.", path)
+    return int(numbers[0]) if numbers else otherwise
 
 
 def _panels(

@@ -68,6 +68,8 @@ def kept_rank(values: Tensor, shape: tuple[int, int]) -> int:
     As numpy's `matrix_rank`: above max(shape) * eps * the largest, eps of the dtype that the values
     were computed in. Pruned components, closed gates and padding with zeros do not count.
     """
+    if not len(values):
+        return 0
     floor = max(shape) * torch.finfo(values.dtype).eps * values.max()
     return int((values > floor).sum())
 

@@ -394,3 +394,20 @@ def test_ranks_outside_the_range_are_an_error(wrong):
 
 def test_a_layer_of_a_larger_rank_widens_the_range():
     assert DyLoRA(rank=8, eval_rank=12, ranks={"q_proj": 12}).eval_rank == 12
+
+
+def test_the_drawn_ranks_do_not_depend_on_other_random_numbers(tmp_path):
+    directory = save_tiny(tmp_path / "base")
+    drawn = []
+    for other in (1, 2):
+        bench = Bench(directory, DyLoRA(rank=8), total=10)
+        ranks = []
+        for _ in range(10):
+            torch.manual_seed(other)
+            info = StepInfo(bench.number, 10, 1e-2, generator(0, "method", bench.number))
+            bench.method.begin_step(info)
+            ranks.append(next(iter(bench.attached.layers.values())).drawn)
+            bench.number += 1
+        drawn.append(ranks)
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) > 2

@@ -102,3 +102,11 @@ def test_what_was_taken_out_is_replayed_to_the_bit():
     again = freeze(original(layer.base), NF4(), CPU, split=starts.split(spec.path))
     assert torch.equal(again.weight, layer.base.weight)
     assert torch.equal(again.scales, layer.base.scales)
+
+
+def test_a_randomised_svd_comes_near_to_the_exact_one():
+    exact, drawn = (
+        one_layer(LoftQ(rank=8, alpha=8, iterations=1, svd_iterations=n), 96, 80) for n in (None, 8)
+    )
+    assert not torch.equal(exact.delta(), drawn.delta())
+    assert error_of(drawn) < 1.01 * error_of(exact)

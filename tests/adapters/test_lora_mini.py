@@ -247,3 +247,9 @@ def test_an_inner_size_below_the_rank_is_an_error_that_names_the_layer(settings,
         made(settings)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_no_rank_is_above_that_of_the_weight():
+    layer = one_layer(LoRAMini(rank=40, alpha=66), 33, 57)
+    assert layer.a_in.shape[0] == 33
+    assert layer.scale == 2.0

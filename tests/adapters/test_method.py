@@ -2,12 +2,16 @@
 
 import pytest
 
+from qlora_lite.adapters.dora import DoRA
 from qlora_lite.adapters.lora import LoRA, LoRAMethod
 from qlora_lite.adapters.method import LayerPlan, rank_of, scale_of
 from qlora_lite.adapters.rslora import RsLoRA
+from qlora_lite.adapters.sora import SoRA
 from qlora_lite.foundation.errors import RecipeError
 from qlora_lite.foundation.overrides import check
 from qlora_lite.model.targets import LinearSpec
+from tests.tiny import save_tiny
+from tests.workbench import Bench
 
 SPECS = [
     LinearSpec(f"model.layers.{block}.{name}", 8, 8, block, 12, "attention")
@@ -48,3 +52,15 @@ def test_rslora_is_lora_with_alpha_over_the_root_given_as_alpha(rank):
 def test_a_negative_rank_is_refused_with_its_path():
     with pytest.raises(RecipeError, match=r"ranks: .*'0' is -1"):
         check(LoRA, {"ranks": {"0": -1}})
+
+
+def test_lora_plus_moves_gates_and_magnitudes_like_up_factors(tmp_path):
+    directory = save_tiny(tmp_path / "base")
+    for settings in (SoRA(rank=4, lr_ratio=16), DoRA(rank=4, lr_ratio=16, dropout=0)):
+        bench = Bench(directory, settings)
+        factors = {
+            name.rpartition(".")[2]: group.lr_factor
+            for group in bench.attached.groups()
+            for name in group.names
+        }
+        assert factors == {"a": 1.0} | dict.fromkeys(factors.keys() - {"a"}, 16.0)

@@ -1,6 +1,6 @@
 """Which figures there are, from values made by hand."""
 
-from qlora_lite.analysis.figures import by_name, draw
+from qlora_lite.analysis.figures import by_name, depth, draw
 from qlora_lite.analysis.findings import Comparison, Inspection, LayerRow, PhiRow, TargetReport
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -57,3 +57,9 @@ def test_what_is_not_known_is_left_out(tmp_path):
 def test_without_any_phi_there_is_no_map(tmp_path):
     draw(inspection((), ()), tmp_path)
     assert not list(tmp_path.glob("phi*"))
+
+
+def test_the_depth_of_a_layer_is_the_number_of_its_block():
+    assert depth("model.layers.11.self_attn.q_proj", otherwise=3) == 11
+    assert depth("transformer.h.0.attn.c_attn", otherwise=3) == 0
+    assert depth("model.embed_tokens", otherwise=3) == 3

@@ -87,6 +87,7 @@ def test_a_delta_of_zero_has_no_rank():
     values = svd_of_pair(down, torch.zeros_like(up)).values
     assert effective_rank(values) == 0
     assert kept_rank(values, (10, 12)) == 0
+    assert kept_rank(values[:0], (10, 12)) == 0
 
 
 def test_components_that_are_nothing_are_not_kept():

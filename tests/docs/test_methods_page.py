@@ -34,6 +34,13 @@ def test_the_page_names_no_method_that_is_not_there():
     assert sorted(re.findall(r"^\| \[(\w+)\]", PAGE, re.MULTILINE)) == sorted(KINDS)
 
 
+@pytest.mark.parametrize(("kind", "rank"), [("xgblora", 1), ("melora", 2)])
+def test_methods_that_count_their_rank_otherwise_say_it(kind, rank):
+    lines = [line for line in OVERRIDES if f"adapter={kind} " in line]
+    assert lines
+    assert all(f"adapter.rank={rank} " in f"{line} " for line in lines)
+
+
 @pytest.mark.parametrize("line", OVERRIDES)
 def test_every_override_is_valid(line):
     recipe = Recipe.model_validate(

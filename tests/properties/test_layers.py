@@ -91,6 +91,41 @@ def test_output_and_input_gradient_are_those_of_the_merged_weight(name, quant, s
 
 
 @every
+def test_parameter_gradients_are_those_of_the_delta(name, quant, shape):
+    """Where the update is a pair: the gradient of <G, x delta^T> through autograd's own product."""
+    layer = stir(made(name, quant, shape))
+    if layer.live_factors() is None:
+        return  # DoRA holds its norm constant, MoRA has no pair: formulas in their own tests
+    x = inputs(layer)
+    weights = torch.randn(
+        *x.shape[:-1], layer.base.d_out, generator=torch.Generator().manual_seed(2)
+    )
+    parameters = list(layer.trained().values())
+    found = torch.autograd.grad((layer(x) * weights).sum(), parameters)
+    down, up = layer.live_factors()
+    dense = layer.base.dense()
+    expected = torch.autograd.grad((x @ (dense + up @ down).T * weights).sum(), parameters)
+    for gradient, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-4)
+
+
+@every
+def test_dropout_acts_in_training_and_on_the_adapter_alone(name, quant, shape):
+    layer = one_layer(
+        CASES[name].settings.model_copy(update={"dropout": 0.5}), *SHAPES[shape], QUANTS[quant]
+    )
+    x = inputs(layer)
+    torch.manual_seed(0)
+    if CASES[name].start != "own base":
+        torch.testing.assert_close(layer.train()(x), layer.base(x), **FP32_SUMS)
+    stir(layer)
+    first, second = layer(x), layer(x)
+    assert not torch.allclose(first, second, **FP32_SUMS)
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+@every
 def test_the_pair_for_export_is_the_delta(name, quant, shape):
     layer = stir(made(name, quant, shape))
     pair = layer.factors()
@@ -99,6 +134,9 @@ def test_the_pair_for_export_is_the_delta(name, quant, shape):
         return
     assert pair.relative_error == 0
     assert pair.down.shape == (pair.rank, layer.base.d_in)
+    for rank in range(1, pair.rank + 2):
+        cut = layer.factors(rank)
+        assert cut is None or cut.rank <= rank
     if pair.magnitude is None:
         error = (pair.up @ pair.down - layer.delta()).norm() / layer.delta().norm()
         assert error <= 1e-5

@@ -6,9 +6,12 @@ import peft
 import pytest
 import torch
 
+from qlora_lite.adapters.attach import Attached
 from qlora_lite.adapters.dylora import DyLoRA
+from qlora_lite.adapters.loftq import LoftQ
 from qlora_lite.adapters.lora import LoRA
 from qlora_lite.adapters.mora import MoRA
+from qlora_lite.adapters.pissa import PiSSA
 from qlora_lite.foundation.errors import AdapterError, RunError
 from qlora_lite.model.load import Base, load_base
 from qlora_lite.run.extracting import extract
@@ -67,6 +70,11 @@ def test_mora_is_approximated_and_the_error_is_said(folder):
     run = run_of(folder, MoRA(rank=4, type=6))
     errors = [extract(run, folder / f"mora-{rank}", rank) for rank in (4, 16)]
     assert 0 < errors[1] < errors[0] < 1
+    run = load_run(run).attached
+    assert isinstance(run, Attached)
+    lost = [layer.factors(4).relative_error for layer in run.layers.values()]
+    assert errors[0] == pytest.approx(max(lost))
+    assert max(lost) > min(lost)
     sidecar = json.loads((folder / "mora-4" / "qlora_lite.json").read_text())
     assert sidecar["relative_error"] == errors[0]
     assert logits_in_peft(folder, folder / "mora-4").isfinite().all()
@@ -75,3 +83,11 @@ def test_mora_is_approximated_and_the_error_is_said(folder):
 def test_a_method_of_one_rank_is_not_cut(folder):
     with pytest.raises(AdapterError, match="no adapter of rank 2"):
         extract(run_of(folder, LoRA(rank=4)), folder / "lora-2", 2)
+
+
+@pytest.mark.parametrize("settings", [LoftQ(rank=4), PiSSA(rank=4, mode="requantise")])
+def test_an_adapter_of_a_changed_base_is_not_taken_from_it(folder, settings):
+    run = run_of(folder, settings)
+    with pytest.raises(AdapterError, match="is right on another base"):
+        extract(run, folder / f"{settings.kind}-4", 4)
+    assert not (folder / f"{settings.kind}-4").exists()

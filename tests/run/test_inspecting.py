@@ -48,6 +48,7 @@ def folder(tmp_path_factory):
         "rank-4": (),
         "rank-8": ("adapter.rank=8", "seed=1", "adapter.targets=attention"),
         "dora": ("adapter=dora",),
+        "adalora": ("adapter=adalora", "adapter.target_rank=1"),
         "pissa": ("adapter=pissa", "adapter.mode=requantise"),
         "wide": ("adapter.embedding_rank=3", "adapter.train_norms=true"),
     }
@@ -152,6 +153,16 @@ def test_an_adapter_that_learned_nothing_has_a_delta_of_zero(folder, tmp_path):
     assert (row.kept_rank, row.effective_rank, row.norm, row.relative_norm) == (0, 0, 0, 0)
     assert row.amplification is None
     assert inspection.comparisons[0].layers[0].left == ()
+    write_figures(inspection, tmp_path / "figures")
+
+
+def test_a_layer_that_was_pruned_to_nothing_has_rank_0(folder, tmp_path):
+    inspection = look(folder, "adalora", "rank-4")
+    rows = {row.path: row for row in inspection.targets[0].layers}
+    kept = {path: sum(gate != 0 for gate in row.gates) for path, row in rows.items()}
+    assert {path: row.kept_rank for path, row in rows.items()} == kept
+    assert 0 in kept.values()
+    assert sum(kept.values()) == len(rows)
     write_figures(inspection, tmp_path / "figures")
 
 

@@ -66,12 +66,11 @@ def materials(e2e_folder: Path | None, gsm8k_folder: Path | None) -> list[Materi
 
 def measure(study: Study, cores: int) -> None:
     """Carry out every task that has no result yet, a line for each."""
-    results, plan = study.results, stages(study)
-    every = [task for stage in plan for task in stage.tasks]
-    left = sum(not results.has(task) for task in every)
-    print(f"{len(every)} measurements, {len(every) - left} of them done", flush=True)
-    for stage in plan:
+    results = study.results
+    for stage in stages(study):
         missing = [task for task in stage.tasks if not results.has(task)]
+        left = len(missing)
+        print(f"{stage.name}: {len(stage.tasks)}, {len(stage.tasks) - left} done", flush=True)
         jobs, threads = (1, cores) if stage.is_timed else (cores, 1)
         for task, values, seconds in side_by_side(missing, jobs, threads):
             results.record(task, values, seconds, threads)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from method_study.contenders import RANK, Contender
-from method_study.material import EMBEDDED, Material
+from method_study.material import Material
 from qlora_lite.adapters.lora import LoRA
 from qlora_lite.data.settings import Data
 from qlora_lite.demo import BASE, HELDOUT, TRAIN
@@ -16,6 +16,7 @@ from qlora_lite.training.optimizer import Optim
 
 TOKENS_PER_STEP = 1024
 HELDOUT_ROWS = 200
+FILES = ("train", "heldout")
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,14 @@ def recipe_of(
     )
 
 
-def settings_of(contender: Contender, budget: Budget) -> dict[str, Any]:
-    """What a measurement depends on, beside its key: steps, tokens and the adapter's settings."""
-    recipe = recipe_of(contender, EMBEDDED, budget.steps, 0, 1.0, Path("unused"))
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """What a measurement depends on, beside its key and the place of its files."""
+    values = recipe.as_values()
+    data = {name: value for name, value in values["data"].items() if name not in FILES}
     return {
-        "steps": budget.steps,
-        "tokens_per_step": TOKENS_PER_STEP,
-        "adapter": recipe.adapter.model_dump(mode="json"),
+        "adapter": values["adapter"],
+        "data": data,
+        "lr": recipe.optim.lr,
+        "steps": recipe.optim.steps,
+        "tokens_per_step": recipe.optim.tokens_per_step,
     }

@@ -8,7 +8,7 @@ from method_study import rates
 from method_study.budget import HELDOUT_ROWS, TOKENS_PER_STEP, Budget
 from method_study.readings import Missing, Readings
 from method_study.record import Machine
-from method_study.verdict import Finding, spoken
+from method_study.verdict import MARGIN, Finding, spoken
 from qlora_lite.foundation.files import write_text
 from qlora_lite.foundation.units import format_bytes, format_seconds
 
@@ -37,13 +37,13 @@ def introduction(budget: Budget, core_seconds: float, machine: Machine) -> str:
         f"{budget.steps} steps of about {TOKENS_PER_STEP:,} tokens, rank 8 or about as much, "
         f"no dropout, {seeds}, at most {HELDOUT_ROWS} held-out rows, drawn by the seed.\n\n"
         "The learning rate is the best of three, each 4 times the one before, around "
-        f"{rates.CENTRE:g} ({_exceptions()}), on the embedded data with another seed; it is kept "
-        "for the other data, and where it is the highest or lowest tried, the best of all may lie "
-        "beyond. Losses are of the held-out rows, mean ± standard deviation over the seeds. "
-        "Seconds are those of a step relative to LoRA's, in turns with it on the same batches (the "
-        "median of the pairs; LoRA beside itself shows how exact that is). Peak bytes are those of "
-        "all tensors in a step, the base's included. Exported is PEFT's file, or our own (native) "
-        "where PEFT has none."
+        f"{rates.CENTRE:g} ({_exceptions()}), on embedded rows set aside from training; it is kept "
+        "for the other data and for runs at other ranks, and where it is the highest or lowest "
+        "tried, the best of all may lie beyond. Losses are of the held-out rows, mean ± standard "
+        "deviation over the seeds. Seconds are those of a step relative to LoRA's, in turns with "
+        "it on the same batches (the median of the pairs; LoRA beside itself shows how exact that "
+        "is). Peak bytes are those of all tensors in the second step, the base's included and "
+        "banks still empty. Exported is PEFT's file, or our own (native) where PEFT has none."
     )
 
 
@@ -115,9 +115,11 @@ def claims_table(findings: Sequence[Finding]) -> str:
 
 RULE = (
     "Methods are compared seed by seed, on the same rows. A claim shows if the mean difference is "
-    'larger than its spread over the seeds; "as good as" and "no worse" show unless the mean '
-    "is worse by more than the spread. Differences are the method's loss less the other's. Ranks "
-    "of claims are 64 where they are called high, else 8."
+    "beyond its error (one-sided 95 % of Student's t over the seeds), does not show if it is "
+    'beyond it the other way, and is undecided otherwise; "as good as" and "no worse" allow '
+    f"{MARGIN:g} nats. One in twenty claims that are not true shows by chance. Differences are the "
+    "method's loss less the other's, ± their standard deviation. Ranks of claims are 64 where "
+    "they are called high, else 8."
 )
 
 

@@ -31,6 +31,10 @@ class Study:
     contenders: Sequence[Contender]
     results: Results
 
+    def rate(self, contender: Contender) -> float:
+        """That of its method, at the rank of the budget."""
+        return rates.best_rate(self.results, contender.kind)
+
     def run_folder(self, name: str, material: Material, seed: int) -> Path:
         return self.work / material.name / f"{name}-seed{seed}"
 
@@ -39,68 +43,59 @@ class Study:
 class Stage:
     """Measurements that do not need one another."""
 
+    name: str
     tasks: Sequence[Task]
     is_timed: bool = False
     """It is about seconds: one at a time, on all cores."""
 
 
-def stages(study: Study) -> list[Stage]:
-    """All measurements of a study. Claims that need more runs are checked on embedded rows."""
+def stages(study: Study) -> Iterator[Stage]:
+    """All measurements of a study, each stage when the one before it is done.
+
+    Claims that need more runs are checked on embedded rows.
+    """
+    yield Stage("rates", list(_rates(study)))
+    yield Stage("costs", list(_costs(study)), is_timed=True)
     more = extras(study.contenders)
     runs: list[Task] = []
-    cuts: list[Task] = []
     for seed in range(study.budget.seeds):
         for material in study.materials:
             runs += [_run(study, c, material, seed) for c in study.contenders]
         runs += [_run(study, extra, EMBEDDED, seed) for extra in more]
         runs += _unquantised(study, seed)
-        cuts += _cuts(study, seed)
-    return [
-        Stage(list(_rates(study))),
-        Stage(list(_costs(study)), is_timed=True),
-        Stage(runs),
-        Stage(cuts),
-    ]
+    yield Stage("runs", runs)
+    yield Stage("ranks", [cut for seed in range(study.budget.seeds) for cut in _cuts(study, seed)])
 
 
 def _rates(study: Study) -> Iterator[Task]:
     for contender in study.contenders:
         for lr in rates.rates_of(contender.kind):
             output = study.work / "rates" / f"{contender.name}-{lr:g}"
-            recipe = recipe_of(contender, EMBEDDED, study.budget.steps, rates.SEED, lr, output)
+            recipe = recipe_of(contender, EMBEDDED, study.budget.steps, rates.SEED, lr, output).but(
+                *rates.SET_ASIDE
+            )
             key = rates.rate_key(contender.kind, lr)
-            yield Task(key, settings_of(contender, study.budget), partial(train, recipe))
+            yield Task(key, settings_of(recipe), partial(train, recipe))
 
 
 def _costs(study: Study) -> Iterator[Task]:
     reference = next(c for c in study.contenders if c.name == REFERENCE)
     for contender in study.contenders:
-        settings = settings_of(contender, study.budget) | {"pairs": cost.PAIRS}
-        yield Task(
-            Key("cost", contender.name, EMBEDDED.name),
-            settings,
-            partial(_cost, study, contender, reference),
+        ours, theirs = (
+            recipe_of(c, EMBEDDED, cost.PAIRS + 1, 0, study.rate(c), study.work).but(
+                "optim.checkpointing=true"
+            )
+            for c in (contender, reference)
         )
-
-
-def _cost(study: Study, contender: Contender, reference: Contender) -> Values:
-    ours, theirs = (
-        recipe_of(
-            c, EMBEDDED, cost.PAIRS + 1, 0, rates.best_rate(study.results, c.kind), study.work
-        ).but("optim.checkpointing=true")
-        for c in (contender, reference)
-    )
-    return cost.cost(ours, theirs)
+        key = Key("cost", contender.name, EMBEDDED.name)
+        yield Task(key, settings_of(ours), partial(cost.cost, ours, theirs))
 
 
 def _run(study: Study, contender: Contender, material: Material, seed: int) -> Task:
-    def measure() -> Values:
-        lr = rates.best_rate(study.results, contender.kind)
-        output = study.run_folder(contender.name, material, seed)
-        return train(recipe_of(contender, material, study.budget.steps, seed, lr, output))
-
+    output = study.run_folder(contender.name, material, seed)
+    recipe = recipe_of(contender, material, study.budget.steps, seed, study.rate(contender), output)
     key = Key("run", contender.name, material.name, seed)
-    return Task(key, settings_of(contender, study.budget), measure)
+    return Task(key, settings_of(recipe), partial(train, recipe))
 
 
 def _cuts(study: Study, seed: int) -> Iterator[Task]:
@@ -109,13 +104,10 @@ def _cuts(study: Study, seed: int) -> Iterator[Task]:
     if "dylora" not in names:
         return
     for name in ("dylora", REFERENCE):
-        contender = study.contenders[names.index(name)]
+        whole = _run(study, study.contenders[names.index(name)], EMBEDDED, seed)
         folder = study.run_folder(name, EMBEDDED, seed)
-        yield Task(
-            Key("ranks", name, EMBEDDED.name, seed),
-            settings_of(contender, study.budget),
-            partial(losses_by_rank, folder),
-        )
+        key = Key("ranks", name, EMBEDDED.name, seed)
+        yield Task(key, whole.settings, partial(losses_by_rank, folder))
 
 
 def _unquantised(study: Study, seed: int) -> Iterator[Task]:
