@@ -153,6 +153,21 @@ def merge(
     display.merged(result)
 
 
+@app.command()
+def extract(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    rank: Annotated[int, typer.Option(min=1, help="Of the adapter to write.")],
+) -> None:
+    """A PEFT adapter of another rank: DyLoRA has every one, MoRA the nearest."""
+    from qlora_lite.run import extracting
+
+    with Display() as display:
+        error = extracting.extract(run, out, rank)
+        lost = f"; at most {error:.1%} of a layer's update is lost" if error else ", without loss"
+        display.say(f"{out}: a PEFT adapter of rank {rank}{lost}")
+
+
 @app.command("eval")
 def evaluate(
     targets: Annotated[

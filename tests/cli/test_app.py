@@ -142,6 +142,16 @@ def test_a_format_that_is_not_there_says_what_there_is(trained, tmp_path):
     assert "hf" in ended.err
 
 
+def test_extract_writes_the_ranks_that_there_are(trained, tmp_path):
+    rank = json.loads((trained.run / "adapter" / "adapter_config.json").read_text())["r"]
+    ended = run_command("extract", trained.run, tmp_path / "same", "--rank", rank)
+    assert ended.status == 0, ended.err
+    assert f"a PEFT adapter of rank {rank}, without loss" in ended.out
+    refused = run_command("extract", trained.run, tmp_path / "less", "--rank", rank - 1)
+    assert refused.status == 2
+    assert f"no adapter of rank {rank - 1}" in refused.err
+
+
 def test_init_writes_a_formatted_recipe_that_loads(tiny_base, tmp_path):
     file = tmp_path / "new" / "mine.py"
     ended = run_command("init", tiny_base, "--output", file)

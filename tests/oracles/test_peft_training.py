@@ -1,9 +1,9 @@
 """PEFT trains the same: same start, same data, same optimizer, twenty steps.
 
 The base of PEFT's model holds the weights that ours dequantises to. PEFT's PiSSA and OLoRA take
-their start out of an unquantised weight, so there the base is fp32. LoftQ's start is compared
-alone: PEFT keeps the untouched 4-bit base, which is ours with one iteration. For AdaLoRA see
-test_peft_adalora.py.
+their start out of an unquantised weight, so there the base is fp32. LoftQ's start is what PEFT's
+own decomposition makes of the error of a 4-bit base, ours with one iteration and alpha = r. For
+AdaLoRA see test_peft_adalora.py.
 """
 
 from typing import Any
@@ -12,12 +12,15 @@ import peft
 import pytest
 import torch
 from peft.optimizers import create_loraplus_optimizer
+from peft.utils.loftq_utils import _low_rank_decomposition
 from torch.nn import functional as F
 
 from qlora_lite.adapters.dora import DoRA
+from qlora_lite.adapters.loftq import LoftQ, LoftQMethod
 from qlora_lite.adapters.lora import LoRA
 from qlora_lite.adapters.lora_plus import LoRAPlus
 from qlora_lite.adapters.method import AdapterSettings
+from qlora_lite.adapters.offset import original
 from qlora_lite.adapters.olora import OLoRA
 from qlora_lite.adapters.pissa import PiSSA
 from qlora_lite.adapters.rslora import RsLoRA
@@ -43,6 +46,7 @@ CASES: dict[str, tuple[AdapterSettings, Quant, dict[str, Any]]] = {
         FP32(),
         {"lora_alpha": 6, "init_lora_weights": "olora"},
     ),
+    "loftq": (LoftQ(rank=4, alpha=4, iterations=1), NF4(), {"lora_alpha": 4}),
 }
 
 
@@ -69,10 +73,17 @@ def peft_model(directory, quant: Quant, config: dict[str, Any]) -> peft.PeftMode
 
 
 def give_start(theirs: peft.PeftModel, ours: Bench) -> None:
-    """B is zero in both; A is drawn."""
+    """B is zero in both and A is drawn; of LoftQ both are PEFT's own."""
     state = theirs.state_dict()
     for path, layer in ours.attached.layers.items():
-        state[f"base_model.model.{path}.lora_A.default.weight"].copy_(layer.a)
+        a, b = (state[f"base_model.model.{path}.lora_{name}.default.weight"] for name in "AB")
+        if isinstance(ours.method, LoftQMethod):
+            error = original(layer.base) - layer.base.dense()
+            found = _low_rank_decomposition(error, reduced_rank=len(a))
+            a.copy_(found["R"])
+            b.copy_(found["L"])
+        else:
+            a.copy_(layer.a)
 
 
 def peft_optimizer(model: peft.PeftModel, settings: AdapterSettings) -> torch.optim.Optimizer:

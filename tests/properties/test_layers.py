@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from qlora_lite.adapters.dylora import DyLoRALayer
 from qlora_lite.adapters.layer import AdapterLayer
 from qlora_lite.adapters.loftq import LoftQ
 from qlora_lite.adapters.offset import original
@@ -123,6 +124,15 @@ def test_dropout_acts_in_training_and_on_the_adapter_alone(name, quant, shape):
     assert not torch.allclose(first, second, **FP32_SUMS)
     layer.eval()
     assert torch.equal(layer(x), layer(x))
+
+
+@every
+def test_without_dropout_training_and_evaluation_agree(name, quant, shape):
+    layer = stir(made(name, quant, shape))
+    if isinstance(layer, DyLoRALayer):
+        layer.drawn = layer.eval_rank
+    x = inputs(layer)
+    torch.testing.assert_close(layer.train()(x), layer.eval()(x), **FP32_SUMS)
 
 
 @every
