@@ -156,7 +156,7 @@ class AdaLoRAMethod(LoRAMethod):
         return self.settings.orthogonality * torch.stack(errors).mean()
 
     def before_step(self, access: Access, step: StepInfo) -> None:
-        if step.step + 1 > self._phases(step.total)[1]:
+        if self._kept and step.step + 1 >= self._phases(step.total)[1]:
             return
         for path, layer in self.layers.items():
             for name, parameter in layer.trained().items():
@@ -170,7 +170,9 @@ class AdaLoRAMethod(LoRAMethod):
             return
         warm, fixed = self._phases(step.total)
         done = step.step + 1
-        if done <= fixed:
+        if done < fixed:
+            self._kept = {}  # of a run that was extended since: its budget is open again
+        if not self._kept:
             self._observe(access, gradients)
         every = self.settings.every or max(1, step.total // 200)
         if done >= fixed and not self._kept:  # late, where that step was skipped
@@ -243,9 +245,9 @@ class AdaLoRAMethod(LoRAMethod):
 
 def budget(done: int, warm: int, fixed: int, first: int, last: int) -> int:
     """Triplets that are kept after `done` steps: all, along a cubic curve, the final number."""
-    if done <= warm:
-        return first
     if done >= fixed:
         return last
+    if done <= warm:
+        return first
     left = 1 - (done - warm) / (fixed - warm)
     return int(last + (first - last) * left**3)

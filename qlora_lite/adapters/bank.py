@@ -8,6 +8,7 @@ matrices, which costs two products whatever their number; scales are applied to 
 between them and never rounded into bf16 factors.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -18,6 +19,9 @@ from qlora_lite.adapters.layer import Factors
 from qlora_lite.adapters.lora import LoRALayer, kaiming_uniform
 from qlora_lite.adapters.method import Access
 from qlora_lite.model.frozen import FrozenLinear
+
+TINY = 1e-30
+"""So that a bank of zeros has lost nothing."""
 
 
 class BankedLayer(LoRALayer):
@@ -56,6 +60,16 @@ class BankedLayer(LoRALayer):
         finished = self.bank_up.float() * self.bank_scales
         return down, torch.cat([finished, self.b.float() * self.scale], dim=1)
 
+    def factors(self, rank: int | None = None) -> Factors | None:
+        """Without the components that are zero: of a link that just began, or is shorter than A."""
+        pair = self.live_factors()
+        assert pair is not None
+        down, up = (factor.detach() for factor in pair)
+        used = down.any(dim=1) & up.any(dim=0)
+        if rank is not None and rank < int(used.sum()):
+            return None
+        return Factors(down[used], up[:, used])
+
     @torch.no_grad()
     def finish_link(
         self, access: Access, fresh: Tensor, cap: int | None, shrinkage: float = 1.0
@@ -81,13 +95,23 @@ class BankedLayer(LoRALayer):
         self.bank_scales = torch.cat([self.bank_scales, scales])
 
     def recompress(self, cap: int) -> None:
-        """The best bank of rank `cap`, and how much it loses, added to `bank_error`."""
-        down, up, lost = best_of_rank(
-            self.bank_down.float(), self.bank_up.float() * self.bank_scales, cap
-        )
+        """The best bank of rank `cap`, and how much it loses, rounding included, added to
+        `bank_error`."""
+        whole_down, whole_up = self.bank_down.float(), self.bank_up.float() * self.bank_scales
+        down, up = best_of_rank(whole_down, whole_up, cap)
         self.bank_down, self.bank_up = down.to(self.bank_down), up.to(self.bank_up)
         self.bank_scales = torch.ones(len(down), device=self.bank_scales.device)
-        self.bank_error = self.bank_error + lost
+        lost = pair_norm(
+            torch.cat([whole_down, self.bank_down.float()]),
+            torch.cat([whole_up, -self.bank_up.float()], dim=1),
+        )
+        self.bank_error += lost / max(pair_norm(whole_down, whole_up), TINY)
+
+    def begin_again(self, fresh: Mapping[str, Tensor]) -> None:
+        """All that the other run learned is finished, its live pair as well."""
+        self.deposit(self.a.data, self.b.data, self.scale)
+        self.a.data.copy_(fresh["a"])
+        self.b.data.zero_()
 
     def begin_from(self, factors: Factors) -> None:
         """A trained pair of any rank is the first finished link."""
@@ -101,18 +125,23 @@ class BankedLayer(LoRALayer):
         return a
 
 
-def best_of_rank(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+def pair_norm(down: Tensor, up: Tensor) -> float:
+    """||up @ down||_F from the factors' Gram matrices, in fp64: two pairs may nearly cancel."""
+    down, up = down.double(), up.double()
+    return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt().item()
+
+
+def best_of_rank(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Best rank-`rank` pair for up @ down, by QR of both and an SVD of the small core.
 
     Args:
         down: (R, d_in); up: (d_out, R), fp32.
 
     Returns:
-        (rank, d_in), (d_out, rank), and the relative Frobenius norm of what is lost.
+        (n, d_in) and (d_out, n), n being `rank` or what there is.
     """
     q_up, r_up = torch.linalg.qr(up)
     q_down, r_down = torch.linalg.qr(down.T)
-    u, s, vh = torch.linalg.svd(r_up @ r_down.T)
+    u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
     root = s[:rank].sqrt()
-    lost = (s[rank:].norm() / s.norm().clamp(min=1e-30)).item()
-    return root[:, None] * (vh[:rank] @ q_down.T), (q_up @ u[:, :rank]) * root, lost
+    return root[:, None] * (vh[:rank] @ q_down.T), (q_up @ u[:, :rank]) * root

@@ -10,12 +10,12 @@ found; chain length and learning rates are recalled, not checked.
 
 Where we deviate: a finished link is not merged into the weight but kept in a bank (`bank.py`),
 since a quantised weight would round it away; all leave as one LoRA of their ranks together. The
-links share the run equally. A link of a smaller rank keeps the parameters' shape, with rows of A
-that are zero and, with B zero too, never move.
+links share the run equally, and an extended run anew. A link of a smaller rank keeps the
+parameters' shape, with rows of A that are zero and, with B zero too, never move.
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -72,7 +72,7 @@ class COLALayer(BankedLayer):
     """The live link, the finished ones, and how many those are."""
 
     links: Tensor
-    """(): finished links. A layer that was loaded knows its scale by it."""
+    """(): number of the live link. A layer that was loaded knows its scale by it."""
 
     def __init__(self, base: FrozenLinear, a: Tensor, b: Tensor, settings: COLA) -> None:
         self.settings = settings
@@ -82,6 +82,11 @@ class COLALayer(BankedLayer):
 
     def load_state(self, saved: Mapping[str, Tensor]) -> None:
         super().load_state(saved)
+        self._rescale()
+
+    def begin_again(self, fresh: Mapping[str, Tensor]) -> None:
+        super().begin_again(fresh)
+        self.links.zero_()
         self._rescale()
 
     def extend(self, access: Access, link: int, generator: torch.Generator) -> None:
@@ -100,6 +105,11 @@ class COLAMethod(LoRAMethod):
     """Ends a link and begins the next where its share of the run ends."""
 
     settings: COLA
+
+    def __init__(self, settings: COLA) -> None:
+        super().__init__(settings)
+        self._tied = 0
+        """Steps that were done when a link was last tied."""
 
     def footprint(self, spec: LinearSpec) -> Footprint:
         rank = self.plans[spec.path].rank
@@ -131,10 +141,18 @@ class COLAMethod(LoRAMethod):
         if step.skipped or done >= step.total:
             return
         link = self._link(done, step.total)
+        if self._first_step(link, step.total) <= self._tied:
+            return
+        self._tied = done  # late, where that step was skipped or ended a run that was extended
         for layer in self.layers.values():
             assert isinstance(layer, COLALayer)
-            if int(layer.links) < link:
-                layer.extend(access, link, step.generator)
+            layer.extend(access, link, step.generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tied": self._tied}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._tied = state["tied"]
 
     def _link(self, step: int, total: int) -> int:
         """Which link a step trains."""

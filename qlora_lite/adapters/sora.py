@@ -15,11 +15,12 @@ trains too, are a setting of every method (`train_norms`). Gates rest in fp32: t
 below what bf16 can say of a number near 1.
 """
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -53,6 +54,16 @@ class SoRA(AdapterSettings):
 
     release_prox: bool = False
     """The proximal step of the released code: a hard threshold at twice xi, with a shrink of xi."""
+
+    @model_validator(mode="after")
+    def _thresholds_grow(self) -> "SoRA":
+        given = self.threshold if isinstance(self.threshold, list) else [self.threshold]
+        if not given or not all(0 <= t < math.inf for t in given) or given != sorted(given):
+            raise ValueError(
+                f"threshold={self.threshold}: a threshold is 0 or more, and several of them grow. "
+                "Take one such as 3e-4, or a list such as [1e-4, 3e-4, 7e-4]"
+            )
+        return self
 
 
 def soft_threshold(gate: Tensor, width: float) -> Tensor:

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from qlora_lite.adapters.attach import Attached
 from qlora_lite.adapters.layer import Factors
 from qlora_lite.adapters.method import AdapterSettings
+from qlora_lite.adapters.start import by_layer
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.foundation.files import write_json, write_text
 from qlora_lite.model.freeze import StoredWeight
@@ -325,7 +326,10 @@ def begin_from(attached: Attached, directory: Path) -> None:
     """
     saved = saved_start(directory, attached.method.settings)
     if saved is not None:
+        fresh = {name: tensor.clone() for name, tensor in attached.state().items()}
         attached.load_state(saved)
+        for path, own in by_layer(fresh, attached.layers).items():
+            attached.layers[path].begin_again(own)
         return
     if not attached.keeps_base:
         raise AdapterError(
@@ -334,14 +338,16 @@ def begin_from(attached: Attached, directory: Path) -> None:
             "give a run with the same adapter settings"
         )
     adapter = read_peft(directory)
+    for pairs in (adapter.layers, adapter.embeddings):
+        pairs.update({path: _without_padding(pair) for path, pair in pairs.items()})
     _check_places(attached, adapter)
     for path, factors in adapter.layers.items():
         attached.layers[path].begin_from(factors)
     for path, factors in adapter.embeddings.items():
-        layer = attached.embeddings[path]
+        embedding = attached.embeddings[path]
         with torch.no_grad():
-            layer.a.copy_(factors.down)
-            layer.b.copy_(factors.up / layer.scale)
+            embedding.a[: factors.rank] = factors.down
+            embedding.b[:, : factors.rank] = factors.up / embedding.scale
     parameters = attached.parameters()
     with torch.no_grad():
         for name, tensor in adapter.whole.items():
@@ -353,6 +359,13 @@ def begin_from(attached: Attached, directory: Path) -> None:
                     f"{tuple(parameters[name].shape)} here. It was trained on another base model"
                 )
             parameters[name].copy_(value)
+
+
+def _without_padding(pair: Factors) -> Factors:
+    """Without the zeros that make all pairs of a file equally long: a component whose factors are
+    both zero has no gradient, and would never learn."""
+    used = pair.down.any(dim=1) & pair.up.any(dim=0)
+    return Factors(pair.down[used], pair.up[:, used])
 
 
 def saved_start(directory: Path, settings: AdapterSettings) -> dict[str, Tensor] | None:
@@ -388,7 +401,7 @@ def _check_places(attached: Attached, adapter: PeftAdapter) -> None:
     for path, factors in adapter.embeddings.items():
         vocabulary, hidden = attached.embeddings[path].base.weight.shape
         _check_shape(path, factors, (vocabulary, hidden))
-        if factors.rank != attached.embeddings[path].a.shape[0]:
+        if factors.rank > attached.embeddings[path].a.shape[0]:
             raise AdapterError(
                 f"the adapter to start from has embedding rank {factors.rank}. "
                 f"Set adapter.embedding_rank={factors.rank}"

@@ -9,8 +9,8 @@ code of the authors.
 
 Where we deviate: a finished booster is not merged into the weight but kept in a bank (`bank.py`),
 since a quantised weight would round it away. A bank above `max_bank_rank` is recompressed to it and
-says in `bank_error` what that lost. The booster that the run ends with stays the live pair. The
-learning rate's schedule goes on; `rewarm` steps of each booster rise to it.
+says in `bank_error` what that lost. A booster that the run ends before its time stays the live
+pair, not shrunk. The learning rate's schedule goes on; `rewarm` steps of each booster rise to it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -67,6 +67,8 @@ class XGBLoRAMethod(LoRAMethod):
         super().__init__(settings)
         self._blocks: list[int] = []
         """Decoder layers of the running booster; -1 stands for what is in none."""
+        self._until = 0
+        """Steps that are done when it is over; 0 once it is finished."""
         self._block_of: dict[str, int] = {}
 
     def footprint(self, spec: LinearSpec) -> Footprint:
@@ -87,8 +89,10 @@ class XGBLoRAMethod(LoRAMethod):
         return BankedLayer(base, lora.a.data, lora.b.data, lora.scale, lora.dropout)
 
     def begin_step(self, step: StepInfo) -> None:
-        if step.step % self.settings.boost_every == 0 or not self._blocks:
+        if not self._until:
+            every = self.settings.boost_every
             self._blocks = self._draw(step.generator)
+            self._until = (step.step // every + 1) * every
 
     def active(self, step: StepInfo) -> Iterable[str]:
         return [path for path in self.layers if self._block_of[path] in self._blocks]
@@ -101,14 +105,14 @@ class XGBLoRAMethod(LoRAMethod):
         return self.settings.norm_penalty * torch.stack(squares).sum()
 
     def after_step(self, access: Access, step: StepInfo) -> None:
-        done = step.step + 1
-        if step.skipped or done % self.settings.boost_every or done >= step.total:
-            return
+        if step.skipped or step.step + 1 < self._until:
+            return  # where the last step was skipped, the next one finishes the booster
         for path in self.active(step):
             layer = self.layers[path]
             assert isinstance(layer, BankedLayer)
             fresh = layer.fresh_down(step.generator)
             layer.finish_link(access, fresh, self.settings.max_bank_rank, self.settings.shrinkage)
+        self._until = 0
 
     def lr_scale(self, step: int, total: int) -> float:
         if not self.settings.rewarm or step < self.settings.boost_every:
@@ -116,10 +120,10 @@ class XGBLoRAMethod(LoRAMethod):
         return min(1.0, (step % self.settings.boost_every + 1) / (self.settings.rewarm + 1))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"blocks": torch.tensor(self._blocks, dtype=torch.int64)}
+        return {"blocks": torch.tensor(self._blocks, dtype=torch.int64), "until": self._until}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._blocks = state["blocks"].tolist()
+        self._blocks, self._until = state["blocks"].tolist(), state["until"]
 
     def _draw(self, generator: torch.Generator) -> list[int]:
         """Distinct decoder layers, the same for all processes."""

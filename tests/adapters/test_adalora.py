@@ -131,3 +131,54 @@ def test_output_and_penalty_are_those_of_the_formula():
     identity = torch.eye(6)
     expected = 0.5 * ((q @ q.T - identity).norm() + (p.T @ p - identity).norm()) / 2
     assert layer.method.penalty().item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_highest_scores_are_kept_whatever_is_masked(directory):
+    bench = Bench(directory, SETTINGS, total=TOTAL)
+    for _ in range(4):
+        bench.step()
+    scores = {path: bench.method._scores(path) for path in bench.attached.layers}
+    best = sorted((s.item() for found in scores.values() for s in found), reverse=True)
+    kept_by_score = {path: found >= best[19] for path, found in scores.items()}
+    selected = bench.method._select(20)
+    assert all(torch.equal(selected[path], mask) for path, mask in kept_by_score.items())
+    bench.method._mask(bench.engine, selected)
+    assert all(torch.equal(bench.method._scores(path), found) for path, found in scores.items())
+
+
+def test_a_run_that_is_resumed_behind_the_final_budget_keeps_its_triplets(directory):
+    first = Bench(directory, SETTINGS, total=TOTAL)
+    for _ in range(16):
+        first.step()
+    saved = {name: tensor.clone() for name, tensor in first.attached.state().items()}
+    second = Bench(directory, SETTINGS, total=TOTAL, saved=saved)
+    second.method.load_state_dict(first.method.state_dict())
+    second.number = 16
+    before = kept(first)
+    for _ in range(TOTAL - 16):
+        second.step()
+    assert all(torch.equal(mask, before[path]) for path, mask in kept(second).items())
+
+
+def test_an_extended_run_opens_its_budget_again(directory):
+    bench = Bench(directory, SETTINGS, total=10)
+    for _ in range(10):
+        bench.step()
+    first = kept(bench)
+    bench.total = 40
+    counts = []
+    for _ in range(30):
+        bench.step()
+        counts.append(count(kept(bench)))
+    assert counts[0] > 3 * len(first)
+    assert counts[-1] == 3 * len(first)
+    assert any(not torch.equal(mask, first[path]) for path, mask in kept(bench).items())
+    assert bench.method._sensitivity == {}
+
+
+@pytest.mark.parametrize("phases", [{"warmup": 6, "final": 6}, {"warmup": 20}, {"final": 8}])
+def test_the_final_budget_is_met_in_a_run_that_is_too_short_for_its_phases(directory, phases):
+    bench = Bench(directory, SETTINGS.model_copy(update=phases), total=8)
+    for _ in range(8):
+        bench.step()
+    assert count(kept(bench)) == 3 * len(bench.attached.layers)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora_lite.adapters.bank import best_of_rank
+from qlora_lite.adapters.bank import best_of_rank, pair_norm
 from qlora_lite.adapters.cola import COLA
 from qlora_lite.adapters.layer import Factors
 from tests.workbench import one_layer, stir
@@ -86,9 +86,46 @@ def test_the_best_pair_is_that_of_the_svd():
     draw = torch.Generator().manual_seed(0)
     down, up = torch.randn(7, 40, generator=draw), torch.randn(30, 7, generator=draw)
     u, s, vh = torch.linalg.svd(up @ down)
-    a, b, lost = best_of_rank(down, up, 3)
+    a, b = best_of_rank(down, up, 3)
     torch.testing.assert_close(b @ a, u[:, :3] * s[:3] @ vh[:3], rtol=1e-4, atol=1e-4)
-    assert lost == pytest.approx((s[3:].norm() / s.norm()).item(), rel=1e-4)
+    assert pair_norm(down, up) == pytest.approx((up @ down).norm().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(8, 64), (64, 8)])
+def test_a_bank_above_the_rank_of_its_weight_is_recompressed_without_loss(shape):
+    layer = one_layer(COLA(rank=13, alpha=13.0), *shape)
+    draw = torch.Generator().manual_seed(0)
+    down, up = (torch.randn(size, generator=draw) for size in ((13, shape[1]), (shape[0], 13)))
+    layer.deposit(down, up, 0.5)
+    layer.recompress(12)
+    torch.testing.assert_close(layer.delta(), 0.5 * up @ down, rtol=1e-4, atol=1e-4)
+    assert layer.bank_down.shape == (8, shape[1])
+
+
+def test_the_error_of_a_bank_counts_the_rounding_of_its_factors():
+    layer = one_layer(COLA(rank=3, alpha=3.0), 33, 57, dtype=torch.bfloat16)
+    stir(layer, size=0.3)
+    layer.finish_link(Plain(), layer.fresh_down(torch.Generator()), cap=None)
+    whole = layer.delta()
+    for _ in range(5):
+        layer.recompress(3)
+    lost = ((layer.delta() - whole).norm() / whole.norm()).item()
+    assert 1e-4 < lost <= layer.bank_error.item() < 0.05
+
+
+def test_dropout_is_not_on_the_bank():
+    layer, _, _ = layer_with(2)
+    layer.dropout = 0.5
+    x = torch.randn(5, 57)
+    torch.testing.assert_close(layer.train()(x), layer.eval()(x), **CLOSE)  # the live B is zero
+
+
+def test_components_that_are_zero_do_not_leave():
+    layer, total, _ = layer_with(2)
+    pair = layer.factors()
+    assert pair.rank == 6
+    torch.testing.assert_close(pair.up @ pair.down, total, **CLOSE)
+    assert layer.factors(5) is None
 
 
 def test_scales_are_not_rounded_into_bf16_factors():

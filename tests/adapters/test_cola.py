@@ -5,8 +5,12 @@ import torch
 from pydantic import ValidationError
 
 from qlora_lite.adapters.cola import COLA, COLAMethod
+from qlora_lite.adapters.state import begin_from, save_adapter
 from qlora_lite.model.quant import FP32
 from qlora_lite.model.targets import LinearSpec
+from qlora_lite.run.training import run_recipe
+from qlora_lite.training import metrics
+from tests.end_to_end.small_run import small_recipe, write_rows
 from tests.tiny import save_tiny
 from tests.workbench import Bench
 
@@ -112,3 +116,50 @@ def test_the_plan_counts_the_bank_that_there_will_be(directory):
 def test_ranks_that_do_not_fit_the_chain_are_refused(ranks):
     with pytest.raises(ValidationError, match="link_ranks="):
         COLA(rank=8, num_links=3, link_ranks=ranks)
+
+
+def test_the_learning_rate_begins_anew_with_every_link(directory, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl")
+    changes = ("adapter=cola", "adapter.num_links=3", "optim.schedule=linear", "optim.warmup=0")
+    run_recipe(small_recipe(directory, rows, tmp_path / "run", *changes))
+    steps = [
+        event["lr"] for event in metrics.read(tmp_path / "run" / "metrics.jsonl") if "lr" in event
+    ]
+    assert steps == pytest.approx([5e-3 * (1 - i / 4) for _ in range(3) for i in range(4)])
+
+
+def test_an_extended_chain_ties_at_the_ends_of_its_new_shares(directory):
+    settings = COLA(rank=4, num_links=3)
+    first = Bench(directory, settings, total=6)
+    for _ in range(6):
+        first.step()
+    assert len(layers_of(first)[0].bank_scales) == 8
+    first.total = 24  # links begin at 0, 8 and 16
+    ranks = []
+    for _ in range(18):
+        first.step()
+        ranks.append(len(layers_of(first)[0].bank_scales))
+    assert ranks == [8] + [12] * 8 + [16] * 9
+
+
+def test_a_run_that_begins_from_a_chain_has_a_chain_of_its_own(directory, tmp_path):
+    settings = COLA(rank=4, alpha=6, num_links=3, link_ranks=[4, 2, 1])
+    first = Bench(directory, settings, total=6)
+    for _ in range(6):
+        first.step()
+    save_adapter(
+        tmp_path,
+        first.attached,
+        base=str(directory),
+        revision=None,
+        fan_in_fan_out=False,
+        sidecar={"adapter": settings.model_dump(mode="json")},
+    )
+    second = Bench(directory, settings, total=6, seed=5)
+    begin_from(second.attached, tmp_path)
+    torch.testing.assert_close(second.logits(), first.logits(), rtol=1e-5, atol=1e-5)
+    assert all(len(layer.bank_scales) == 7 for layer in layers_of(second))
+    assert all(layer.scale == 6 / 4 and layer.a.any(dim=1).all() for layer in layers_of(second))
+    for _ in range(6):
+        second.step()
+    assert all(len(layer.bank_scales) == 7 + 6 for layer in layers_of(second))

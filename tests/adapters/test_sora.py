@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from qlora_lite.adapters.method import StepInfo
 from qlora_lite.adapters.sora import SoRA, released_threshold, soft_threshold, threshold_at
@@ -62,6 +63,30 @@ def test_after_every_step_a_gate_is_exactly_zero_or_was_above_the_threshold(tmp_
         kept = int((layer.g != 0).sum())
         assert layer.factors().rank == kept
         assert torch.linalg.matrix_rank(layer.delta()) <= kept
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_a_step_takes_the_threshold_off_every_gate(tmp_path, release):
+    settings = SoRA(rank=8, threshold=0.1, release_prox=release)
+    bare = SoRA(rank=8, threshold=0.0)
+    directory = save_tiny(tmp_path / "base")
+    shrunk, plain = Bench(directory, settings), Bench(directory, bare)
+    shrunk.step()
+    plain.step()
+    for path, layer in plain.attached.layers.items():
+        expected = torch.tensor(
+            [
+                0.0 if abs(g) <= 0.1 * (1 + release) else g - 0.1 * (1 if g > 0 else -1)
+                for g in layer.g.tolist()
+            ]
+        )
+        torch.testing.assert_close(shrunk.attached.layers[path].g.detach(), expected)
+
+
+@pytest.mark.parametrize("threshold", [[], -0.1, float("nan"), [0.1, -0.2], [0.2, 0.1]])
+def test_thresholds_that_shrink_nothing_or_fall_are_refused(threshold):
+    with pytest.raises(ValidationError, match="a threshold is 0 or more"):
+        SoRA(threshold=threshold)
 
 
 def test_a_zero_gate_has_a_gradient_and_can_come_back():

@@ -20,6 +20,7 @@ from qlora_lite.model.quant import NF4
 from qlora_lite.model.targets import linear_specs
 from tests.dense_twin import dense_twin
 from tests.tiny import save_tiny
+from tests.workbench import Bench
 
 IDS = torch.arange(5, 45).view(2, 20)
 POSITIONS = torch.arange(20).expand(2, 20)
@@ -218,3 +219,27 @@ def test_what_is_no_lora_directory_is_named(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     with pytest.raises(AdapterError, match="IA3"):
         read_peft(tmp_path)
+
+
+def test_the_zeros_that_pad_an_adapter_do_not_become_dead_components(tmp_path):
+    directory = save_tiny(tmp_path / "base")
+    first = Bench(directory, LoRA(rank=6, ranks={"0": 2}, embedding_rank=2), lr=1e-2)
+    first.step()
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_adapter(
+        folder,
+        first.attached,
+        base=str(directory),
+        revision=None,
+        fan_in_fan_out=False,
+        sidecar={"adapter": first.method.settings.model_dump(mode="json")},
+    )
+    second = Bench(directory, LoRA(rank=6, embedding_rank=2))
+    begin_from(second.attached, folder)
+    torch.testing.assert_close(second.logits(), first.logits(), rtol=1e-5, atol=1e-5)
+    second.step()
+    assert all(layer.b.any(dim=0).all() for layer in second.attached.layers.values())
+    same_ranks = Bench(directory, LoRA(rank=6, ranks={"0": 2}, alpha=9, embedding_rank=2))
+    begin_from(same_ranks.attached, folder)
+    torch.testing.assert_close(same_ranks.logits(), first.logits(), rtol=1e-5, atol=1e-5)

@@ -51,13 +51,13 @@ def test_the_export_has_a_rank_for_every_booster_that_touched_the_layer(director
     touched = dict.fromkeys(bench.attached.layers, 0)
     for step in range(15):
         bench.step()
-        if (step + 1) % KAPPA == 0 and step + 1 < 15:
+        if (step + 1) % KAPPA == 0:
             for path in bench.attached.layers:
                 touched[path] += bench.method._block_of[path] in bench.method._blocks
     for path, layer in bench.attached.layers.items():
         assert len(layer.bank_scales) == touched[path]
-        assert layer.factors().rank == touched[path] + 1  # and the live booster
-    assert sum(touched.values()) == 4 * 2 * 7
+        assert layer.factors().rank == touched[path]
+    assert sum(touched.values()) == 5 * 2 * 7
 
 
 def test_the_optimizers_state_does_not_grow(directory):
@@ -68,7 +68,7 @@ def test_the_optimizers_state_does_not_grow(directory):
         state = bench.optimizer.state_dict()
         sizes.append(sum(t.numel() for k, t in state.items() if k.endswith("exp_avg")))
     at_the_end_of_boosters = sizes[KAPPA - 1 :: KAPPA]
-    assert at_the_end_of_boosters[:-1] == [0] * 4
+    assert at_the_end_of_boosters == [0] * 5
     assert max(sizes) <= 2 * 7 * (64 + 128) * 2
 
 
@@ -113,3 +113,24 @@ def test_the_rate_rises_again_with_every_booster_on_request():
     method = XGBLoRAMethod(XGBLoRA(boost_every=4, rewarm=2))
     found = [method.lr_scale(step, 12) for step in range(8)]
     assert found == pytest.approx([1, 1, 1, 1, 1 / 3, 2 / 3, 1, 1])
+
+
+def test_an_extended_run_has_the_boosters_of_an_uninterrupted_one(directory):
+    whole, extended = bench_of(directory, total=16), bench_of(directory, total=8)
+    for number in range(16):
+        whole.step()
+        if number == 8:
+            extended.total = 16
+        extended.step()
+    for path, layer in whole.attached.layers.items():
+        assert len(extended.attached.layers[path].bank_scales) == len(layer.bank_scales)
+
+
+def test_a_new_booster_is_drawn_anew(directory):
+    bench = bench_of(directory, num_layers=6)
+    before = {path: layer.a.detach().clone() for path, layer in bench.attached.layers.items()}
+    for _ in range(KAPPA):
+        bench.step()
+    for path, layer in bench.attached.layers.items():
+        assert not layer.b.any()
+        assert (layer.a - before[path]).abs().mean() > 0.3 * before[path].abs().mean()
