@@ -25,7 +25,7 @@ from qlora_lite.model.load import Base
 from qlora_lite.training.loop import Checkpoints, Evaluation
 from qlora_lite.training.optimizer import Optim
 
-RESULT_SETTINGS = frozenset({"output", "budget", "tracking"})
+FREE_SETTINGS = frozenset({"output", "budget", "tracking", "checkpoints"})
 """Settings that change no number of a run's result, so they may differ when it is continued."""
 
 
@@ -98,10 +98,12 @@ def load_recipe(path: Path) -> Recipe:
     """A recipe from a Python file, a `recipe.json`, or a run's folder.
 
     The folder of a Python recipe is importable while it loads, so recipes may build on neighbours.
+    A run's recipe has the run's folder as its output, wherever that was moved to.
 
     Raises:
         RecipeError: if there is none, or it does not say what a recipe must say.
     """
+    run = path if path.is_dir() else path.parent if is_run(path.parent) else None
     if path.is_dir():
         path = path / "recipe.json"
     if not path.is_file():
@@ -110,10 +112,16 @@ def load_recipe(path: Path) -> Recipe:
             "recipe.json; `qlora-lite init MODEL` writes a new one"
         )
     if path.suffix == ".json":
-        return _from_json(path)
+        recipe = _from_json(path)
+        return recipe if run is None else recipe.model_copy(update={"output": str(run)})
     if path.suffix != ".py":
         raise RecipeError(f"{path}: a recipe is a .py file or a run's recipe.json")
     return _from_python(path)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a recipe was begun in this folder, not only copied to it."""
+    return any((folder / name).exists() for name in ("checkpoints", "adapter", "metrics.jsonl"))
 
 
 def _from_json(path: Path) -> Recipe:

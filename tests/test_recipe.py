@@ -62,7 +62,7 @@ def test_a_mistake_is_told_with_its_path_and_a_near_match(change, words):
 
 def test_a_run_record_is_a_recipe(tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps({"recipe": RECIPE.as_values(), "threads": 2}))
-    assert load_recipe(tmp_path) == RECIPE
+    assert load_recipe(tmp_path) == RECIPE.but(f"output={tmp_path}")
     assert load_recipe(tmp_path / "recipe.json") == RECIPE
 
 
@@ -119,3 +119,14 @@ def test_differences_name_the_path_and_both_values():
     found = differences(RECIPE.as_values(), other.as_values())
     assert "optim.lr: 0.0002 -> 0.0001" in found
     assert "adapter.kind: 'lora' -> 'rslora'" in found
+
+
+@pytest.mark.parametrize("value", ["Infinity", "NaN", "-Infinity"])
+def test_numbers_are_finite(value):
+    with pytest.raises(RecipeError, match=r"optim\.lr: .*finite number"):
+        RECIPE.but(f"optim.lr={value}")
+
+
+def test_a_key_of_data_fields_is_a_field_of_a_format():
+    with pytest.raises(RecipeError, match=r"'inptu' is no field of a format. Did you mean 'input'"):
+        RECIPE.but('data.fields={"inptu": "context"}')

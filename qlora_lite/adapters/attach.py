@@ -161,6 +161,11 @@ def choose(
             method cannot adapt one of them.
     """
     settings = method.settings
+    if not settings.targets:
+        raise AdapterError(
+            "adapter.targets is empty, so nothing would be trained. Take all-linear, attention, "
+            "mlp, or a list of names"
+        )
     chosen = [s for s in select(specs, settings.targets) if s.path not in whole]
     check_ranks(chosen, settings.ranks)
     method.plans = method.plan(chosen)

@@ -39,6 +39,7 @@ WEIGHTS = "adapter_model.safetensors"
 NATIVE = "native.safetensors"
 SIDECAR = "qlora_lite.json"
 _PREFIX = "base_model.model."
+_COPY = ".base_layer.weight"
 
 FREE_TO_CHANGE = ("start", "dropout", "dtype", "lr_ratio")
 """Settings that may differ from those of an adapter whose own state is taken as it is."""
@@ -338,6 +339,7 @@ def begin_from(attached: Attached, directory: Path) -> None:
             "give a run with the same adapter settings"
         )
     adapter = read_peft(directory)
+    _drop_copies_of_the_base(attached, adapter)
     for pairs in (adapter.layers, adapter.embeddings):
         pairs.update({path: _without_padding(pair) for path, pair in pairs.items()})
     _check_places(attached, adapter)
@@ -359,6 +361,31 @@ def begin_from(attached: Attached, directory: Path) -> None:
                     f"{tuple(parameters[name].shape)} here. It was trained on another base model"
                 )
             parameters[name].copy_(value)
+
+
+def _drop_copies_of_the_base(attached: Attached, adapter: PeftAdapter) -> None:
+    """PEFT saves the base's own head or embedding beside its LoRA: `X.base_layer.weight`.
+
+    Raises:
+        AdapterError: if that is not the weight of this base.
+    """
+    bases = {p: layer.base for p, layer in (attached.layers | attached.embeddings).items()}
+    for name in [name for name in adapter.whole if name.endswith(_COPY)]:
+        path = name.removesuffix(_COPY)
+        if path not in bases:
+            continue  # `_check_places` tells of it
+        copy, weight = adapter.whole.pop(name), bases[path].original()
+        if weight is None or weight.shape != copy.shape or not _is_near(weight, copy):
+            raise AdapterError(
+                f"{adapter.directory} holds another weight for {path} than this base has: it was "
+                "resized, or trained on another base model. Merge it with PEFT and use the merged "
+                "model as the base"
+            )
+
+
+def _is_near(weight: Tensor, copy: Tensor) -> bool:
+    """The same but for the dtype that it was saved in."""
+    return torch.allclose(weight.float(), copy, rtol=1e-2, atol=1e-3)
 
 
 def _without_padding(pair: Factors) -> Factors:

@@ -25,18 +25,21 @@ def converse(console: Console, talk: "Talk") -> None:
             talk.reset()
             console.print("(forgotten)", style="dim")
         elif text:
-            say_answer(console, talk, text)
+            try:
+                say_answer(console, talk, text)
+            except DataError as error:  # a question that does not fit ends no conversation
+                console.print(str(error), style="yellow", markup=False, soft_wrap=True)
 
 
 def say_answer(console: Console, talk: "Talk", text: str) -> None:
-    """One answer, piece by piece; a question that does not fit is answered with why."""
-    try:
-        for piece in talk.ask(text):
-            console.file.write(piece)
-            console.file.flush()
-    except DataError as error:
-        console.print(str(error), style="yellow", markup=False, soft_wrap=True)
-        return
+    """One answer, piece by piece.
+
+    Raises:
+        DataError: if the question does not fit.
+    """
+    for piece in talk.ask(text):
+        console.file.write(piece)
+        console.file.flush()
     console.print()
     if talk.num_dropped:
         console.print(

@@ -1,5 +1,6 @@
 """What a recipe says about its data."""
 
+import difflib
 import json
 import string
 from typing import Annotated, Any, Literal
@@ -10,6 +11,9 @@ from qlora_lite.foundation.settings import Settings
 
 TooLong = Literal["error", "drop", "split", "truncate"]
 LossOn = Literal["assistant", "all"]
+
+FIELDS = ("messages", "instruction", "input", "output", "prompt", "completion", "text")
+"""What a row's fields are called in the formats."""
 
 
 def _from_json(value: Any) -> Any:
@@ -68,6 +72,19 @@ class Data(Settings):
 
     shuffle: bool = True
     """Visit the rows in a new random order every epoch."""
+
+    @field_validator("fields")
+    @classmethod
+    def _are_fields_of_a_format(cls, fields: dict[str, str] | None) -> dict[str, str] | None:
+        for name in fields or ():
+            if name not in FIELDS:
+                near = difflib.get_close_matches(name, FIELDS, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(
+                    f"{name!r} is no field of a format.{hint} Its keys are of {', '.join(FIELDS)}; "
+                    "its values are the names that your file has for them"
+                )
+        return fields
 
     @field_validator("prompt")
     @classmethod

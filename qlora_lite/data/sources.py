@@ -200,6 +200,12 @@ def _wrong_byte(path: Path) -> str:
     """Where a file stops being UTF-8."""
     offset = 0
     with open(path, "rb") as file:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            return (
+                f"{path} is UTF-16, and UTF-8 is needed. Convert the file: "
+                f"iconv -f utf-16 -t utf-8 {path.name} > converted{path.suffix}"
+            )
+        file.seek(0)
         for number, line in enumerate(file, start=1):
             try:
                 line.decode()

@@ -1,5 +1,6 @@
 """All rows of a source as examples: read, rendered, checked, made to fit, counted."""
 
+import difflib
 import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
@@ -165,6 +166,7 @@ def _read(source: Source, data: Data) -> Iterator[tuple[int, Item]]:
         DataError: with file, line and field of a row that is neither.
     """
     names = data.fields or {}
+    seen: set[str] = set()
     chosen: Format | None = None
     for number, row in source.rows():
         if source.is_text_file:
@@ -172,11 +174,17 @@ def _read(source: Source, data: Data) -> Iterator[tuple[int, Item]]:
             continue
         if chosen is None:
             chosen = _choose_format(data, row, source, number)
+        seen.update(name for name in names if names[name] in row)
         try:
             item = chosen.read(Fields(row, names, data.prompt))
         except RowError as error:
             raise DataError(f"{source.where(number)}: {error}") from None
         yield number, with_system(item, data.system) if isinstance(item, Conversation) else item
+    if not source.is_text_file and (lost := sorted(names.keys() - seen)):
+        raise DataError(
+            f"data.fields says that {lost[0]} is the field {names[lost[0]]!r}, and no row of "
+            f"{source.name} has it. Name the field that it is, or leave {lost[0]} out"
+        )
 
 
 def _choose_format(data: Data, row: dict[str, object], source: Source, number: int) -> Format:
@@ -191,6 +199,14 @@ def _choose_format(data: Data, row: dict[str, object], source: Source, number: i
     if kind is not None:
         return FORMATS[kind]
     known = "; ".join(f"{k}: {', '.join(f.needs)}" for k, f in FORMATS.items())
+    absent = [name for name in (data.fields or {}).values() if name not in row]
+    if absent:
+        near = difflib.get_close_matches(absent[0], row, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise DataError(
+            f"{source.where(number)}: there is no field {absent[0]!r}, which data.fields names."
+            f"{hint} There are {', '.join(map(repr, row))}"
+        )
     raise DataError(
         f"{source.where(number)}: what a row is cannot be told from its fields "
         f"{', '.join(map(repr, row))}. Needed are those of one format ({known}). Name yours with "

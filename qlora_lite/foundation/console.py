@@ -4,8 +4,16 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-console = Console(highlight=False, soft_wrap=False)
-errors = Console(stderr=True, highlight=False)
+
+class Terminal(Console):
+    """A console whose reader may have seen enough: how a command ends is not decided here."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+console = Terminal(highlight=False, soft_wrap=False)
+errors = Terminal(stderr=True, highlight=False)
 
 _BARS = "▁▂▃▄▅▆▇█"
 

@@ -1,5 +1,6 @@
 """Files that are complete or absent: written aside, synced to the disk, renamed into place."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -30,6 +31,20 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_object(path: Path, *needed: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: if it is no JSON, no object, or lacks one of the `needed` fields.
+    """
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}, not an object")
+    if missing := [name for name in needed if name not in value]:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    return value
+
+
 def sync_directory(directory: Path) -> None:
     """Make renames inside a directory durable."""
     handle = os.open(directory, os.O_RDONLY)
@@ -50,6 +65,16 @@ def sync_tree(directory: Path) -> None:
     sync_directory(directory)
 
 
+class DiskFull(RunError):
+    """There is no room for what was to be written; what was there before is as it was."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """safetensors reports the operating system's error as text."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or "No space left on device" in str(error) or "os error 28" in str(error)
+
+
 @contextmanager
 def complete_directory(target: Path) -> Iterator[Path]:
     """A directory to fill; it appears as `target`, synced and whole, when the block ends well.
@@ -57,6 +82,9 @@ def complete_directory(target: Path) -> Iterator[Path]:
     After an error or a kill only a hidden `.name.writing` is left, which the next attempt removes.
     An existing `target` is replaced; a kill in between leaves it as `.name.old`, which the next
     attempt puts back.
+
+    Raises:
+        DiskFull: if there is no room for it.
     """
     old = target.with_name(f".{target.name}.old")
     if old.exists() and not target.exists():
@@ -64,13 +92,18 @@ def complete_directory(target: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
     aside = target.with_name(f".{target.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     try:
+        aside.mkdir(parents=True)
         yield aside
-    except BaseException:
+        sync_tree(aside)
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
+        if is_disk_full(error):
+            raise DiskFull(
+                f"the disk is full: {target} could not be written. Free some space, and run the "
+                "same command again"
+            ) from error
         raise
-    sync_tree(aside)
     if target.exists():
         os.replace(target, old)
         os.replace(aside, target)

@@ -11,6 +11,7 @@ class Settings(BaseModel):
         extra="forbid",
         use_attribute_docstrings=True,
         validate_default=True,
+        allow_inf_nan=False,
         # `model` is the natural name of a base model's field
         protected_namespaces=(),
     )

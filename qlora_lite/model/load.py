@@ -31,7 +31,7 @@ from qlora_lite.model.freeze import Split, StoredWeight, copy_weight, freeze
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear, Scratch, Source
 from qlora_lite.model.prequantised import COMPANION, is_packed, read_packed, stored_quant
 from qlora_lite.model.quant import BF16, FP32, NF4, Int8, Quant
-from qlora_lite.model.shape import is_linear, read_config
+from qlora_lite.model.shape import hub_error, is_linear, read_config, unreachable
 from qlora_lite.shards.names import match
 from qlora_lite.shards.reader import Checkpoint
 
@@ -103,10 +103,7 @@ def locate(base: Base) -> Path:
             ignore_patterns=["*/*"],
         )
     except OSError as error:
-        raise BaseModelError(
-            f"base.model={base.model}: its weights could not be fetched ({error}). They are needed "
-            "on this machine: connect to the hub, or give the directory of a downloaded model"
-        ) from error
+        raise BaseModelError(unreachable(base.model, base.revision, error)) from error
     return Path(directory)
 
 
@@ -121,6 +118,8 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerFast:
             base.model, revision=base.revision, trust_remote_code=base.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
+        if (problem := hub_error(error)) is not None:
+            raise BaseModelError(unreachable(base.model, base.revision, problem)) from error
         raise BaseModelError(
             f"base.model={base.model}: no tokenizer can be read from it "
             f"({str(error).splitlines()[0]}). Needed is its tokenizer.json beside config.json"

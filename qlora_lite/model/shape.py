@@ -185,12 +185,27 @@ def _fetch_config(model: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(model, "config.json", revision=revision))
     except OSError as error:
-        at = f" at revision {revision}" if revision else ""
-        raise BaseModelError(f"base.model={model}{at}: {_hub_problem(model, error)}") from error
+        raise BaseModelError(unreachable(model, revision, error)) from error
+
+
+def unreachable(model: str, revision: str | None, error: OSError) -> str:
+    """Why the hub gave no file of a model, and what to do."""
+    at = f" at revision {revision}" if revision else ""
+    return f"base.model={model}{at}: {_hub_problem(model, error)}"
+
+
+def hub_error(error: BaseException) -> OSError | None:
+    """The hub's own error that a library wrapped in one that says less, if the hub is to blame."""
+    told: BaseException | None = error
+    while told is not None:
+        if isinstance(told, RepositoryNotFoundError | LocalEntryNotFoundError):  # or gated
+            return told
+        told = told.__cause__ or told.__context__
+    return None
 
 
 def _hub_problem(model: str, error: OSError) -> str:
-    """Why the hub gave no config, and what to do. A gated model is also a model not found."""
+    """Why the hub gave no file, and what to do. A gated model is also a model not found."""
     match error:
         case GatedRepoError():
             return (
@@ -213,8 +228,8 @@ def _hub_problem(model: str, error: OSError) -> str:
         case _:
             reason = str(error).splitlines()[0]
     return (
-        f"not on this machine, and {reason}. At least its config.json is needed: connect to the "
-        "hub once, or give the directory of a downloaded model"
+        f"not on this machine, and {reason}. Its files are needed here (for a plan only its "
+        "config.json): connect to the hub once, or give the directory of a downloaded model"
     )
 
 

@@ -80,12 +80,12 @@ def finish(end: Finish) -> Outcome:
 
 
 def _scores(end: Finish) -> dict[str, float]:
-    """The loss at the start, as a rule the bare base's, and the kept adapter's, from the log."""
-    events = metrics.read(end.folder.metrics)
-    losses = {e["step"]: e["heldout_loss"] for e in events if "heldout_loss" in e}
-    if not losses:
+    """The loss at the start, as a rule the bare base's, and the kept adapter's."""
+    progress = end.progress
+    kept = progress.best_loss if end.keeps_best else progress.last_loss
+    if progress.first_loss is None or kept is None:
         return {}
-    return {"loss_before": losses[0], "loss": losses[end.kept_step]}
+    return {"loss_before": progress.first_loss, "loss": kept}
 
 
 def _sample(end: Finish, example: Example) -> Sample:

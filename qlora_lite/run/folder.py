@@ -7,7 +7,6 @@ Nothing in it is ever overwritten silently.
 
 import contextlib
 import importlib.metadata
-import json
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -18,12 +17,16 @@ import torch
 
 from qlora_lite.adapters.state import SIDECAR
 from qlora_lite.foundation.errors import RecipeError, RunError
-from qlora_lite.foundation.files import write_json
+from qlora_lite.foundation.files import read_object, write_json
 from qlora_lite.foundation.overrides import check
-from qlora_lite.recipe import RESULT_SETTINGS, Recipe, differences
-from qlora_lite.training import checkpoint
+from qlora_lite.model.load import Base, locate
+from qlora_lite.recipe import FREE_SETTINGS, Recipe, differences
+from qlora_lite.shards.reader import Checkpoint
+from qlora_lite.training import checkpoint, metrics
 
 _PACKAGES = ("qlora-lite", "torch", "transformers", "bitsandbytes", "accelerate", "datasets")
+RECORDED = ("recipe", "fingerprints", "micro_batch_tokens")
+"""Of `recipe.json`, without which a run does not go on."""
 _LENGTH = ("optim.steps", "optim.epochs")
 """The settings that `extend` may change."""
 
@@ -54,6 +57,20 @@ class RunFolder:
     def report(self) -> Path:
         return self.path / "report.html"
 
+    def make(self) -> None:
+        """Create it.
+
+        Raises:
+            RunError: if there cannot be a folder of this name.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"output={self.path} cannot be made ({error.strerror}). Give the path of a folder "
+                "on a disk that you may write to"
+            ) from None
+
     def read_record(self) -> dict[str, Any]:
         """What `recipe.json` says.
 
@@ -66,12 +83,11 @@ class RunFolder:
                 "`qlora-lite train` wrote (its `output`)"
             )
         try:
-            record: dict[str, Any] = json.loads(self.recipe.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+            return read_object(self.recipe, *RECORDED)
+        except ValueError as error:
             raise RunError(
                 f"{self.recipe} is damaged ({error}). Restore it, or train anew"
             ) from None
-        return record
 
     def read_sidecar(self) -> dict[str, Any]:
         """What `adapter/qlora_lite.json` says about the trained adapter.
@@ -84,8 +100,27 @@ class RunFolder:
                 f"{self.path} has no adapter yet: the run is not finished. "
                 f"Run `qlora-lite train {self.path}` to go on"
             )
-        sidecar: dict[str, Any] = json.loads((self.adapter / SIDECAR).read_text(encoding="utf-8"))
-        return sidecar
+        try:
+            return read_object(self.adapter / SIDECAR, "recipe", "base", "scores")
+        except ValueError as error:
+            raise RunError(
+                f"{self.adapter / SIDECAR} is damaged ({error}). Restore it, or delete "
+                f"{self.adapter} and train the run again: it goes on from its last checkpoint"
+            ) from None
+
+    def require_base(self, base: Base) -> Path:
+        """Where the base is that this run was trained on.
+
+        Raises:
+            RunError: if its files are not what they were.
+        """
+        path = locate(base)
+        if Checkpoint.open(path).fingerprint != self.read_sidecar()["base"]["fingerprint"]:
+            raise RunError(
+                f"the base {base.model} is not the one that {self.path} was trained on: its files "
+                "changed. Restore them; an adapter is right on its own base only"
+            )
+        return path
 
     def is_finished(self, recipe: Recipe) -> bool:
         """The adapter is there and was trained to the end by this recipe."""
@@ -108,7 +143,7 @@ class RunFolder:
             return
         changed = _changes(self.read_record()["recipe"], recipe)
         if not extend:
-            if changed:
+            if changed and not self.is_untouched:
                 raise RunError(
                     f"{self.path} belongs to a run with another recipe:\n  "
                     + "\n  ".join(changed)
@@ -127,6 +162,21 @@ class RunFolder:
                 f"{self.path} is finished, and --extend was given without a new length. "
                 "Say how long it should be in all: optim.steps=... or optim.epochs=..."
             )
+
+    @property
+    def is_untouched(self) -> bool:
+        """No step is done here: the recipe that is recorded failed before, and may be corrected."""
+        if self.adapter.exists() or checkpoint.newest(self.checkpoints):
+            return False
+        events = metrics.read(self.metrics)
+        return not any("loss" in event for event in events)
+
+    def forget_failed_start(self, recipe: Recipe) -> None:
+        """Give up the record of another recipe that came to nothing here."""
+        if not self.recipe.exists() or not self.is_untouched:
+            return
+        if _changes(self.read_record()["recipe"], recipe):
+            self.recipe.unlink()
 
     @property
     def micro_batch_tokens(self) -> int | None:
@@ -217,7 +267,7 @@ def _changes(recorded: dict[str, Any], recipe: Recipe) -> list[str]:
     with contextlib.suppress(RecipeError):  # a record of another version is compared as it is
         recorded = check(Recipe, recorded).as_values()
     changed = differences(recorded, recipe.as_values())
-    return [line for line in changed if line.partition(":")[0].split(".")[0] not in RESULT_SETTINGS]
+    return [line for line in changed if line.partition(":")[0].split(".")[0] not in FREE_SETTINGS]
 
 
 def _extend_hint(changed: list[str]) -> str:

@@ -50,12 +50,13 @@ def load_run(run: str | Path, device: str | None = None, watcher: Watcher | None
     """A finished run: its base as it was in training, with the adapter attached.
 
     Raises:
-        RunError: if there is no run, or it has no adapter yet.
+        RunError: if there is no run, it has no adapter yet, or its base changed.
     """
     folder = RunFolder(Path(run))
     folder.read_record()
     folder.read_sidecar()
     recipe = load_recipe(folder.recipe)
+    folder.require_base(recipe.base)
     saved = read_native(folder.adapter)
     loaded = load_for_training(recipe, device, watcher, saved)
     assert loaded.attached is not None
@@ -76,9 +77,9 @@ def load_for_training(
     """
     watcher = watcher or Watcher()
     rule = devices.choose(device or recipe.device, recipe.base.compute)
-    tokenizer = load_tokenizer(recipe.base)
     method = method_for(recipe.adapter)
     starts = _starts(recipe, method, saved)
+    tokenizer = load_tokenizer(recipe.base)
     base = load_base(recipe.base, rule, split=starts.split, progress=watcher.loading)
     attached = attach(
         base.model,

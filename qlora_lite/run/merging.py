@@ -24,16 +24,14 @@ from qlora_lite.export.merge import BaseOfMerge, MergedWeights, MergeSource, wri
 from qlora_lite.export.verify import Agreement
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.device import DeviceRule
-from qlora_lite.foundation.errors import RunError
 from qlora_lite.foundation.files import write_text
 from qlora_lite.foundation.units import parse_bytes
 from qlora_lite.foundation.watch import Watcher
-from qlora_lite.model.load import load_tokenizer, locate
+from qlora_lite.model.load import load_tokenizer
 from qlora_lite.recipe import Recipe, load_recipe
 from qlora_lite.report import MergeRow, Report
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.proving import Proof
-from qlora_lite.shards.reader import Checkpoint
 from qlora_lite.training import metrics
 
 
@@ -117,12 +115,7 @@ def merge_source(folder: RunFolder, recipe: Recipe, rule: DeviceRule) -> MergeSo
         RunError: if the run is not finished, or its base is not what it was.
     """
     sidecar = folder.read_sidecar()
-    path = locate(recipe.base)
-    if Checkpoint.open(path).fingerprint != sidecar["base"]["fingerprint"]:
-        raise RunError(
-            f"the base {recipe.base.model} is not the one that {folder.path} was trained on: its "
-            "files changed. Restore them; an adapter is right on its own base only"
-        )
+    path = folder.require_base(recipe.base)
     held = sidecar["base"]
     return MergeSource(
         base=recipe.base,
@@ -186,7 +179,7 @@ def _report(proof: Proof) -> Report:
     if folder.report.is_file():
         report = reports.read(folder.report)
     else:
-        events = metrics.read(folder.metrics) if folder.metrics.is_file() else []
+        events = metrics.read(folder.metrics)
         report = Report(folder.path.name, proof.recipe.as_values(), events, {}, (), ())
     return dataclasses.replace(report, merges=tuple(proof.table))
 

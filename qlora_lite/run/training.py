@@ -22,7 +22,7 @@ from qlora_lite.data.preview import preview_row
 from qlora_lite.evaluation.perplexity import score
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.device import DeviceRule
-from qlora_lite.foundation.errors import BudgetError, RecipeError
+from qlora_lite.foundation.errors import BaseModelError, BudgetError, RecipeError
 from qlora_lite.foundation.files import lock
 from qlora_lite.foundation.units import format_bytes
 from qlora_lite.foundation.watch import Watcher
@@ -31,6 +31,7 @@ from qlora_lite.memory.measure import reset_peak
 from qlora_lite.memory.plan import Plan, require_fit
 from qlora_lite.model.checkpointing import enable_checkpointing
 from qlora_lite.model.load import load_tokenizer
+from qlora_lite.model.shape import read_config
 from qlora_lite.recipe import Recipe
 from qlora_lite.report import Sample
 from qlora_lite.run.finishing import Finish, finish
@@ -78,9 +79,10 @@ def run_recipe(
     folder = RunFolder(Path(recipe.output))
     folder.claim(recipe, extend)
     _require_trackers(recipe.tracking)
-    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.make()
     with lock(folder.path), listening() as request:
         folder.claim(recipe, extend)
+        folder.forget_failed_start(recipe)
         if folder.is_finished(recipe):
             return _finished(folder)
         return _train(recipe, folder, watcher, request)
@@ -96,6 +98,7 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, request: Request
     for note in check_settings(recipe):
         watcher.note(note)
     data = load_data(recipe.data, load_tokenizer(recipe.base), recipe.seed)
+    require_known_tokens(data, recipe)
     watcher.prepared(data)
     micro_batch_tokens = recipe.optim.micro_batch_tokens or plan.micro_batch_tokens
     batches = training_batches(recipe, data, micro_batch_tokens)
@@ -106,11 +109,11 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, request: Request
         resume_from = [checkpoint.load_newest(folder.checkpoints, watcher.note)]
         loaded = load_for_training(recipe, watcher=watcher, saved=_saved(recipe, resume_from[0]))
         request.leave_if_asked("before anything was trained")
+        job = _job(recipe, folder, loaded, data, batches, rule, watcher, request)
+        job.resume_from = resume_from.pop()  # the job lets go of it, and nobody else holds it
         fingerprints = {"data": data.fingerprint, "base": loaded.base.checkpoint.fingerprint}
         for warning in folder.record(recipe, fingerprints, rule.line, micro_batch_tokens):
             watcher.note(warning)
-        job = _job(recipe, folder, loaded, data, batches, rule, watcher, request)
-        job.resume_from = resume_from.pop()  # the job lets go of it, and nobody else holds it
         reset_peak(rule.device)
         with _tracked(job, recipe):
             progress = train(job)
@@ -283,6 +286,24 @@ def check_settings(recipe: Recipe) -> list[str]:
     if recipe.evaluation.patience and not recipe.data.heldout and not recipe.data.heldout_share:
         notes.append("evaluation.patience has no effect: no rows are held out to score")
     return notes
+
+
+def require_known_tokens(data: Prepared, recipe: Recipe) -> None:
+    """Every token of the rows must be one that the base has.
+
+    Raises:
+        BaseModelError: if the tokenizer has more than the base was made for.
+    """
+    config = read_config(recipe.base.model, recipe.base.revision, recipe.base.trust_remote_code)
+    vocabulary = config.get_text_config().vocab_size
+    for examples in (data.train, data.heldout):
+        if len(examples) and (largest := int(examples.ids.max())) >= vocabulary:
+            token = data.template.tokenizer.convert_ids_to_tokens(largest)
+            raise BaseModelError(
+                f"the rows hold token {largest} ({token!r}), and {recipe.base.model} has tokens 0 "
+                f"to {vocabulary - 1}: its tokenizer belongs to another model. Restore the "
+                "tokenizer that came with the weights"
+            )
 
 
 def _refuse_what_does_not_fit(recipe: Recipe, plan: Plan) -> None:

@@ -11,7 +11,6 @@ opened: they can run code.
 
 import functools
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora_lite.foundation.errors import BaseModelError
+from qlora_lite.foundation.files import read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -156,7 +156,12 @@ def _shard_files(directory: Path) -> list[Path]:
     if (directory / SINGLE).exists():
         return [directory / SINGLE]
     if (directory / INDEX).exists():
-        weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
+        try:
+            weight_map = read_object(directory / INDEX, "weight_map")["weight_map"]
+        except ValueError as error:
+            raise BaseModelError(
+                f"{directory / INDEX} is damaged ({error}). Download it again"
+            ) from None
         files = [directory / name for name in sorted(set(weight_map.values()))]
         missing = [file.name for file in files if not file.exists()]
         if missing:

@@ -8,8 +8,6 @@
 A checkpoint is written aside, synced and renamed, so a kill or a full disk leaves the older one.
 """
 
-import errno
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_lite.foundation.errors import RunError
-from qlora_lite.foundation.files import complete_directory, write_json
+from qlora_lite.foundation.files import DiskFull, complete_directory, read_object, write_json
 
 _ADAPTER, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
 
@@ -58,25 +56,18 @@ def save(directory: Path, step: int, state: TrainingState, keep: int) -> Path:
             save_file(adapter, aside / _ADAPTER, {"format": "pt"})
             save_file(tensors, aside / _OPTIMIZER, {"format": "pt"})
             write_json(aside / _STATE, numbers)
-    except (OSError, SafetensorError) as error:
-        if not _is_disk_full(error):
-            raise
+    except DiskFull as error:
         older = newest(directory)
         kept = f"{older.name} is intact and the same command continues from it" if older else None
+        fewer = ", or lower checkpoints.keep," if keep > 1 else ""
         raise RunError(
             f"the disk is full: checkpoint {target} could not be written. "
-            f"{kept or 'There is none before it'}. Free some space, or lower checkpoints.keep, "
-            "and run the same command again"
+            f"{kept or 'There is none before it'}. Free some space{fewer} and run the same "
+            "command again"
         ) from error
     for old in all_checkpoints(directory)[:-keep]:
         shutil.rmtree(old)
     return target
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    """safetensors reports the operating system's error as text."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or "No space left on device" in str(error) or "os error 28" in str(error)
 
 
 def load(checkpoint: Path) -> TrainingState:
@@ -86,10 +77,10 @@ def load(checkpoint: Path) -> TrainingState:
         RunError: if a file of the checkpoint is damaged.
     """
     try:
-        numbers = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+        numbers = read_object(checkpoint / _STATE, "progress", "optimizer", "method")
         tensors = load_file(checkpoint / _OPTIMIZER)
         adapter = load_file(checkpoint / _ADAPTER)
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise RunError(
             f"checkpoint {checkpoint} is damaged ({error}). Delete that folder to begin anew, or "
             "restore it"

@@ -76,6 +76,9 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    first_loss: float | None = None
+    """Of the held-out rows, before the first step."""
+    last_loss: float | None = None
     best_loss: float | None = None
     best_step: int = 0
     scorings_since_best: int = 0
@@ -206,11 +209,11 @@ def _evaluate(job: Job, progress: Progress) -> None:
     scores = {f"heldout_{name}": value for name, value in job.score().items()}
     loss = scores["heldout_loss"]
     if not math.isfinite(loss):
-        raise TrainingError(
-            f"after step {progress.step} the held-out loss is {loss}. A finite one is needed: try "
-            f"a lower optim.lr (now {job.optim.lr:g})"
-        )
+        raise TrainingError(_not_finite(job, progress.step, loss))
     progress.seconds += time.perf_counter() - began
+    progress.last_loss = loss
+    if progress.step == 0:
+        progress.first_loss = loss
     if progress.best_loss is None or loss < progress.best_loss:
         progress.best_loss, progress.best_step = loss, progress.step
         progress.scorings_since_best = 0
@@ -234,6 +237,7 @@ def _is_due(step: int, every: int | None, total: int) -> bool:
 
 
 def _save(job: Job, progress: Progress) -> None:
+    job.log.sync()
     state = checkpoint.TrainingState(
         adapter=job.attached.state(),
         optimizer=job.engine.optimizer.state_dict(),
@@ -302,6 +306,20 @@ def _check_loss(job: Job, number: int, loss: float, batch: Batch) -> None:
             "model does worse than guessing. Its weights, its tokenizer or the data do not belong "
             f"together; look at these rows\n{job.show_rows(batch)}"
         )
+
+
+def _not_finite(job: Job, step: int, loss: float) -> str:
+    """Of the held-out rows; before the first step the rate is not to blame."""
+    if step:
+        return (
+            f"after step {step} the held-out loss is {loss}. A finite one is needed: try a lower "
+            f"optim.lr (now {job.optim.lr:g})"
+        )
+    return (
+        f"before the first step the held-out loss is {loss}, and a finite one is needed. The "
+        "base's weights are damaged, or too large for base.compute. It reads rows such as these\n"
+        f"{job.show_rows(job.batches.step(0)[0])}"
+    )
 
 
 def _check_gradient(job: Job, number: int, result: StepResult) -> None:

@@ -1,6 +1,8 @@
 """`metrics.jsonl`: one line a logged event, which continues from the checkpoint after a resume."""
 
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,12 @@ class MetricsLog:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
 
+    def sync(self) -> None:
+        """Make what was appended durable: a checkpoint must not outlive the steps before it."""
+        if self.path.exists():
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
+
     def clear(self) -> None:
         """Begin anew."""
         self.path.unlink(missing_ok=True)
@@ -29,11 +37,12 @@ class MetricsLog:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The events of a log. A line that a kill cut short is left out."""
+    """The events of a log, none if there is no log. A line that a kill cut short, or that is
+    damaged, is left out."""
+    if not path.exists():
+        return []
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(json.JSONDecodeError):
             events.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return events
+    return [event for event in events if isinstance(event, dict) and "step" in event]

@@ -243,3 +243,26 @@ def test_the_zeros_that_pad_an_adapter_do_not_become_dead_components(tmp_path):
     same_ranks = Bench(directory, LoRA(rank=6, ranks={"0": 2}, alpha=9, embedding_rank=2))
     begin_from(same_ranks.attached, folder)
     torch.testing.assert_close(same_ranks.logits(), first.logits(), rtol=1e-5, atol=1e-5)
+
+
+def test_pefts_copy_of_the_head_is_recognised_as_the_bases(tmp_path):
+    directory = save_tiny(tmp_path / "base")
+    twin = dense_twin(_bare(directory))
+    twin.save_pretrained(tmp_path / "plain")
+    config = peft.LoraConfig(r=4, lora_alpha=5, target_modules=["q_proj", "lm_head"])
+    theirs = peft.get_peft_model(twin, config)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+        expected = theirs.eval()(input_ids=IDS, position_ids=POSITIONS, use_cache=False).logits
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    stored = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    assert "base_model.model.lm_head.base_layer.weight" in stored
+    base, attached = load(directory, LoRA(rank=4, targets=["q_proj", "lm_head"], dtype="fp32"))
+    begin_from(attached, tmp_path / "theirs")
+    torch.testing.assert_close(logits(base), expected, **CLOSE)
+    stored["base_model.model.lm_head.base_layer.weight"] += 1
+    save_file(stored, tmp_path / "theirs" / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(AdapterError, match="holds another weight for lm_head"):
+        begin_from(attached, tmp_path / "theirs")

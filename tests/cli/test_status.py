@@ -6,7 +6,7 @@ import pytest
 
 from qlora_lite.cli.status import status_of
 from qlora_lite.foundation.errors import Interrupted, QloraLiteError
-from tests.cli.workplace import run_command
+from tests.cli.workplace import run_command, start_process
 
 
 def _raising(error):
@@ -80,3 +80,11 @@ def test_errors_of_data_reach_the_user(recipe, tmp_path):
     ended = run_command("train", recipe)
     assert ended.status == 2
     assert "line 1" in ended.err
+
+
+def test_a_reader_that_has_seen_enough_is_no_mistake(recipe):
+    program = "from qlora_lite.cli import main; main()"
+    process = start_process("-c", program, "plan", recipe)
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert "Traceback" not in process.stderr.read()

@@ -178,7 +178,7 @@ WRONG = {
         b"prompt,completion\na,b\ncaf\xe9,b\n",
         r"line 3: byte 25 \(0xe9\) is not UTF-8",
     ),
-    "UTF-16": ("a.jsonl", LINE.encode("utf-16"), r"line 1: byte 0 \(0xff\) is not UTF-8"),
+    "UTF-16": ("a.jsonl", LINE.encode("utf-16"), r"is UTF-16, .*iconv -f utf-16"),
     "too many cells": ("a.csv", "prompt,completion\na,b\nc,d,e\n", r"line 3: got 3 cells"),
     "too few cells": ("a.csv", "prompt,completion\na,b\n\nc\n", r"line 4: got 1 cells"),
     "open quote": ("a.csv", 'prompt,completion\na,b\n"c,d\n', r"after line 2: .*quotation"),

@@ -148,3 +148,15 @@ def test_percentiles_are_lengths_that_occur():
 def test_a_prompt_of_another_format_is_refused(jsonl):
     with pytest.raises(DataError, match=r"data\.prompt makes rows of the format completion"):
         read(jsonl([{"text": "a"}]), prompt="{text}", format="text")
+
+
+def test_a_field_that_no_row_has_is_named(jsonl):
+    name = jsonl([ask("one"), {**ask("two"), "context": "of three"}])
+    with pytest.raises(
+        DataError, match=r"line 1: there is no field 'answr', .* There are 'prompt'"
+    ):
+        read(name, fields={"completion": "answr"})
+    rows = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d", "ctx": "e"}]
+    with pytest.raises(DataError, match=r"input is the field 'context', and no row of .* has it"):
+        read(jsonl(rows), fields={"input": "context"})
+    assert read(jsonl(rows), fields={"input": "ctx"}).stats.rows == 2

@@ -1,0 +1,160 @@
+"""The rules about a run's folder: whose it is, what may change, and what damage costs."""
+
+import shutil
+
+import pytest
+import safetensors.torch
+
+from qlora_lite.foundation import files
+from qlora_lite.foundation.errors import AdapterError, BaseModelError, RunError, TrainingError
+from qlora_lite.recipe import load_recipe
+from qlora_lite.run.loading import load_run
+from qlora_lite.run.training import run_recipe
+from qlora_lite.training import checkpoint
+from tests.end_to_end.small_run import result_of, small_recipe, write_rows
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folders")
+    save_tiny(folder / "base")
+    write_rows(folder / "train.jsonl")
+    return folder
+
+
+def recipe_in(folder, name, *changes):
+    return small_recipe(folder / "base", folder / "train.jsonl", folder / name, *changes)
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    run_recipe(recipe_in(folder, "finished"))
+    return folder / "finished"
+
+
+def copy_of(run, folder, name, without=()):
+    """An interrupted run: the checkpoints are there, the adapter is not."""
+    copy = folder / name
+    shutil.copytree(run, copy)
+    for part in ("adapter", *without):
+        shutil.rmtree(copy / part, ignore_errors=True)
+    return copy
+
+
+def test_the_folder_that_is_named_is_the_run_wherever_it_was_moved_to(folder, finished):
+    moved = copy_of(finished, folder, "moved")
+    for named in (moved, moved / "recipe.json"):
+        assert load_recipe(named).output == str(moved)
+    result = run_recipe(load_recipe(moved))
+    assert result.directory == moved
+    assert result_of(moved) == result_of(finished)
+
+
+def test_a_record_that_was_copied_elsewhere_is_an_ordinary_recipe(finished, tmp_path):
+    shutil.copy(finished / "recipe.json", tmp_path / "recipe.json")
+    assert load_recipe(tmp_path / "recipe.json").output == str(finished)
+
+
+def test_a_run_that_failed_before_its_first_step_may_be_corrected(folder):
+    start = folder / "finished" / "adapter"
+    with pytest.raises(AdapterError, match=r"Set adapter\.rank=4"):
+        run_recipe(recipe_in(folder, "again", "adapter.rank=2", f"adapter.start={start}"))
+    corrected = recipe_in(folder, "again", f"adapter.start={start}", "optim.steps=1")
+    assert run_recipe(corrected).steps == 1
+    with pytest.raises(RunError, match="belongs to a run with another recipe"):
+        run_recipe(corrected.but("optim.lr=1e-3"))
+
+
+def test_checkpoints_may_be_kept_otherwise_when_a_run_goes_on(folder, finished):
+    run = copy_of(finished, folder, "fewer")
+    result = run_recipe(load_recipe(run).but("checkpoints.keep=1", "checkpoints.every=5"))
+    assert result.scores == run_recipe(load_recipe(finished)).scores
+
+
+@pytest.mark.parametrize("damage", ["", '{"st\n', None])
+def test_a_run_without_its_metrics_ends_all_the_same(folder, finished, damage):
+    run = copy_of(finished, folder, f"metrics-{damage!r:.4}".replace("'", ""))
+    if damage is None:
+        (run / "metrics.jsonl").unlink()
+    else:
+        (run / "metrics.jsonl").write_text(damage)
+    assert run_recipe(load_recipe(run)).scores == run_recipe(load_recipe(finished)).scores
+
+
+@pytest.mark.parametrize("content", [b"{}", b"\xff", b"[]", b""])
+def test_a_damaged_checkpoint_leaves_the_older_one(folder, finished, content):
+    run = copy_of(finished, folder, f"state-{content.hex()}")
+    (checkpoint.newest(run / "checkpoints") / "state.json").write_bytes(content)
+    notes: list[str] = []
+    state = checkpoint.load_newest(run / "checkpoints", notes.append)
+    assert state.progress["step"] == 8
+    assert "is damaged" in notes[0]
+
+
+@pytest.mark.parametrize("content", [b"{}", b"\xff", b"[]"])
+@pytest.mark.parametrize("name", ["recipe.json", "adapter/qlora_lite.json"])
+def test_a_damaged_record_is_named(folder, finished, tmp_path, name, content):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / name).write_bytes(content)
+    with pytest.raises(RunError, match=f"{name} is damaged"):
+        load_run(run)
+
+
+def test_a_base_that_changed_is_not_used(folder, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(folder / "base", base)
+    recipe = small_recipe(base, folder / "train.jsonl", tmp_path / "run", "optim.steps=1")
+    run_recipe(recipe)
+    shutil.rmtree(base)
+    save_tiny(base, seed=5)
+    with pytest.raises(RunError, match="its files changed"):
+        load_run(tmp_path / "run")
+    shutil.rmtree(base)
+    with pytest.raises(BaseModelError, match=f"base.model={base}"):
+        load_run(tmp_path / "run")
+
+
+def test_a_tokenizer_of_another_model_is_told_before_anything_is_loaded(folder, tmp_path):
+    save_tiny(tmp_path / "base", vocab_size=90)
+    recipe = small_recipe(tmp_path / "base", folder / "train.jsonl", tmp_path / "run")
+    with pytest.raises(BaseModelError, match="has tokens 0 to 89: its tokenizer belongs to"):
+        run_recipe(recipe)
+    assert not (tmp_path / "run" / "recipe.json").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_a_mistake(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be made"):
+        run_recipe(recipe_in(folder, tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "changes"),
+    [(safetensors.torch, "save_file", ["evaluation.patience=3"]), (files, "sync_tree", [])],
+)
+def test_a_full_disk_is_the_machines_limit_whatever_was_being_written(
+    folder, monkeypatch, owner, name, changes
+):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    run = f"full-{name}"
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        with pytest.raises(RunError, match=r"the disk is full.*Free some space"):
+            run_recipe(recipe_in(folder, run, *changes))
+    assert run_recipe(recipe_in(folder, run, *changes)).steps > 0
+
+
+def test_a_base_of_damaged_numbers_is_not_blamed_on_the_rate(folder, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(folder / "base", base)
+    tensors = safetensors.torch.load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    safetensors.torch.save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    recipe = small_recipe(base, folder / "train.jsonl", tmp_path / "run")
+    with pytest.raises(TrainingError, match=r"before the first step .*damaged(.|\n)*row") as error:
+        run_recipe(recipe)
+    assert "optim.lr" not in str(error.value)
