@@ -48,7 +48,8 @@ class DeviceRule:
         elif self.device.type == "cuda":
             where = torch.cuda.get_device_name(self.device)
         else:
-            where = f"CPU, {torch.get_num_threads()} threads"
+            num = torch.get_num_threads()
+            where = f"CPU, {num} {'thread' if num == 1 else 'threads'}"
         return (
             f"{where}: compute {NAMES[self.compute]}, adapters {NAMES[self.adapters]}, "
             f"embedding and head {NAMES[self.storage]}, norms {NAMES[self.norms]}, "

@@ -77,9 +77,10 @@ def _check_rows_are_known(
         )
     for target in targets:
         if not (Path(target) / "recipe.json").is_file():
+            what = "is not a run" if Path(target).exists() else "is not here"
             raise DataError(
-                f"{target} is not a run, so it has no held-out rows of its own. "
-                "Give the rows to score: --data FILE"
+                f"{target} {what}, so it has no held-out rows of its own. Give the rows to score: "
+                "--data FILE"
             )
 
 

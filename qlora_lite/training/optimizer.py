@@ -41,7 +41,7 @@ class Optim(Settings):
 
     micro_batch_tokens: int | None = Field(default=None, ge=1)
     """Tokens that one forward sees; the planner's choice unless given. Never changes the result of
-    a step beyond rounding."""
+    a step beyond rounding (but for BA-LoRA, whose terms are those of a forward)."""
 
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the data, in whole steps: the last one is filled up from the next pass."""
