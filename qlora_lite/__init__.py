@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qlora_lite.data.settings import Data
     from qlora_lite.model.load import Base
     from qlora_lite.model.quant import BF16, FP4, FP32, NF4, Int8
-    from qlora_lite.recipe import Recipe
+    from qlora_lite.recipe import Recipe, load_recipe
     from qlora_lite.run.extracting import extract
     from qlora_lite.run.merging import merge
     from qlora_lite.run.planning import plan_recipe as plan
@@ -55,6 +55,7 @@ _HOMES = {
     "Evaluation": "qlora_lite.training.loop:Evaluation",
     "Checkpoints": "qlora_lite.training.loop:Checkpoints",
     "Recipe": "qlora_lite.recipe:Recipe",
+    "load_recipe": "qlora_lite.recipe:load_recipe",
     "main": "qlora_lite.cli.script:main",
     "plan": "qlora_lite.run.planning:plan_recipe",
     "train": "qlora_lite.run.training:run_recipe",
@@ -79,6 +80,7 @@ __all__ = [
     "__version__",
     "extract",
     "load",
+    "load_recipe",
     "main",
     "merge",
     "plan",

@@ -65,6 +65,11 @@ class Recipe(Settings):
     tracking: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     """Trackers that metrics are sent to; none unless asked for."""
 
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _may_be_a_number(cls, budget: Any) -> Any:
+        return str(budget) if isinstance(budget, int) and budget > 0 else budget
+
     @field_validator("budget")
     @classmethod
     def _is_a_size(cls, budget: str | None) -> str | None:
@@ -94,7 +99,7 @@ def vary(recipe: Recipe, assignments: Sequence[str]) -> tuple[Recipe, list[str]]
     return check(Recipe, values), notes
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: str | Path) -> Recipe:
     """A recipe from a Python file, a `recipe.json`, or a run's folder.
 
     The folder of a Python recipe is importable while it loads, so recipes may build on neighbours.
@@ -103,6 +108,7 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         RecipeError: if there is none, or it does not say what a recipe must say.
     """
+    path = Path(path)
     run = path if path.is_dir() else path.parent if is_run(path.parent) else None
     if path.is_dir():
         path = path / "recipe.json"

@@ -130,3 +130,7 @@ def test_numbers_are_finite(value):
 def test_a_key_of_data_fields_is_a_field_of_a_format():
     with pytest.raises(RecipeError, match=r"'inptu' is no field of a format. Did you mean 'input'"):
         RECIPE.but('data.fields={"inptu": "context"}')
+
+
+def test_a_budget_may_be_plain_bytes():
+    assert RECIPE.but("budget=800000000").budget == "800000000"

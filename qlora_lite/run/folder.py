@@ -22,7 +22,7 @@ from qlora_lite.foundation.overrides import check
 from qlora_lite.model.load import Base, locate
 from qlora_lite.recipe import FREE_SETTINGS, Recipe, differences
 from qlora_lite.shards.reader import Checkpoint
-from qlora_lite.training import checkpoint, metrics
+from qlora_lite.training import checkpoint
 
 _PACKAGES = ("qlora-lite", "torch", "transformers", "bitsandbytes", "accelerate", "datasets")
 RECORDED = ("recipe", "fingerprints", "micro_batch_tokens")
@@ -142,6 +142,10 @@ class RunFolder:
             self._refuse_foreign_content()
             return
         changed = _changes(self.read_record()["recipe"], recipe)
+        if (self.adapter / SIDECAR).is_file():
+            was = _changes(self.read_sidecar()["recipe"], recipe)
+            changed += [line for line in was if line.partition(":")[0] not in _LENGTH]
+            changed = list(dict.fromkeys(changed))
         if not extend:
             if changed and not self.is_untouched:
                 raise RunError(
@@ -165,11 +169,8 @@ class RunFolder:
 
     @property
     def is_untouched(self) -> bool:
-        """No step is done here: the recipe that is recorded failed before, and may be corrected."""
-        if self.adapter.exists() or checkpoint.newest(self.checkpoints):
-            return False
-        events = metrics.read(self.metrics)
-        return not any("loss" in event for event in events)
+        """Nothing is saved here: the recorded recipe came to nothing, and may be corrected."""
+        return not self.adapter.exists() and checkpoint.newest(self.checkpoints) is None
 
     def forget_failed_start(self, recipe: Recipe) -> None:
         """Give up the record of another recipe that came to nothing here."""

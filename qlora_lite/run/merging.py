@@ -24,6 +24,7 @@ from qlora_lite.export.merge import BaseOfMerge, MergedWeights, MergeSource, wri
 from qlora_lite.export.verify import Agreement
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.device import DeviceRule
+from qlora_lite.foundation.errors import ExportError
 from qlora_lite.foundation.files import write_text
 from qlora_lite.foundation.units import parse_bytes
 from qlora_lite.foundation.watch import Watcher
@@ -33,6 +34,9 @@ from qlora_lite.report import MergeRow, Report
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.proving import Proof
 from qlora_lite.training import metrics
+
+SMALLEST_SHARD = 1000
+"""Bytes of a file; less is a slip of the pen."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ def merge(
     """
     folder, out, watcher = RunFolder(Path(run)), Path(out), watcher or Watcher()
     require_free(out)
-    max_shard_bytes = parse_bytes(shard)
+    if (max_shard_bytes := parse_bytes(shard)) < SMALLEST_SHARD:
+        raise ExportError(f"got shard={shard}: a file takes 1 kB or more. Take 5GB, say")
     proof = _begin(folder, device, watcher)
     if base == "auto" or verify:
         proof.measure_reference()

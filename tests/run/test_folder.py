@@ -158,3 +158,12 @@ def test_a_base_of_damaged_numbers_is_not_blamed_on_the_rate(folder, tmp_path):
     with pytest.raises(TrainingError, match=r"before the first step .*damaged(.|\n)*row") as error:
         run_recipe(recipe)
     assert "optim.lr" not in str(error.value)
+
+
+def test_a_finished_run_keeps_the_recipe_that_trained_it(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    text = (run / "recipe.json").read_text()
+    (run / "recipe.json").write_text(text.replace('"lr": 0.005', '"lr": 1.0'))
+    with pytest.raises(RunError, match=r"optim\.lr: 0\.005 -> 1\.0"):
+        run_recipe(load_recipe(run))
