@@ -42,8 +42,8 @@ def introduction(budget: Budget, core_seconds: float, machine: Machine) -> str:
         "tried, the best of all may lie beyond. E2E and GSM8K are far from what the base was "
         "trained on and want higher rates than the embedded rows: there the rate says more than "
         "the method, so compare methods of one rate. Losses are of the held-out rows, mean ± "
-        "standard deviation over the seeds. Seconds are those of a step relative to LoRA's, in turns with "
-        "it on the same batches (the median of the pairs; LoRA beside itself shows how exact that "
+        "standard deviation over the seeds. Seconds are those of a step relative to LoRA's, in "
+        "turns with it on the same batches (the median of the pairs; LoRA beside itself shows how exact that "
         "is). Peak bytes are those of all tensors in the second step, the base's included and "
         "banks still empty. Exported is PEFT's file, or our own (native) where PEFT has none."
     )
