@@ -16,6 +16,7 @@ from qlora_lite.adapters.catalogue import METHODS
 from qlora_lite.adapters.layer import AdapterLayer
 from qlora_lite.adapters.method import AdapterSettings, Method, StepInfo
 from qlora_lite.adapters.start import Starts
+from qlora_lite.adapters.state import save_adapter
 from qlora_lite.data.batches import Batch, make_batch, make_bin
 from qlora_lite.data.examples import Example
 from qlora_lite.foundation import device
@@ -134,6 +135,19 @@ class Bench:
         )
         self.number += 1
         return self.result.loss
+
+    def save(self, folder: Path) -> Path:
+        """The adapter's files, in a folder that is made for them."""
+        folder.mkdir()
+        save_adapter(
+            folder,
+            self.attached,
+            base=str(self.base.path),
+            revision=None,
+            fan_in_fan_out=False,
+            sidecar={"adapter": self.method.settings.model_dump(mode="json")},
+        )
+        return folder
 
     @torch.no_grad()
     def logits(self) -> Tensor:

@@ -26,7 +26,7 @@ DONE, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
 _LIMITS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
-    *(errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EISDIR, errno.ELOOP),
+    *(errno.ENOTDIR, errno.ENAMETOOLONG, errno.EISDIR, errno.ELOOP),
 )
 """Errors of the operating system that only the user can do something about."""
 

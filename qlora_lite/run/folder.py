@@ -25,7 +25,7 @@ from qlora_lite.shards.reader import Checkpoint
 from qlora_lite.training import checkpoint
 
 _PACKAGES = ("qlora-lite", "torch", "transformers", "bitsandbytes", "accelerate", "datasets")
-RECORDED = ("recipe", "fingerprints", "micro_batch_tokens")
+_RECORDED = ("recipe", "fingerprints", "micro_batch_tokens")
 """Of `recipe.json`, without which a run does not go on."""
 _LENGTH = ("optim.steps", "optim.epochs")
 """The settings that `extend` may change."""
@@ -83,7 +83,7 @@ class RunFolder:
                 "`qlora-lite train` wrote (its `output`)"
             )
         try:
-            return read_object(self.recipe, *RECORDED)
+            return read_object(self.recipe, *_RECORDED)
         except ValueError as error:
             raise RunError(
                 f"{self.recipe} is damaged ({error}). Restore it, or train anew"

@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from qlora_lite.adapters.cola import COLA, COLAMethod
-from qlora_lite.adapters.state import begin_from, save_adapter
+from qlora_lite.adapters.state import begin_from
 from qlora_lite.model.quant import FP32
 from qlora_lite.model.targets import LinearSpec
 from qlora_lite.run.training import run_recipe
@@ -147,16 +147,9 @@ def test_a_run_that_begins_from_a_chain_has_a_chain_of_its_own(directory, tmp_pa
     first = Bench(directory, settings, total=6)
     for _ in range(6):
         first.step()
-    save_adapter(
-        tmp_path,
-        first.attached,
-        base=str(directory),
-        revision=None,
-        fan_in_fan_out=False,
-        sidecar={"adapter": settings.model_dump(mode="json")},
-    )
+    first.save(tmp_path / "adapter")
     second = Bench(directory, settings, total=6, seed=5)
-    begin_from(second.attached, tmp_path)
+    begin_from(second.attached, tmp_path / "adapter")
     torch.testing.assert_close(second.logits(), first.logits(), rtol=1e-5, atol=1e-5)
     assert all(len(layer.bank_scales) == 7 for layer in layers_of(second))
     assert all(layer.scale == 6 / 4 and layer.a.any(dim=1).all() for layer in layers_of(second))

@@ -225,16 +225,7 @@ def test_the_zeros_that_pad_an_adapter_do_not_become_dead_components(tmp_path):
     directory = save_tiny(tmp_path / "base")
     first = Bench(directory, LoRA(rank=6, ranks={"0": 2}, embedding_rank=2), lr=1e-2)
     first.step()
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    save_adapter(
-        folder,
-        first.attached,
-        base=str(directory),
-        revision=None,
-        fan_in_fan_out=False,
-        sidecar={"adapter": first.method.settings.model_dump(mode="json")},
-    )
+    folder = first.save(tmp_path / "adapter")
     second = Bench(directory, LoRA(rank=6, embedding_rank=2))
     begin_from(second.attached, folder)
     torch.testing.assert_close(second.logits(), first.logits(), rtol=1e-5, atol=1e-5)

@@ -5,8 +5,9 @@ from itertools import chain
 
 import pytest
 
+from qlora_lite.data.formats import FORMATS
 from qlora_lite.data.lengths import percentile, split
-from qlora_lite.data.settings import Data
+from qlora_lite.data.settings import FIELDS, Data
 from qlora_lite.data.templates import ChatTemplate, Encoded
 from qlora_lite.data.tokenise import NothingTrained, tokenise
 from qlora_lite.foundation.errors import DataError
@@ -160,3 +161,8 @@ def test_a_field_that_no_row_has_is_named(jsonl):
     with pytest.raises(DataError, match=r"input is the field 'context', and no row of .* has it"):
         read(jsonl(rows), fields={"input": "context"})
     assert read(jsonl(rows), fields={"input": "ctx"}).stats.rows == 2
+
+
+def test_the_keys_of_data_fields_are_those_that_the_formats_read():
+    needed = {field for known in FORMATS.values() for field in known.needs}
+    assert set(FIELDS) == needed | {"input"}

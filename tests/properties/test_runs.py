@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from qlora_lite.adapters.loftq import LoftQ
-from qlora_lite.adapters.state import save_adapter
 from qlora_lite.export.merge import MergedWeights, MergeSource
 from qlora_lite.export.verify import candidate
 from qlora_lite.model.load import Base, load_base
@@ -145,16 +144,7 @@ def test_merged_weights_give_the_same_logits(directory, name, quant):
 @every
 def test_plain_peft_gives_the_same_logits(directory, tmp_path, name, quant):
     it = trained(directory, name, quant)
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    save_adapter(
-        folder,
-        it.attached,
-        base=str(directory),
-        revision=None,
-        fan_in_fan_out=False,
-        sidecar={"adapter": it.method.settings.model_dump(mode="json")},
-    )
+    folder = it.save(tmp_path / "adapter")
     assert (folder / "native.safetensors").exists()
     assert (folder / "adapter_model.safetensors").exists() == CASES[name].peft
     if not CASES[name].peft:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from method_study.contenders import RANK, at_rank
 from method_study.readings import Missing, Readings, mean
-from method_study.verdict import Finding, differences, is_above, is_not_below, spoken
+from method_study.verdict import LEAST, Finding, differences, is_above, is_not_below, spoken
 
 Claim = Callable[[Readings, str], Finding]
 Measure = Callable[[Readings, str, str], Sequence[float]]
@@ -27,7 +27,7 @@ def lower(
     def check(readings: Readings, data: str) -> Finding:
         gap = differences(measure(readings, than, data), measure(readings, method, data))
         measured = _compared(readings, data, method, than, measure, size)
-        return Finding(claim, data, measured, is_above(gap))
+        return Finding(claim, data, measured, is_above(gap, LEAST))
 
     return check
 

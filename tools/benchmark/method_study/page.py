@@ -8,7 +8,7 @@ from method_study import rates
 from method_study.budget import HELDOUT_ROWS, TOKENS_PER_STEP, Budget
 from method_study.readings import Missing, Readings
 from method_study.record import Machine
-from method_study.verdict import MARGIN, Finding, spoken
+from method_study.verdict import LEAST, MARGIN, Finding, spoken
 from qlora_lite.foundation.files import write_text
 from qlora_lite.foundation.units import format_bytes, format_seconds
 
@@ -119,8 +119,9 @@ def claims_table(findings: Sequence[Finding]) -> str:
 RULE = (
     "Methods are compared seed by seed, on the same rows. A claim shows if the mean difference is "
     "beyond its error (one-sided 95 % of Student's t over the seeds), does not show if it is "
-    'beyond it the other way, and is undecided otherwise; "as good as" and "no worse" allow '
-    f"{MARGIN:g} nats. One in twenty claims that are not true shows by chance. Differences are the "
+    'beyond it the other way, and is undecided otherwise; "better" is by more than '
+    f'{LEAST:g} nats, "as good as" and "no worse" allow {MARGIN:g}. One in twenty claims that '
+    "are not true shows by chance. Differences are the "
     "method's loss less the other's, ± their standard deviation. Ranks of claims are 64 where "
     "they are called high, else 8."
 )

@@ -18,6 +18,9 @@ from typing import Literal
 
 Verdict = Literal["shows", "does not show at this size", "undecided", "one seed has no spread"]
 
+LEAST = 0.001
+"""Nats a token by which something must be better: with no noise at all, less would show."""
+
 MARGIN = 0.01
 """Nats a token that count as nothing."""
 
