@@ -1,13 +1,24 @@
 """The model that a frozen one stands for, as plain transformers has it."""
 
 import copy
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from qlora_lite.foundation import device
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear
+from qlora_lite.model.load import Base, load_base
+from qlora_lite.model.quant import NF4
+
+
+def bare_twin(directory: Path) -> nn.Module:
+    """`dense_twin` of a base in NF4, without an adapter."""
+    return dense_twin(
+        load_base(Base(model=str(directory), quant=NF4()), device.choose("cpu")).model
+    )
 
 
 def dense_twin(frozen: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ losses = [bench.step() for _ in range(5)]
 """
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,8 +24,9 @@ from qlora_lite.foundation import device
 from qlora_lite.foundation.seeds import generator
 from qlora_lite.model.causal import CausalModel
 from qlora_lite.model.checkpointing import enable_checkpointing
+from qlora_lite.model.config import read_config
 from qlora_lite.model.freeze import freeze
-from qlora_lite.model.load import Base, load_base
+from qlora_lite.model.load import Base, load_base, skeleton
 from qlora_lite.model.quant import NF4, Quant
 from qlora_lite.model.targets import LinearSpec, linear_specs
 from qlora_lite.training.engine import TorchEngine
@@ -33,6 +35,10 @@ from qlora_lite.training.step import StepResult, optimizer_step
 from tests.tiny import VOCABULARY
 
 CPU = device.choose("cpu")
+IDS = torch.arange(5, 45).view(2, 20)
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+"""Between two orders of fp32 sums."""
+POSITIONS = torch.arange(20).expand(2, 20)
 
 
 def one_layer(
@@ -98,10 +104,9 @@ class Bench:
         self.number = 0
         self.method = (method or METHODS[type(settings)])(settings)
         base = Base(model=str(directory), quant=quant or NF4())
-        specs = linear_specs(_unloaded(base))
+        specs = _specs_of(str(directory))
         starts = Starts(self.method, choose(specs, self.method), seed, saved)
         self.base = load_base(base, CPU, split=starts.split)
-        specs = linear_specs(self.base.model)
         self.attached = attach(self.base.model, self.method, specs, seed, dtype, starts)
         if saved is not None:
             self.attached.load_state(saved)
@@ -144,17 +149,31 @@ class Bench:
             self.attached,
             base=str(self.base.path),
             revision=None,
-            fan_in_fan_out=False,
             sidecar={"adapter": self.method.settings.model_dump(mode="json")},
         )
         return folder
 
     @torch.no_grad()
     def logits(self) -> Tensor:
-        """(rows, tokens, vocabulary) of fixed ids, in evaluation."""
+        """(rows, tokens, vocabulary) of `IDS`, in evaluation."""
         self.attached.train(False)
-        ids = torch.arange(5, 45).view(2, 20)
-        return self.model.logits(self.model.hidden(ids, torch.arange(20).expand(2, 20)))
+        return self.model.logits(self.model.hidden(IDS, POSITIONS))
+
+
+def stirred(directory: Path, settings: AdapterSettings) -> Bench:
+    """A bench whose every trained parameter has moved, as if it had been trained."""
+    bench = Bench(directory, settings)
+    draw = torch.Generator().manual_seed(1)
+    for parameter in bench.attached.parameters().values():
+        noise = torch.randn(parameter.shape, generator=draw)
+        parameter.data += (0.05 * noise).to(parameter.dtype)
+    return bench
+
+
+@torch.no_grad()
+def plain_logits(model: torch.nn.Module) -> Tensor:
+    """What `Bench.logits` is, of a model of transformers or PEFT."""
+    return model.eval()(input_ids=IDS, position_ids=POSITIONS, use_cache=False).logits
 
 
 def batches_of(step: int, rows: int) -> Iterator[Batch]:
@@ -166,11 +185,9 @@ def batches_of(step: int, rows: int) -> Iterator[Batch]:
         yield make_batch([make_bin([Example(row, mask, 0)]) for row in ids])
 
 
-def _unloaded(base: Base) -> torch.nn.Module:
-    from qlora_lite.model.load import skeleton
-    from qlora_lite.model.shape import read_config
-
-    return skeleton(read_config(base.model), base)
+@cache
+def _specs_of(directory: str) -> list[LinearSpec]:
+    return linear_specs(skeleton(read_config(directory), Base(model=directory)))
 
 
 def _no_check(loss: float, batch: Batch) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from qlora_lite.adapters.state import save_at_rank
 from qlora_lite.foundation.errors import RunError
 from qlora_lite.foundation.files import complete_directory
-from qlora_lite.run.finishing import stores_transposed
 from qlora_lite.run.loading import load_run
 
 
@@ -31,5 +30,4 @@ def extract(run: str | Path, out: str | Path, rank: int) -> float:
             rank,
             base=loaded.recipe.base.model,
             revision=loaded.recipe.base.revision,
-            fan_in_fan_out=stores_transposed(loaded.attached),
         )

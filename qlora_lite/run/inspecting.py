@@ -15,7 +15,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qlora_lite.adapters.state import CONFIG, NATIVE
+from qlora_lite.adapters.peft import CONFIG
+from qlora_lite.adapters.state import NATIVE
 from qlora_lite.analysis import figures
 from qlora_lite.analysis.findings import (
     Amplification,

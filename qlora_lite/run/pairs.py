@@ -6,15 +6,12 @@
 | a loralib checkpoint      | may be given   | the one given                                       |
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError
 
 from qlora_lite.adapters.layer import Factors
-from qlora_lite.adapters.state import CONFIG, NATIVE, WEIGHTS, PeftAdapter, read_peft
+from qlora_lite.adapters.peft import CONFIG, PeftAdapter, read_peft, read_peft_config
+from qlora_lite.adapters.state import NATIVE
 from qlora_lite.analysis.findings import Shape
 from qlora_lite.analysis.loralib import read_loralib
 from qlora_lite.analysis.weights import BaseWeights, Part
@@ -103,7 +100,7 @@ def _has_place(target: str, shape: Shape, part: Part, weights: BaseWeights) -> b
 
 def open_peft(target: str, base: str | None, rule: DeviceRule, notes: list[str]) -> PairDeltas:
     adapter = _read_peft(Path(target))
-    recorded = _config(Path(target)).get("base_model_name_or_path")
+    recorded = read_peft_config(Path(target)).get("base_model_name_or_path")
     weights = None
     if base is not None:
         weights = BaseWeights(base, rule)
@@ -131,41 +128,19 @@ def _in_order_of_depth(path: str) -> list[tuple[int, str]]:
 def _read_peft(directory: Path) -> PeftAdapter:
     """Raises AdapterError in words of this command, where those of `read_peft` are of training."""
     is_ours = (directory / NATIVE).is_file()
-    if is_ours and (not (directory / CONFIG).is_file() or _config(directory).get("use_dora")):
+    has_pairs = (directory / CONFIG).is_file()
+    if is_ours and not (has_pairs and not read_peft_config(directory).get("use_dora")):
         raise AdapterError(
             f"{directory} holds no plain LoRA pairs, and its deltas need the base and the recipe "
             f"of its run. Give the run: {directory.resolve().parent}"
         )
-    _config(directory)
-    try:
-        adapter = read_peft(directory)
-    except (OSError, SafetensorError, KeyError) as error:
-        raise AdapterError(
-            f"{directory} is damaged: {WEIGHTS} or {CONFIG} cannot be read "
-            f"({type(error).__name__}: {error}). Copy it again"
-        ) from error
+    adapter = read_peft(directory)
     if not adapter.layers and not adapter.embeddings:
         raise AdapterError(
             f"{directory} holds no LoRA pair: nothing has a rank there. Give an adapter that "
             "adapts linear layers or an embedding"
         )
     return adapter
-
-
-def _config(directory: Path) -> dict[str, Any]:
-    """What `adapter_config.json` says."""
-    try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(
-            f"{directory / CONFIG} is damaged ({error}). Copy the adapter again"
-        ) from error
-    if not isinstance(config, dict):
-        raise AdapterError(
-            f"{directory / CONFIG} is damaged: it holds a {type(config).__name__} and no settings. "
-            "Copy the adapter again"
-        )
-    return config
 
 
 def open_loralib(

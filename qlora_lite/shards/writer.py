@@ -14,7 +14,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +22,16 @@ from types import TracebackType
 from typing import BinaryIO
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora_lite.foundation.errors import ExportError
-from qlora_lite.foundation.files import require_free_space, sync_directory, write_json
+from qlora_lite.foundation.files import (
+    make_folder,
+    require_free_space,
+    sync_directory,
+    write_json,
+)
 from qlora_lite.shards.reader import DTYPES, INDEX, SINGLE
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -47,6 +53,15 @@ class TensorSpec:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A whole file at once, for those whom the umask lets read it; the library's own is private."""
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    save_file(plain, path, {"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
 class ShardWriter:
     """`model.safetensors`, or `model-0000i-of-0000n.safetensors` and their index.
 
@@ -65,7 +80,7 @@ class ShardWriter:
         self.directory = directory
         self._shards = _shards(specs, max_shard_bytes)
         self._file: BinaryIO | None = None
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         self._begin(_identity(identity, self._shards))
         missing = sum(spec.num_bytes for spec in self.pending)
         require_free_space(directory, missing, "the model's weights")

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_lite.foundation.errors import RunError
 from qlora_lite.foundation.files import DiskFull, complete_directory, read_object, write_json
+from qlora_lite.shards.writer import save_tensors
 
 _ADAPTER, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
 
@@ -47,14 +48,13 @@ def save(directory: Path, step: int, state: TrainingState, keep: int) -> Path:
     for owner, values in (("optimizer", state.optimizer), ("method", state.method)):
         for name, value in values.items():
             if isinstance(value, Tensor):
-                tensors[f"{owner}/{name}"] = value.detach().cpu().contiguous()
+                tensors[f"{owner}/{name}"] = value
             else:
                 numbers[owner][name] = value
-    adapter = {n: t.detach().cpu().contiguous() for n, t in state.adapter.items()}
     try:
         with complete_directory(target) as aside:
-            save_file(adapter, aside / _ADAPTER, {"format": "pt"})
-            save_file(tensors, aside / _OPTIMIZER, {"format": "pt"})
+            save_tensors(state.adapter, aside / _ADAPTER)
+            save_tensors(tensors, aside / _OPTIMIZER)
             write_json(aside / _STATE, numbers)
     except DiskFull as error:
         older = newest(directory)

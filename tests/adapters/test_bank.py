@@ -6,9 +6,7 @@ import torch
 from qlora_lite.adapters.bank import best_of_rank, pair_norm
 from qlora_lite.adapters.cola import COLA
 from qlora_lite.adapters.layer import Factors
-from tests.workbench import one_layer, stir
-
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+from tests.workbench import CLOSE, one_layer, stir
 
 
 class Plain:

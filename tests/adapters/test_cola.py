@@ -4,8 +4,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from qlora_lite.adapters.begin import begin_from
 from qlora_lite.adapters.cola import COLA, COLAMethod
-from qlora_lite.adapters.state import begin_from
 from qlora_lite.model.quant import FP32
 from qlora_lite.model.targets import LinearSpec
 from qlora_lite.run.training import run_recipe

@@ -8,9 +8,8 @@ from qlora_lite.adapters.dora import DoRA
 from qlora_lite.adapters.layer import Factors
 from qlora_lite.model.quant import FP32, NF4, Int8
 from tests.tiny import save_tiny
-from tests.workbench import Bench, one_layer, stir
+from tests.workbench import CLOSE, Bench, one_layer, stir
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 SETTINGS = DoRA(rank=4, alpha=8, dropout=0.0)
 
 

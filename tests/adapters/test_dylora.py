@@ -8,14 +8,13 @@ from torch.nn import functional as F
 from qlora_lite.adapters.dylora import DyLoRA, DyLoRAMethod
 from qlora_lite.adapters.lora import LoRA, LoRAMethod
 from qlora_lite.adapters.method import StepInfo
-from qlora_lite.adapters.state import to_peft
+from qlora_lite.adapters.peft import to_peft
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.foundation.seeds import generator
 from qlora_lite.model.quant import NF4
 from tests.tiny import save_tiny
-from tests.workbench import Bench, one_layer, stir
+from tests.workbench import CLOSE, Bench, one_layer, stir
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 """fp32 sums of up to 60 numbers of size 1, in another order."""
 
 SMALL = {"rank": 5, "alpha": 6}

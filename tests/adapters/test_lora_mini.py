@@ -10,9 +10,8 @@ from qlora_lite.foundation.seeds import generator
 from qlora_lite.model.quant import FP32, NF4
 from qlora_lite.model.targets import LinearSpec
 from tests.tiny import save_tiny
-from tests.workbench import Bench, one_layer, stir
+from tests.workbench import CLOSE, Bench, one_layer, stir
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 """fp32 sums of up to 60 numbers of size 1, in another order."""
 
 SMALL = {"rank": 3, "alpha": 6, "inner_down": 7, "inner_up": 5}

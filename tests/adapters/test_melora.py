@@ -9,9 +9,8 @@ from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.model.quant import NF4
 from qlora_lite.model.targets import LinearSpec
 from tests.tiny import save_tiny
-from tests.workbench import Bench, one_layer, stir
+from tests.workbench import CLOSE, Bench, one_layer, stir
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 """fp32 sums of up to 60 numbers of size 1, in another order."""
 
 SMALL = {"rank": 2, "num_blocks": 3, "alpha": 6, "dropout": 0.0}

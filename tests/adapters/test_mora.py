@@ -14,9 +14,8 @@ from qlora_lite.model.quant import FP32
 from qlora_lite.model.targets import LinearSpec
 from qlora_lite.training import checkpoint
 from tests.tiny import save_tiny
-from tests.workbench import Bench, one_layer, stir
+from tests.workbench import CLOSE, Bench, one_layer, stir
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 """fp32 sums of up to 60 numbers of size 1, in another order."""
 
 SHAPES = {

@@ -10,9 +10,8 @@ from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.model.freeze import freeze
 from qlora_lite.model.quant import FP32, NF4
 from tests.tiny import save_tiny
-from tests.workbench import CPU, Bench, one_layer, stir
+from tests.workbench import CLOSE, CPU, Bench, one_layer, stir
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 SMALL = {"rank": 4, "alpha": 6}
 
 

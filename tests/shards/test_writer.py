@@ -1,6 +1,8 @@
 """What is written is read back by the library, however often the writer was killed in between."""
 
 import json
+import os
+import stat
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from safetensors.torch import load_file
 
 from qlora_lite.foundation.errors import ExportError, RunError
 from qlora_lite.shards.reader import Checkpoint
-from qlora_lite.shards.writer import ShardWriter, TensorSpec
+from qlora_lite.shards.writer import ShardWriter, TensorSpec, save_tensors
 
 TENSORS = {
     "embed": torch.arange(60.0).view(10, 6),
@@ -106,6 +108,16 @@ def test_finished_weights_are_not_overwritten(tmp_path):
         write_all(writer)
     with pytest.raises(ExportError, match="already holds weights"):
         ShardWriter(tmp_path, SPECS, "test")
+
+
+def test_a_file_is_for_those_whom_the_umask_lets_read_it(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_tensors({"a": torch.zeros(2, 3).T}, tmp_path / "a.safetensors")
+    finally:
+        assert os.umask(before) == 0o027
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o640
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], torch.zeros(3, 2))
 
 
 def test_too_little_space_is_said_before_the_first_byte(tmp_path):

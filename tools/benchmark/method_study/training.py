@@ -6,7 +6,8 @@ from typing import Any
 
 from method_study.results import Values
 from qlora_lite.adapters.attach import Attached
-from qlora_lite.adapters.state import NATIVE, WEIGHTS
+from qlora_lite.adapters.peft import WEIGHTS
+from qlora_lite.adapters.state import NATIVE
 from qlora_lite.foundation.errors import TrainingError
 from qlora_lite.recipe import Recipe
 from qlora_lite.run.folder import RunFolder

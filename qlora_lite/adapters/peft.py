@@ -1,0 +1,230 @@
+"""The PEFT form of an adapter: the directory that PEFT, vLLM and llama.cpp read, out and in.
+
+    adapter_config.json          which modules, and how their pairs are scaled
+    adapter_model.safetensors    the pairs, and the modules that were trained whole
+
+They compute the scale of an adapter differently as soon as ranks or scales vary between layers. So
+what is written is normalised: every scale is folded into B, `lora_alpha == r`, one rank (lower ones
+are padded with zeros, modules of rank 0 are left out), full paths, fp32. All consumers then agree.
+What is read may have whatever ranks, scales and patterns PEFT allows.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from qlora_lite.adapters.attach import Attached
+from qlora_lite.adapters.layer import Factors
+from qlora_lite.foundation.errors import AdapterError
+from qlora_lite.model.freeze import StoredWeight
+from qlora_lite.model.frozen import FrozenLinear
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""PEFT's starts that take something out of the base's weights, as prefixes of their names."""
+
+
+def to_peft(
+    attached: Attached, pairs: Mapping[str, Factors] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """PEFT's tensors and configuration; both empty if a layer has no lossless form there.
+
+    Args:
+        pairs: what to write of the linear layers, in place of their lossless pairs.
+    """
+    embeddings = {path: layer.factors() for path, layer in attached.embeddings.items()}
+    if pairs is None:
+        found = {path: layer.factors() for path, layer in attached.layers.items()}
+        pairs = {path: pair for path, pair in found.items() if pair and not pair.relative_error}
+        if len(pairs) < len(found):
+            return {}, {}
+    is_dora = any(pair.magnitude is not None for pair in pairs.values())
+    if is_dora and embeddings:
+        return {}, {}  # PEFT gives every module of a DoRA adapter a magnitude, embeddings too
+    kept = {path: pair for path, pair in pairs.items() if pair.rank > 0}
+    if not kept and not embeddings:
+        kept = {path: _of_zeros(pair) for path, pair in list(pairs.items())[:1]}
+    rank = max(pair.rank for pair in (*kept.values(), *embeddings.values()))
+    tensors: dict[str, Tensor] = {}
+    for path, pair in kept.items():
+        down, up = _padded(pair, rank)
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = down
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = up
+        if pair.magnitude is not None:
+            tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = pair.magnitude.cpu()
+    for path, pair in embeddings.items():
+        down, up = _padded(pair, rank)
+        tensors[f"{_PREFIX}{path}.lora_embedding_A"] = down
+        tensors[f"{_PREFIX}{path}.lora_embedding_B"] = up
+    for path, module in attached.whole.items():
+        for name, parameter in module.named_parameters():
+            value = parameter.detach().cpu().float()
+            value = value.T if is_transposed(attached, path, value) else value
+            tensors[f"{_PREFIX}{path}.{name}"] = value.contiguous()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": [*kept, *embeddings],
+        "modules_to_save": list(attached.whole) or None,
+        "lora_dropout": attached.method.settings.dropout,
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
+        "use_dora": is_dora,
+        "fan_in_fan_out": _stores_transposed(attached),
+    }
+    return tensors, config
+
+
+def _stores_transposed(attached: Attached) -> bool:
+    """Whether the base keeps its weights as (d_in, d_out), as GPT-2's Conv1D does."""
+    sources = [layer.base.source for layer in attached.layers.values()]
+    return any(isinstance(source, StoredWeight) and source.transposed for source in sources)
+
+
+def is_transposed(attached: Attached, path: str, tensor: Tensor) -> bool:
+    """PEFT keeps this matrix as its base does, (d_in, d_out); a whole module as (d_out, d_in)."""
+    bare = attached.bare[path]
+    source = bare.source if isinstance(bare, FrozenLinear) else None
+    return tensor.dim() == 2 and isinstance(source, StoredWeight) and source.transposed
+
+
+def _of_zeros(pair: Factors) -> Factors:
+    """Rank 1 and nothing in it: PEFT does not read an adapter without any module."""
+    down, up = pair.down, pair.up
+    return Factors(down.new_zeros(1, down.shape[1]), up.new_zeros(up.shape[0], 1))
+
+
+def _padded(pair: Factors, rank: int) -> tuple[Tensor, Tensor]:
+    missing = rank - pair.rank
+    down = F.pad(pair.down, (0, 0, 0, missing)).cpu().contiguous()
+    return down, F.pad(pair.up, (0, missing)).cpu().contiguous()
+
+
+@dataclass
+class PeftAdapter:
+    """A PEFT LoRA directory, read: folded pairs by path, whole modules' tensors by `path.name`."""
+
+    directory: Path
+    layers: dict[str, Factors] = field(default_factory=dict)
+    embeddings: dict[str, Factors] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    """As the base stores them: GPT-2's matrices are (d_in, d_out)."""
+
+
+def read_peft(directory: Path) -> PeftAdapter:
+    """Read a PEFT LoRA adapter with whatever ranks, scales and patterns it has.
+
+    Raises:
+        AdapterError: if it is not a LoRA adapter that can be folded without loss, or is damaged.
+    """
+    if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():
+        raise AdapterError(
+            f"{directory} is not a PEFT adapter: {CONFIG} and {WEIGHTS} are needed there. Give the "
+            "folder that PEFT's save_pretrained wrote, or a run's adapter/"
+        )
+    config = read_peft_config(directory)
+    _require_plain_lora(directory, config)
+    adapter = PeftAdapter(directory)
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in _read_weights(directory).items():
+        name = key.removeprefix(_PREFIX)
+        match = re.fullmatch(r"(.+)\.lora_(embedding_)?(A|B)(?:\.weight)?", name)
+        if match is None:
+            adapter.whole[name] = tensor.float()
+        else:
+            halves.setdefault(f"{match[2] or ''}:{match[1]}", {})[match[3]] = tensor.float()
+    for where, pair in halves.items():
+        kind, _, path = where.partition(":")
+        if set(pair) != {"A", "B"}:
+            raise AdapterError(
+                f"{directory / WEIGHTS} has only lora_{next(iter(pair))} of {path}; the file is "
+                "damaged. Save the adapter again"
+            )
+        scale = _peft_scale(config, path, pair["A"].shape[0])
+        factors = Factors(pair["A"], pair["B"] * scale)
+        (adapter.embeddings if kind else adapter.layers)[path] = factors
+    return adapter
+
+
+def read_peft_config(directory: Path) -> dict[str, Any]:
+    """What `adapter_config.json` says.
+
+    Raises:
+        AdapterError: if it is damaged.
+    """
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(
+            f"{directory / CONFIG} is damaged ({error}). Copy the adapter again"
+        ) from error
+    if not isinstance(config, dict):
+        raise AdapterError(
+            f"{directory / CONFIG} is damaged: it holds a {type(config).__name__} and no settings. "
+            "Copy the adapter again"
+        )
+    return config
+
+
+def _read_weights(directory: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(directory / WEIGHTS)
+    except SafetensorError as error:
+        raise AdapterError(
+            f"{directory / WEIGHTS} is damaged ({error}). Copy the adapter again"
+        ) from error
+
+
+def _require_plain_lora(directory: Path, config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(
+            f"{directory} is a {config.get('peft_type')} adapter; a LORA one is needed. "
+            "Merge it with PEFT and use the merged model as the base"
+        )
+    if config.get("use_dora") or config.get("bias", "none") != "none":
+        raise AdapterError(
+            f"{directory} has use_dora={config.get('use_dora')} and bias={config.get('bias')!r}; "
+            "only plain LoRA without trained biases can be read. Merge it with PEFT and use the "
+            "merged model as the base"
+        )
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(CHANGES_BASE):
+        raise AdapterError(
+            f"{directory} has init_lora_weights={start!r}, which changed the base's own weights: "
+            "the adapter is wrong on the plain base. Save it again with PEFT's "
+            "path_initial_model_for_weight_conversion, or merge it with PEFT and use the merged "
+            "model as the base"
+        )
+    if not isinstance(config.get("lora_alpha"), int | float):
+        raise AdapterError(
+            f"{directory / CONFIG} is damaged: it says lora_alpha={config.get('lora_alpha')!r}, "
+            "and the scale of every pair hangs on that number. Copy the adapter again"
+        )
+
+
+def _peft_scale(config: Mapping[str, Any], path: str, rank: int) -> float:
+    """PEFT's own rule: patterns match the end of the path; alpha/r or alpha/sqrt(r)."""
+    alpha = config["lora_alpha"]
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+            alpha = value
+            break
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -1,0 +1,85 @@
+"""The PEFT form: PEFT reads ours untouched, and what cannot be folded without loss is refused."""
+
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_lite.adapters.lora import LoRA
+from qlora_lite.adapters.peft import read_peft
+from qlora_lite.adapters.rslora import RsLoRA
+from qlora_lite.foundation.errors import AdapterError
+from tests.dense_twin import bare_twin
+from tests.tiny import save_tiny
+from tests.workbench import CLOSE, Bench, plain_logits, stirred
+
+SETTINGS = [
+    LoRA(rank=4, alpha=8),
+    RsLoRA(rank=4, alpha=3),
+    LoRA(rank=4, ranks={"0": 8, "1": 0}),
+    LoRA(rank=4, targets="attention", train_norms=True),
+    LoRA(rank=4, embedding_rank=2),
+    LoRA(rank=4, train_modules=["lm_head"]),
+]
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "qwen3"])
+def directory(request, tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("base") / request.param, request.param)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s.kind}-{s.ranks}-{s.targets}")
+def test_peft_loads_it_untouched_and_gives_the_same_logits(tmp_path, directory, settings):
+    bare = Bench(directory, LoRA(rank=1))
+    twin = bare_twin(directory)
+    ours = stirred(directory, settings)
+    theirs = peft.PeftModel.from_pretrained(twin, ours.save(tmp_path / "adapter"))
+    assert not torch.allclose(ours.logits(), bare.logits(), atol=1e-2)
+    torch.testing.assert_close(plain_logits(theirs), ours.logits(), **CLOSE)
+
+
+def test_what_is_saved_is_normalised_for_every_consumer(tmp_path, directory):
+    ours = stirred(directory, RsLoRA(rank=4, alpha=3, ranks={"0": 8, "1": 4}))
+    folder = ours.save(tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 8
+    assert not config["use_rslora"]
+    assert not config["use_dora"]
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["target_modules"] == list(ours.attached.layers)
+    assert config["fan_in_fan_out"] is (directory.name == "gpt2")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert all(t.shape[0] == 8 for name, t in tensors.items() if name.endswith("lora_A.weight"))
+    assert all(t.shape[1] == 8 for name, t in tensors.items() if name.endswith("lora_B.weight"))
+
+
+def test_layers_of_rank_0_are_left_out(tmp_path, directory):
+    folder = stirred(directory, LoRA(rank=4, ranks={"1": 0})).save(tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert not any(".1." in name for name in config["target_modules"])
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"])
+def test_an_adapter_of_a_changed_base_is_refused(tmp_path, start):
+    folder = stirred(save_tiny(tmp_path / "llama"), LoRA(rank=4)).save(tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for harmless in ("gaussian", "eva", False):
+        (folder / "adapter_config.json").write_text(
+            json.dumps(config | {"init_lora_weights": harmless})
+        )
+        assert read_peft(folder).layers
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": start}))
+    with pytest.raises(AdapterError, match=f"{start}.*path_initial_model_for_weight_conversion"):
+        read_peft(folder)
+
+
+def test_what_is_no_lora_directory_is_named(tmp_path):
+    with pytest.raises(AdapterError, match=r"not a PEFT adapter"):
+        read_peft(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(AdapterError, match="IA3"):
+        read_peft(tmp_path)
