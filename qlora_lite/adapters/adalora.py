@@ -183,6 +183,9 @@ class AdaLoRAMethod(LoRAMethod):
         elif done > warm and done % every == 0:
             self._mask(access, self._select(budget(done, warm, fixed, *self._budgets())))
 
+    def is_settled(self, done: int, total: int) -> bool:
+        return done >= self._phases(total)[1] and bool(self._kept)
+
     def state_dict(self) -> dict[str, Any]:
         parts = {"sensitivity": self._sensitivity, "deviation": self._deviation, "kept": self._kept}
         return {f"{part}:{name}": t for part, held in parts.items() for name, t in held.items()}

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from qlora_lite.adapters.embedding import LoRAEmbedding
 from qlora_lite.adapters.layer import AdapterLayer, Role
-from qlora_lite.adapters.method import Method, Need, ParameterGroup, check_ranks, scale_of
+from qlora_lite.adapters.method import Method, Need, ParameterGroup
+from qlora_lite.adapters.ranks import check_ranks, scale_of
 from qlora_lite.adapters.start import Starts, by_layer
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.foundation.seeds import generator

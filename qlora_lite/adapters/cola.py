@@ -24,7 +24,8 @@ from torch import Tensor
 from qlora_lite.adapters.bank import BankedLayer
 from qlora_lite.adapters.layer import AdapterLayer
 from qlora_lite.adapters.lora import LoRALayer, LoRAMethod
-from qlora_lite.adapters.method import Access, AdapterSettings, Footprint, StepInfo, scale_of
+from qlora_lite.adapters.method import Access, AdapterSettings, Footprint, StepInfo
+from qlora_lite.adapters.ranks import scale_of
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
 

@@ -36,7 +36,8 @@ from torch.nn import functional as F
 
 from qlora_lite.adapters.layer import Factors
 from qlora_lite.adapters.lora import LoRALayer, LoRAMethod, kaiming_uniform
-from qlora_lite.adapters.method import Access, AdapterSettings, StepInfo, scale_of
+from qlora_lite.adapters.method import Access, AdapterSettings, StepInfo
+from qlora_lite.adapters.ranks import scale_of
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec

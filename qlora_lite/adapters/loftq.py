@@ -58,7 +58,7 @@ class LoftQMethod(Method):
 
     @property
     def needs(self) -> Need:
-        return Need.ORIGINAL_WEIGHTS
+        return Need.ORIGINAL_WEIGHTS | Need.QUANTISATION_ERROR
 
     def split(
         self,

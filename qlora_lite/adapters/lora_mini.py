@@ -30,13 +30,8 @@ from torch.nn import functional as F
 
 from qlora_lite.adapters.layer import AdapterLayer, Role
 from qlora_lite.adapters.lora import kaiming_uniform
-from qlora_lite.adapters.method import (
-    AdapterSettings,
-    Footprint,
-    LayerPlan,
-    Method,
-    cut_to_weight,
-)
+from qlora_lite.adapters.method import AdapterSettings, Footprint, Method
+from qlora_lite.adapters.ranks import LayerPlan, cut_to_weight
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
@@ -140,7 +135,9 @@ class LoRAMiniMethod(Method):
         Raises:
             AdapterError: if an inner size that was given is smaller than a layer's rank.
         """
-        plans = cut_to_weight(super().plan(specs), specs, self.settings)
+        plans = cut_to_weight(
+            super().plan(specs), specs, self.settings.alpha, self.settings.scaling
+        )
         given = {"inner_down": self.settings.inner_down, "inner_up": self.settings.inner_up}
         for path, plan in plans.items():
             for name, size in given.items():

@@ -33,7 +33,8 @@ from torch.nn import functional as F
 
 from qlora_lite.adapters.layer import AdapterLayer, Role
 from qlora_lite.adapters.lora import kaiming_uniform
-from qlora_lite.adapters.method import AdapterSettings, Footprint, LayerPlan, Method
+from qlora_lite.adapters.method import AdapterSettings, Footprint, Method
+from qlora_lite.adapters.ranks import LayerPlan
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec

@@ -8,9 +8,6 @@ and knows no method by name. The order inside one optimizer step:
     -> before_step (gradients exist) -> clip -> optimizer -> after_step
 """
 
-import fnmatch
-import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Flag, auto
@@ -21,7 +18,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from qlora_lite.adapters.layer import AdapterLayer, Role
-from qlora_lite.foundation.errors import AdapterError
+from qlora_lite.adapters.ranks import LayerPlan, Scaling, rank_of, scale_of
 from qlora_lite.foundation.settings import Settings
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
@@ -45,7 +42,7 @@ class AdapterSettings(Settings):
     alpha: float = Field(default=32.0, gt=0)
     """Numerator of the scale of the update."""
 
-    scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
+    scaling: Scaling = "alpha/r"
     """Scale of the update. With alpha/sqrt(r) high ranks keep learning (rsLoRA)."""
 
     lr_ratio: float = Field(default=1.0, gt=0)
@@ -95,14 +92,8 @@ class Need(Flag):
     ORIGINAL_WEIGHTS = auto()
     """The weights before quantisation. `split` decides what is quantised in their place, so the
     adapter is right on that base only: it leaves as merged weights, not as a PEFT adapter."""
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What is decided for one layer before it is built."""
-
-    rank: int
-    scale: float
+    QUANTISATION_ERROR = auto()
+    """A base that loses something when it is quantised: 16 and 32 bit do not."""
 
 
 @dataclass(frozen=True)
@@ -266,6 +257,11 @@ class Method:
     def begin_step(self, step: StepInfo) -> None:
         """Once per optimizer step, before the first forward (DyLoRA draws a rank)."""
 
+    def is_settled(self, done: int, total: int) -> bool:
+        """Whether the adapter has the form that was asked for (AdaLoRA's final budget) after `done`
+        steps: early stopping neither keeps nor ends at one that has not."""
+        return True
+
     def penalty(self) -> Tensor | None:
         """A loss on the parameters, added once per optimizer step (AdaLoRA, RM-LoRA)."""
         return None
@@ -299,55 +295,3 @@ class Method:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
-
-
-def rank_of(spec: LinearSpec, rank: int, ranks: Mapping[str, int]) -> int:
-    """The rank of one layer: the last pattern of `ranks` that matches it, else `rank`."""
-    for pattern, other in ranks.items():
-        if _matches(spec, pattern):
-            rank = other
-    return rank
-
-
-def cut_to_weight(
-    plans: Mapping[str, LayerPlan], specs: Sequence[LinearSpec], settings: AdapterSettings
-) -> dict[str, LayerPlan]:
-    """The plans with ranks of min(d_in, d_out) at most: a weight has no more."""
-    full = {spec.path: min(spec.d_in, spec.d_out) for spec in specs}
-    return {
-        path: plan
-        if plan.rank <= full[path]
-        else LayerPlan(full[path], scale_of(settings.alpha, full[path], settings.scaling))
-        for path, plan in plans.items()
-    }
-
-
-def _matches(spec: LinearSpec, pattern: str) -> bool:
-    blocks = re.fullmatch(r"(\d+)(?:-(\d+))?", pattern)
-    if blocks is None:
-        return fnmatch.fnmatch(spec.path, pattern) or spec.name == pattern
-    if spec.block is None:
-        return False
-    return int(blocks[1]) <= spec.block <= int(blocks[2] or blocks[1])
-
-
-def check_ranks(specs: Sequence[LinearSpec], ranks: Mapping[str, int]) -> None:
-    """Every pattern must mean something.
-
-    Raises:
-        AdapterError: if a pattern matches none of the layers.
-    """
-    for pattern in ranks:
-        if not any(_matches(spec, pattern) for spec in specs):
-            names = sorted({spec.name for spec in specs})
-            last = max((spec.block or 0 for spec in specs), default=0)
-            raise AdapterError(
-                f"adapter.ranks: {pattern!r} matches no adapted layer. Write block numbers "
-                f'("0-{last}"), a name ({", ".join(names)}) or a glob of the path '
-                f'(such as "{specs[0].path}")'
-            )
-
-
-def scale_of(alpha: float, rank: int, scaling: str) -> float:
-    """alpha/r (LoRA) or alpha/sqrt(r) (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732)."""
-    return alpha / (math.sqrt(rank) if scaling == "alpha/sqrt(r)" else rank)

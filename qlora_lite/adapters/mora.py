@@ -44,14 +44,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora_lite.adapters.layer import AdapterLayer, Factors, Role
-from qlora_lite.adapters.method import (
-    Access,
-    AdapterSettings,
-    Footprint,
-    LayerPlan,
-    Method,
-    StepInfo,
-)
+from qlora_lite.adapters.method import Access, AdapterSettings, Footprint, Method, StepInfo
+from qlora_lite.adapters.ranks import LayerPlan
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec

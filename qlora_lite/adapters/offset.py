@@ -24,14 +24,8 @@ from torch.nn import functional as F
 
 from qlora_lite.adapters.layer import AdapterLayer, Role
 from qlora_lite.adapters.lora import LoRALayer
-from qlora_lite.adapters.method import (
-    AdapterSettings,
-    Footprint,
-    LayerPlan,
-    Method,
-    Need,
-    cut_to_weight,
-)
+from qlora_lite.adapters.method import AdapterSettings, Footprint, Method, Need
+from qlora_lite.adapters.ranks import LayerPlan, cut_to_weight
 from qlora_lite.adapters.start import require_fit
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
@@ -96,7 +90,7 @@ class OffsetMethod(Method):
 
     def plan(self, specs: Sequence[LinearSpec]) -> dict[str, LayerPlan]:
         """As every method, but no rank is above what the weight itself has."""
-        return cut_to_weight(super().plan(specs), specs, self.settings)
+        return cut_to_weight(super().plan(specs), specs, self.settings.alpha, self.settings.scaling)
 
     def footprint(self, spec: LinearSpec) -> Footprint:
         rank = self.plans[spec.path].rank

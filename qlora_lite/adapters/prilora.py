@@ -37,16 +37,8 @@ from torch import Tensor, nn
 
 from qlora_lite.adapters.layer import Factors
 from qlora_lite.adapters.lora import LoRALayer, LoRAMethod, kaiming_uniform
-from qlora_lite.adapters.method import (
-    Access,
-    AdapterSettings,
-    Footprint,
-    LayerPlan,
-    StepInfo,
-    lora_footprint,
-    rank_of,
-    scale_of,
-)
+from qlora_lite.adapters.method import Access, AdapterSettings, Footprint, StepInfo, lora_footprint
+from qlora_lite.adapters.ranks import LayerPlan, rank_of, scale_of
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.model.checkpointing import is_recomputing
 from qlora_lite.model.frozen import FrozenLinear

@@ -10,9 +10,9 @@ B at zero.
 Where we deviate: the released proximal step (TsinghuaC3I/SoRA) applies its cases one after the
 other, so that a gate in (xi, 2 xi] is zeroed as well: `release_prox` does that, the default is the
 soft threshold of the paper. The paper's threshold is the learning rate times lambda, the release's
-is a constant: `threshold`, or `threshold_per_lr` times the rate. Layer norms, which the release
-trains too, are a setting of every method (`train_norms`). Gates rest in fp32: the shrink of 3e-4 is
-below what bf16 can say of a number near 1.
+is a constant: `threshold`, or `threshold_per_lr` times the rate at which gates move. Layer norms,
+which the release trains too, are a setting of every method (`train_norms`). Gates rest in fp32: the
+shrink of 3e-4 is below what bf16 can say of a number near 1.
 """
 
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ class SoRA(AdapterSettings):
     paper's sparsifying schedule)."""
 
     threshold_per_lr: float | None = Field(default=None, ge=0)
-    """Threshold relative to the learning rate (the paper's lambda), in place of `threshold`."""
+    """Threshold relative to the gates' own rate (the paper's lambda), in place of `threshold`."""
 
     l1: float = Field(default=0.0, ge=0)
     """Weight of the mean |g| in the loss, in place of the shrinking (with `threshold=0`)."""
@@ -152,7 +152,7 @@ class SoRAMethod(LoRAMethod):
 def threshold_at(settings: SoRA, step: StepInfo) -> float:
     """xi of a step: a constant, one of a list that shares the run evenly, or tied to the rate."""
     if settings.threshold_per_lr is not None:
-        return settings.threshold_per_lr * step.lr
+        return settings.threshold_per_lr * step.lr * settings.lr_ratio
     if isinstance(settings.threshold, list):
         return settings.threshold[step.step * len(settings.threshold) // step.total]
     return settings.threshold

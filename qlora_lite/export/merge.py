@@ -29,17 +29,18 @@ from transformers.pytorch_utils import Conv1D
 from qlora_lite.adapters.attach import build_layer
 from qlora_lite.adapters.catalogue import method_for
 from qlora_lite.adapters.layer import AdapterLayer, Factors
-from qlora_lite.adapters.method import AdapterSettings, Need, scale_of
+from qlora_lite.adapters.method import AdapterSettings, Need
+from qlora_lite.adapters.ranks import scale_of
 from qlora_lite.adapters.start import Starts
 from qlora_lite.export.learned import misfit, sort
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import AdapterError, ExportError
+from qlora_lite.model.config import read_config
 from qlora_lite.model.freeze import StoredWeight, copy_weight, freeze
 from qlora_lite.model.frozen import FrozenLinear, Scratch
 from qlora_lite.model.load import Base, skeleton
 from qlora_lite.model.prequantised import COMPANION, is_packed, read_packed, stored_quant
 from qlora_lite.model.quant import BF16, FP32, NF4, Int8, Quant
-from qlora_lite.model.shape import read_config
 from qlora_lite.shards.names import match
 from qlora_lite.shards.reader import Checkpoint
 from qlora_lite.shards.writer import MAX_SHARD_BYTES, ShardWriter, TensorSpec

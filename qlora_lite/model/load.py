@@ -27,11 +27,12 @@ from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.foundation.settings import Settings
+from qlora_lite.model.config import hub_error, read_config, unreachable
 from qlora_lite.model.freeze import Split, StoredWeight, copy_weight, freeze
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear, Scratch, Source
 from qlora_lite.model.prequantised import COMPANION, is_packed, read_packed, stored_quant
 from qlora_lite.model.quant import BF16, FP32, NF4, Int8, Quant
-from qlora_lite.model.shape import hub_error, is_linear, read_config, unreachable
+from qlora_lite.model.shape import is_linear
 from qlora_lite.shards.names import match
 from qlora_lite.shards.reader import Checkpoint
 

@@ -7,13 +7,14 @@ from pathlib import Path
 from qlora_lite.data.settings import Data
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.errors import RecipeError
-from qlora_lite.foundation.files import write_text
+from qlora_lite.foundation.files import make_folder, write_text
 from qlora_lite.foundation.units import format_bytes, format_count
 from qlora_lite.memory.known import known_config
 from qlora_lite.memory.measure import available_bytes
 from qlora_lite.memory.plan import Plan
+from qlora_lite.model.config import read_config
 from qlora_lite.model.load import Base
-from qlora_lite.model.shape import model_shape, read_config
+from qlora_lite.model.shape import model_shape
 from qlora_lite.recipe import Recipe
 from qlora_lite.run.planning import plan_recipe
 
@@ -77,7 +78,7 @@ def write_recipe(model: str, output: Path | None = None) -> tuple[Path, Plan]:
             f"{file} exists, and nothing is overwritten. Give another name: --output FILE"
         )
     text, plan = recipe_text(model, file)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     write_text(file, text)
     return file, plan
 

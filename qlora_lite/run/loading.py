@@ -17,10 +17,11 @@ from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.foundation.watch import Watcher
 from qlora_lite.model.causal import CausalModel
+from qlora_lite.model.config import read_config
 from qlora_lite.model.load import Base, LoadedBase, load_base, load_tokenizer
 from qlora_lite.model.prequantised import own_quant
 from qlora_lite.model.quant import BF16, FP32, Quant
-from qlora_lite.model.shape import model_shape, read_config
+from qlora_lite.model.shape import model_shape
 from qlora_lite.model.targets import linear_specs, specs_of_shape
 from qlora_lite.recipe import Recipe, load_recipe
 from qlora_lite.run.folder import RunFolder

@@ -4,6 +4,7 @@ from transformers.configuration_utils import PretrainedConfig
 
 from qlora_lite.adapters.attach import choose, match_modules
 from qlora_lite.adapters.catalogue import method_for
+from qlora_lite.adapters.method import Need
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import BudgetError, RecipeError
@@ -12,8 +13,9 @@ from qlora_lite.memory.known import known_config
 from qlora_lite.memory.ledger import RunShape
 from qlora_lite.memory.measure import available_bytes
 from qlora_lite.memory.plan import Plan, make_plan
-from qlora_lite.model.quant import NF4, FourBit
-from qlora_lite.model.shape import ModelShape, model_shape, read_config
+from qlora_lite.model.config import read_config
+from qlora_lite.model.quant import BF16, FP32, NF4, FourBit
+from qlora_lite.model.shape import ModelShape, model_shape
 from qlora_lite.model.targets import specs_of_shape
 from qlora_lite.recipe import Recipe
 
@@ -22,11 +24,23 @@ def plan_recipe(recipe: Recipe, rule: DeviceRule | None = None) -> Plan:
     """The memory plan of a recipe, against its budget or what the device has free.
 
     Raises:
-        QloraLiteError: if the base cannot be found, or the targets match nothing.
+        QloraLiteError: if the base cannot be found, the targets match nothing, or the method needs
+            another kind of base.
     """
+    _require_what_the_method_needs(recipe)
     rule = rule or devices.choose(recipe.device, recipe.base.compute, is_imagined=True)
     shape = model_shape(_config(recipe), recipe.base.trust_remote_code)
     return make_plan(shape, run_shape(recipe, shape, rule), _budget(recipe, rule))
+
+
+def _require_what_the_method_needs(recipe: Recipe) -> None:
+    needs, quant = method_for(recipe.adapter).needs, recipe.base.quant
+    if Need.QUANTISATION_ERROR in needs and isinstance(quant, BF16 | FP32):
+        raise RecipeError(
+            f"adapter={recipe.adapter.kind} starts at the quantisation error, and with "
+            f"base.quant={quant.kind} there is none. Take base.quant=nf4, fp4 or int8, or "
+            "adapter=lora"
+        )
 
 
 def _config(recipe: Recipe) -> PretrainedConfig:

@@ -3,7 +3,8 @@
 import pytest
 
 from qlora_lite.memory.known import known_config, known_models
-from qlora_lite.model.shape import model_shape, read_config
+from qlora_lite.model.config import read_config
+from qlora_lite.model.shape import model_shape
 
 PUBLISHED = {
     "openai-community/gpt2": 124_439_808,

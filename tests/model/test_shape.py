@@ -1,13 +1,8 @@
-"""A model's dimensions from its config alone, and clear words when there is no config."""
+"""A model's dimensions and parameters from its config alone."""
 
 import json
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
-from threading import Thread
 
 import pytest
-from huggingface_hub import constants
 from transformers import (
     CohereConfig,
     GPT2Config,
@@ -19,7 +14,8 @@ from transformers import (
 )
 
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.model.shape import model_shape, parameter_shapes, read_config
+from qlora_lite.model.config import read_config
+from qlora_lite.model.shape import model_shape, parameter_shapes
 
 TINY_LLAMA = LlamaConfig(
     vocab_size=50,
@@ -94,28 +90,6 @@ def test_tied_weights_are_counted_once():
     assert model_shape(TINY_LLAMA).num_parameters - model_shape(tied).num_parameters == 50 * 16
 
 
-def test_the_config_of_a_directory_is_read_from_it(tmp_path):
-    TINY_LLAMA.save_pretrained(tmp_path)
-    known = {"model_type": "gpt2"}
-    assert read_config(str(tmp_path), known=known).hidden_size == 16
-
-
-def test_known_facts_answer_without_the_hub(hub):
-    config = read_config("some/model", known={"model_type": "gpt2", "n_embd": 48})
-    assert (config.model_type, config.hidden_size) == ("gpt2", 48)
-    assert hub.asked == []
-
-
-def test_what_is_in_the_cache_is_preferred_to_known_facts(hub, tmp_path):
-    snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
-    TINY_LLAMA.save_pretrained(snapshot)
-    (tmp_path / "models--some--model" / "refs").mkdir()
-    (tmp_path / "models--some--model" / "refs" / "main").write_text("abc")
-    config = read_config("some/model", known={"model_type": "gpt2"})
-    assert config.model_type == "llama"
-    assert hub.asked == []
-
-
 def test_a_norm_is_known_by_its_vectors_not_by_its_name():
     """Cohere's norm of queries has a row for each head; it is trained and held as other weights."""
     sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
@@ -123,12 +97,6 @@ def test_a_norm_is_known_by_its_vectors_not_by_its_name():
     roles = {p.module: p.role for p in parameter_shapes(config)}
     assert roles["model.layers.0.self_attn.q_norm"] == "other"
     assert roles["model.layers.0.input_layernorm"] == roles["model.norm"] == "norm"
-
-
-@pytest.mark.parametrize("model", ["./runs/nothing", "/no/such/directory", "a b"])
-def test_a_path_that_leads_nowhere_is_told_apart_from_the_hub(model):
-    with pytest.raises(BaseModelError, match="no such directory"):
-        read_config(model)
 
 
 @pytest.mark.parametrize(
@@ -145,67 +113,3 @@ def test_a_directory_that_cannot_be_a_base_is_refused(tmp_path, config, message)
         (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(BaseModelError, match=message):
         model_shape(read_config(str(tmp_path)))
-
-
-@pytest.mark.parametrize(
-    ("status", "code", "message"),
-    [
-        (403, "GatedRepo", "accept a licence"),
-        (401, "RepoNotFound", "hf auth login"),
-        (404, "RevisionNotFound", "not this revision"),
-        (404, "EntryNotFound", "without a config.json"),
-    ],
-)
-def test_what_the_hub_refuses_gets_a_clear_message(hub, status, code, message):
-    hub.answer = (status, code)
-    with pytest.raises(BaseModelError, match=message):
-        read_config("some/model", revision="v9")
-    assert hub.asked
-
-
-def test_without_a_network_an_unknown_model_gets_a_clear_message(hub, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(BaseModelError, match="HF_HUB_OFFLINE is set"):
-        read_config("some/model")
-    assert hub.asked == []
-
-
-class Hub(HTTPServer):
-    """A hub on this machine that has one answer, in the hub's own error codes."""
-
-    answer: tuple[int, str] = (500, "")
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Refuse)
-        self.asked: list[str] = []
-
-
-class Refuse(BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_HEAD(self) -> None:
-        self.server.asked.append(self.path)
-        status, code = self.server.answer
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """The hub and its cache, both on this machine and empty."""
-    server = Hub()
-    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    here = f"http://127.0.0.1:{server.server_port}"
-    path = "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "ENDPOINT", here)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", here + path)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield server
-    server.shutdown()
-    server.server_close()

@@ -1,0 +1,107 @@
+"""Where a config comes from, and clear words when there is none."""
+
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from huggingface_hub import constants
+from transformers import LlamaConfig
+
+from qlora_lite.foundation.errors import BaseModelError
+from qlora_lite.model.config import read_config
+
+TINY_LLAMA = LlamaConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
+
+
+def test_the_config_of_a_directory_is_read_from_it(tmp_path):
+    TINY_LLAMA.save_pretrained(tmp_path)
+    known = {"model_type": "gpt2"}
+    assert read_config(str(tmp_path), known=known).hidden_size == 16
+
+
+def test_known_facts_answer_without_the_hub(hub):
+    config = read_config("some/model", known={"model_type": "gpt2", "n_embd": 48})
+    assert (config.model_type, config.hidden_size) == ("gpt2", 48)
+    assert hub.asked == []
+
+
+def test_what_is_in_the_cache_is_preferred_to_known_facts(hub, tmp_path):
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
+    TINY_LLAMA.save_pretrained(snapshot)
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("abc")
+    config = read_config("some/model", known={"model_type": "gpt2"})
+    assert config.model_type == "llama"
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("model", ["./runs/nothing", "/no/such/directory", "a b"])
+def test_a_path_that_leads_nowhere_is_told_apart_from_the_hub(model):
+    with pytest.raises(BaseModelError, match="no such directory"):
+        read_config(model)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (403, "GatedRepo", "accept a licence"),
+        (401, "RepoNotFound", "hf auth login"),
+        (404, "RevisionNotFound", "not this revision"),
+        (404, "EntryNotFound", "without a config.json"),
+    ],
+)
+def test_what_the_hub_refuses_gets_a_clear_message(hub, status, code, message):
+    hub.answer = (status, code)
+    with pytest.raises(BaseModelError, match=message):
+        read_config("some/model", revision="v9")
+    assert hub.asked
+
+
+def test_without_a_network_an_unknown_model_gets_a_clear_message(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(BaseModelError, match="HF_HUB_OFFLINE is set"):
+        read_config("some/model")
+    assert hub.asked == []
+
+
+class Hub(HTTPServer):
+    """A hub on this machine that has one answer, in the hub's own error codes."""
+
+    answer: tuple[int, str] = (500, "")
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Refuse)
+        self.asked: list[str] = []
+
+
+class Refuse(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_HEAD(self) -> None:
+        self.server.asked.append(self.path)
+        status, code = self.server.answer
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """The hub and its cache, both on this machine and empty."""
+    server = Hub()
+    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    here = f"http://127.0.0.1:{server.server_port}"
+    path = "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", here)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", here + path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield server
+    server.shutdown()
+    server.server_close()
