@@ -65,6 +65,11 @@ class Recipe(Settings):
     tracking: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     """Trackers that metrics are sent to; none unless asked for."""
 
+    @field_validator("tracking", mode="before")
+    @classmethod
+    def _may_be_one_name(cls, tracking: Any) -> Any:
+        return [tracking] if isinstance(tracking, str) and tracking[:1] != "[" else tracking
+
     @field_validator("budget", mode="before")
     @classmethod
     def _may_be_a_number(cls, budget: Any) -> Any:
@@ -112,6 +117,11 @@ def load_recipe(path: str | Path) -> Recipe:
     run = path if path.is_dir() else path.parent if is_run(path.parent) else None
     if path.is_dir():
         path = path / "recipe.json"
+    if (path.parent / "config.json").is_file() and not path.is_file():
+        raise RecipeError(
+            f"{path.parent} is a model, and a recipe is needed. `qlora-lite init {path.parent}` "
+            "writes one for it"
+        )
     if not path.is_file():
         raise RecipeError(
             f"{path} is not a file. Give a recipe (recipes/*.py), a run's folder or its "
@@ -155,6 +165,11 @@ def _from_python(path: Path) -> Recipe:
         raise RecipeError(f"{path}, {error.title}(...): {problems}") from None
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
+    except SystemExit as error:
+        raise RecipeError(
+            f"{path}{_line_in(path, error)} ends the program before it defines `recipe = "
+            'Recipe(...)`. Take that line out, or put it under `if __name__ == "__main__":`'
+        ) from None
     except Exception as error:
         # whatever a recipe raises is in the user's file, so its place is told instead of ours
         raise RecipeError(

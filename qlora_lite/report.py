@@ -168,7 +168,7 @@ def _key_figures(report: Report) -> str:
         end = training[-1]
         seconds, tokens = end["seconds"], end["tokens"]
         steps = "1 step" if end["step"] == 1 else f"{end['step']:,} steps"
-        figures.append(("time", format_seconds(seconds), steps))
+        figures.append(("training time", format_seconds(seconds), steps))
         speed = f"{tokens / seconds:,.0f} a second" if seconds else ""
         figures.append(("tokens", format_count(tokens), speed))
     if report.memory:

@@ -53,6 +53,12 @@ def test_data_fields_may_be_json_text():
         ("budget=plenty", "22GiB"),
         ("adapter.rank=0", "adapter.rank"),
         ("nonsense=1", "nonsense"),
+        ("base=gpt2", r"base: got 'gpt2', and it has settings of its own: base\.model, base\."),
+        ("data.columns=text", r'a list is needed, such as \["a", "b"\]'),
+        ("data.fields=question", r"data\.fields: .*JSON is needed"),
+        ("adapter.ranks=4", r"an object is needed"),
+        ('adapter={"rank": 4', r"begins as JSON and is none: Expecting ',' delimiter"),
+        ("optim.betas=[0.9", r"begins as JSON and is none"),
     ],
 )
 def test_a_mistake_is_told_with_its_path_and_a_near_match(change, words):
@@ -88,6 +94,7 @@ def test_a_python_recipe_may_build_on_its_neighbour(tmp_path):
             "from qlora_lite import LoRA\nrecipe = LoRA(rnk=3)\n",
             r"LoRA\(\.\.\.\): rnk: .*Did you mean 'rank'",
         ),
+        ("import sys\nsys.exit(0)\n", r"line 2 ends the program"),
     ],
 )
 def test_a_recipe_that_does_not_load_says_where(tmp_path, text, words):
@@ -112,6 +119,17 @@ def test_what_is_no_recipe_is_refused(tmp_path, name, content, words):
         (tmp_path / name).write_text(content)
     with pytest.raises(RecipeError, match=words):
         load_recipe(tmp_path / name)
+
+
+def test_a_model_is_no_recipe(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RecipeError, match=f"{tmp_path} is a model.*init {tmp_path}"):
+        load_recipe(tmp_path)
+
+
+def test_a_tracker_may_be_named_alone():
+    assert RECIPE.but("tracking=wandb").tracking == ["wandb"]
+    assert RECIPE.but('tracking=["wandb"]').tracking == ["wandb"]
 
 
 def test_differences_name_the_path_and_both_values():

@@ -38,7 +38,7 @@ def require_matplotlib() -> None:
     except ImportError as error:
         raise ExportError(
             "figures are drawn by matplotlib, which is not installed. "
-            "Install it with: pip install qlora-lite[figures]"
+            "Install it with: pip install matplotlib"
         ) from error
 
 

@@ -10,7 +10,7 @@ from qlora_lite.foundation.errors import DataError
 if TYPE_CHECKING:
     from qlora_lite.run.speaking import Talk
 
-HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it"
+HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, /help says this"
 
 
 def converse(console: Console, talk: "Talk") -> None:
@@ -24,6 +24,8 @@ def converse(console: Console, talk: "Talk") -> None:
         if text == "/reset":
             talk.reset()
             console.print("(forgotten)", style="dim")
+        elif text == "/help":
+            console.print(HELP, style="dim", markup=False)
         elif text:
             try:
                 say_answer(console, talk, text)

@@ -63,13 +63,15 @@ def inspect(
     """What was learned: ranks, spectra, norms, amplification, and the subspaces that two share."""
     from qlora_lite.analysis.figures import require_matplotlib
     from qlora_lite.export.directory import require_free
-    from qlora_lite.foundation.files import write_json
+    from qlora_lite.foundation.files import make_folder, write_json
     from qlora_lite.run import inspecting
 
     if json is not None and json.exists():
         raise ExportError(
             f"{json} exists already. Nothing is overwritten: give another --json FILE"
         )
+    if json is not None:
+        make_folder(json.parent)
     if figures is not None:
         require_matplotlib()
         require_free(figures)
@@ -79,7 +81,6 @@ def inspect(
         )
         _show(display, inspection, i or j, j or i)
         if json is not None:
-            json.parent.mkdir(parents=True, exist_ok=True)
             write_json(json, inspection.as_values())
             display.say(f"everything as JSON: {json}")
         if figures is not None:

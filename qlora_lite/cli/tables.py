@@ -86,7 +86,7 @@ def score_table(rows: Iterable["ScoreRow"]) -> Table:
 
 def merge_table(rows: Sequence["MergeRow"]) -> Table:
     """Candidates of a merge, scored on the held-out rows."""
-    table = _table("candidate", ">held-out loss", ">same first guess as the adapter", "")
+    table = _table("candidate", ">held-out loss", ">top-1 agreement with the adapter", "")
     for row in rows:
         agreement = "" if row.agreement is None else f"{row.agreement:.2%}"
         written = "written" if row.written else ""

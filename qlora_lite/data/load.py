@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_lite.data.examples import Examples
 from qlora_lite.data.settings import Data
-from qlora_lite.data.sources import Source
+from qlora_lite.data.sources import Source, require_source
 from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.data.tokenise import Stats, Tokenised, tokenise
 from qlora_lite.foundation.errors import DataError
@@ -51,6 +51,9 @@ def load_data(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Prep
         DataError: for anything wrong with a file or a row, with its place; if no row is left.
     """
     template = ChatTemplate(tokenizer)
+    require_source("data.train", data.train)
+    if data.heldout is not None:  # before the training rows are tokenised
+        require_source("data.heldout", data.heldout)
     train = tokenise(data, data.train, template, data.max_rows)
     if data.heldout is not None:
         other = tokenise(data, data.heldout, template)

@@ -18,7 +18,14 @@ FIELDS = ("messages", "instruction", "input", "output", "prompt", "completion", 
 
 def _from_json(value: Any) -> Any:
     """A mapping may come as the JSON text of one."""
-    return json.loads(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f'JSON is needed, such as {{"prompt": "question"}}, and this is none: {error}'
+        ) from None
 
 
 class Data(Settings):

@@ -68,6 +68,16 @@ def open_source(name: str, columns: list[str] | None = None, block_chars: int = 
     )
 
 
+def require_source(setting: str, name: str) -> None:
+    """A quick look, before anything is read.
+
+    Raises:
+        DataError: if what `setting` names is neither a file nor the id of a data set.
+    """
+    if not Path(name).expanduser().is_file():
+        _hub_id(name, f"{setting}={name!r}")
+
+
 def _reader(
     path: Path, columns: list[str] | None, block_chars: int
 ) -> tuple[Callable[[], Rows], Callable[[int], str]]:
@@ -220,18 +230,12 @@ def _wrong_byte(path: Path) -> str:
 
 
 def _hub(name: str) -> Source:
-    """`owner/name`, `owner/name:configuration`, either with `::split`."""
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:::([\w.\[\]:%+-]+))?", name)
-    if match is None or Path(name).suffix in SUFFIXES or Path(name).exists():
-        raise DataError(
-            f"got {name!r}, which is no file. Needed: a file ({', '.join(SUFFIXES)}), or a hub "
-            "id with its configuration and split, such as openai/gsm8k:main::train"
-        )
+    repository, configuration, split = _hub_id(name, repr(name))
     import datasets
 
     try:
         with quiet():
-            table = datasets.load_dataset(match[1], match[2], split=match[3] or "train")
+            table = datasets.load_dataset(repository, configuration, split=split or "train")
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
             f"the data set {name!r} cannot be read from the hub or its cache: "
@@ -244,6 +248,17 @@ def _hub(name: str) -> Source:
         lambda: enumerate(table, start=1),
         lambda number: f"{name}, row {number}",
     )
+
+
+def _hub_id(name: str, got: str) -> tuple[str, str | None, str | None]:
+    """`owner/name`, `owner/name:configuration`, either with `::split`."""
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:::([\w.\[\]:%+-]+))?", name)
+    if match is None or Path(name).suffix in SUFFIXES or Path(name).exists():
+        raise DataError(
+            f"got {got}, which is no file. Needed: a file ({', '.join(SUFFIXES)}), or a hub "
+            "id with its configuration and split, such as openai/gsm8k:main::train"
+        )
+    return match[1], match[2], match[3]
 
 
 def _version(cached: str) -> str:

@@ -22,7 +22,8 @@ def read_table(path: Path, columns: list[str] | None) -> Iterator[tuple[int, dic
     """Records, counted from 1 without the header, as text by column.
 
     Raises:
-        DataError: with the line of the first record that does not fit, or without a header.
+        DataError: with the line of the first record that does not fit, without a header, or where
+            something else than commas divides the columns.
     """
     import datasets
 
@@ -30,6 +31,7 @@ def read_table(path: Path, columns: list[str] | None) -> Iterator[tuple[int, dic
     _, first = next(_records(path, quoting), (1, []))
     if not first:
         return iter(())
+    _require_commas(path, first)
     names = columns or first
     _check(path, quoting, names, has_header=columns is None)
     rows = stream(
@@ -90,6 +92,16 @@ def _records(path: Path, quoting: Quoting) -> Iterator[tuple[int, list[str]]]:
                 begin = reader.line_num + 1
     finally:
         csv.field_size_limit(limit)
+
+
+def _require_commas(path: Path, first: list[str]) -> None:
+    others = [mark for mark in (";", "\t") if len(first) == 1 and mark in first[0]]
+    if others and path.suffix == ".csv":
+        raise DataError(
+            f"{path}, line 1: got one cell, {first[0]!r:.80}: its columns seem to be divided by "
+            f"{others[0]!r}, and in a .csv file they are by commas. Write it with commas, or with "
+            "tabs as a .tsv file"
+        )
 
 
 def _check(path: Path, quoting: Quoting, names: list[str], *, has_header: bool) -> None:

@@ -159,7 +159,7 @@ def _check_learning(console: Console, events: list[dict[str, Any]]) -> None:
 
 
 def _show_merge(console: Console, result: MergeResult) -> None:
-    table = Table("model", "held-out loss", "same first guess", "written")
+    table = Table("model", "held-out loss", "top-1 agreement", "written")
     for row in result.table:
         agreement = "" if row.agreement is None else f"{row.agreement:.1%}"
         written = "yes" if row.written else ""

@@ -25,6 +25,8 @@ class Card:
     title: str
     base_model: str
     """Hub id or name of the base."""
+    on_hub: bool
+    """Whether the base has a hub id: the hub refuses a card that names a base it does not have."""
     licence: Mapping[str, Any]
     """`license` and what belongs to it, from the base's card; empty if unknown."""
     commands: Sequence[str]
@@ -55,8 +57,8 @@ def licence_of(base: Path) -> dict[str, Any]:
 def render(card: Card) -> str:
     """The card as README.md."""
     head = ModelCardData(
-        base_model=card.base_model,
-        base_model_relation="finetune",
+        base_model=card.base_model if card.on_hub else None,
+        base_model_relation="finetune" if card.on_hub else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         **card.licence,
@@ -64,7 +66,8 @@ def render(card: Card) -> str:
     parts = [
         f"---\n{head.to_yaml()}\n---\n\n# {_inline(card.title)}\n",
         f"`{card.base_model}` fine-tuned with qlora-lite and merged: a whole model that loads "
-        f"with transformers.\n\n{_fenced(chr(10).join(card.commands), 'sh')}",
+        f"with transformers. With the recipe below as `recipe.json`:\n\n"
+        f"{_fenced(chr(10).join(card.commands), 'sh')}",
         _section("Merge", _merge(card)),
         _section("Loss", _loss(card)),
         _section("Before and after", "\n".join(_sample(*sample) for sample in card.samples)),

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_lite.foundation.errors import ExportError
 from qlora_lite.foundation.files import (
     lock,
+    make_folder,
     sync_directory,
     sync_tree,
     write_json,
@@ -62,7 +63,7 @@ def unfinished(out: Path, identity: str) -> Iterator[Path]:
     """
     require_free(out)
     aside = out.with_name(f".{out.name}.writing")
-    aside.mkdir(parents=True, exist_ok=True)
+    make_folder(aside)
     with lock(aside):
         _keep_only(aside, identity)
         yield aside

@@ -45,6 +45,21 @@ def read_object(path: Path, *needed: str) -> dict[str, Any]:
     return value
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder and those above it, unless it is there.
+
+    Raises:
+        RunError: if there cannot be one of this name.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"the folder {path} cannot be made ({error.strerror}). Give the path of one on a disk "
+            "that you may write to"
+        ) from error
+
+
 def sync_directory(directory: Path) -> None:
     """Make renames inside a directory durable."""
     handle = os.open(directory, os.O_RDONLY)
@@ -85,6 +100,7 @@ def complete_directory(target: Path) -> Iterator[Path]:
 
     Raises:
         DiskFull: if there is no room for it.
+        RunError: if there cannot be a folder of this name.
     """
     old = target.with_name(f".{target.name}.old")
     if old.exists() and not target.exists():
@@ -93,7 +109,7 @@ def complete_directory(target: Path) -> Iterator[Path]:
     aside = target.with_name(f".{target.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
+        make_folder(aside)
         yield aside
         sync_tree(aside)
     except BaseException as error:

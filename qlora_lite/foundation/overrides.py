@@ -21,6 +21,13 @@ from qlora_lite.foundation.errors import RecipeError
 
 Model = TypeVar("Model", bound=BaseModel)
 
+_NEEDED = {
+    "list_type": 'a list is needed, such as ["a", "b"]',
+    "dict_type": 'an object is needed, such as {"a": "b"}',
+    "string_type": 'text is needed; a number is text in quotes: "1"',
+}
+"""What pydantic finds, in words of a command line."""
+
 
 def overlay(
     values: dict[str, Any], assignments: Sequence[str], model: type[BaseModel]
@@ -117,7 +124,12 @@ def _switch_kind(
 ) -> str | None:
     """Another kind of a union: fields that it shares with the old one are kept."""
     if kind not in kinds:
-        raise RecipeError(_unknown(full_path, kind, list(kinds)))
+        broken = _broken_json(kind)
+        raise RecipeError(
+            f"{full_path}: got {kind!r}. {broken}"
+            if broken
+            else _unknown(full_path, kind, list(kinds))
+        )
     old = values.get(name)
     old = old if isinstance(old, dict) else {}
     kept = {k: v for k, v in old.items() if k != "kind" and k in kinds[kind].model_fields}
@@ -155,7 +167,7 @@ def _by_kind(variants: Sequence[type[BaseModel]]) -> dict[str, type[BaseModel]]:
 
 
 def _unknown(path: str, got: str, allowed: Sequence[str]) -> str:
-    near = difflib.get_close_matches(got, allowed, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(got, allowed, n=1, cutoff=0.6)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"{path}: {got!r} is not known here.{hint} Allowed: {', '.join(allowed)}"
 
@@ -167,6 +179,10 @@ def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
     if problem["type"] == "extra_forbidden":
         owner = _model_at(model, location[:-1])
         return _unknown(path, location[-1], list(owner.model_fields) if owner else [])
+    if problem["type"] in ("model_type", "model_attributes_type"):
+        owner = _model_at(model, location)
+        fields = ", ".join(f"{path}.{name}" for name in owner.model_fields) if owner else ""
+        return f"{path}: got {problem['input']!r}, and it has settings of its own: {fields}"
     if problem["type"] == "missing":
         return f"{path}: needed, and nothing was given"
     if problem["type"] == "union_tag_invalid":
@@ -178,8 +194,21 @@ def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
         allowed = [str(v) for v in _literals(annotation)]
         if allowed:
             return _unknown(path, problem["input"], allowed)
-    message = problem["msg"].removeprefix("Value error, ")
+    message = _NEEDED.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
+    if broken := _broken_json(problem["input"]):
+        message = f"{message}. {broken}"
     return f"{path}: got {problem['input']!r}: {message}" if path else message
+
+
+def _broken_json(value: Any) -> str:
+    """Why text that begins as JSON was taken as text; nothing where it was not meant as JSON."""
+    if not isinstance(value, str) or not value.startswith(("{", "[")):
+        return ""
+    try:
+        json.loads(value)
+    except json.JSONDecodeError as error:
+        return f"It begins as JSON and is none: {error}. The shell needs quotes around all of it"
+    return ""
 
 
 def _literals(annotation: Any) -> Iterator[Any]:

@@ -6,7 +6,7 @@ A function of shapes to a value: nothing is downloaded, built or run.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -175,16 +175,25 @@ def _ways_down(model: ModelShape, run: RunShape, peak_bytes: int) -> tuple[WayDo
 
 
 def _enough(model: ModelShape, run: RunShape, budget_bytes: int) -> tuple[str, ...]:
-    """As many settings, mildest first and each only if it saves something, as it takes to fit."""
-    taken: dict[str, str] = {}
+    """As many settings, mildest first, as it takes to fit, and none that could be left out."""
+    taken: dict[str, _Change] = {}
     for change in _changes(run):
-        smaller = change.run(run)
-        if _smallest_peak(model, smaller) < _smallest_peak(model, run):
-            taken[change.field] = change.value
-            run = smaller
-        if _smallest_peak(model, run) <= budget_bytes:
-            return tuple(f"{field}={value}" for field, value in taken.items())
-    return ()
+        taken[change.field] = change
+        if _peak_with(model, run, taken) <= budget_bytes:
+            break
+    else:
+        return ()
+    for field in reversed(list(taken)):
+        others = {name: change for name, change in taken.items() if name != field}
+        if _peak_with(model, run, others) <= budget_bytes:
+            taken = others
+    return tuple(f"{change.field}={change.value}" for change in taken.values())
+
+
+def _peak_with(model: ModelShape, run: RunShape, changes: Mapping[str, "_Change"]) -> int:
+    for change in changes.values():
+        run = change.run(run)
+    return _smallest_peak(model, run)
 
 
 def _smallest_peak(model: ModelShape, run: RunShape) -> int:

@@ -17,7 +17,6 @@ from qlora_lite.foundation.files import complete_directory
 from qlora_lite.foundation.units import format_seconds
 from qlora_lite.memory.measure import peak_bytes
 from qlora_lite.memory.plan import Plan
-from qlora_lite.model.freeze import StoredWeight
 from qlora_lite.recipe import Recipe
 from qlora_lite.report import Report, Sample
 from qlora_lite.report import write as write_report
@@ -26,7 +25,6 @@ from qlora_lite.run.loading import Loaded
 from qlora_lite.training import metrics
 from qlora_lite.training.loop import Progress
 
-NUM_SAMPLES = 3
 SAMPLE_TOKENS = 48
 
 
@@ -64,7 +62,8 @@ def finish(end: Finish) -> Outcome:
     """Write `report.html`, then `adapter/`."""
     end.attached.train(False)
     peak = peak_bytes(end.loaded.causal.device)
-    samples = tuple(_sample(end, example) for example in list(end.data.heldout)[:NUM_SAMPLES])
+    shown = list(end.data.heldout)[: end.recipe.evaluation.samples]
+    samples = tuple(_sample(end, example) for example in shown)
     outcome = Outcome(_scores(end), samples, peak)
     write_report(end.folder.report, _report(end, outcome))
     with complete_directory(end.folder.adapter) as aside:
@@ -73,7 +72,6 @@ def finish(end: Finish) -> Outcome:
             end.attached,
             base=end.recipe.base.model,
             revision=end.recipe.base.revision,
-            fan_in_fan_out=stores_transposed(end.attached),
             sidecar=_sidecar(end, outcome),
         )
     return outcome
@@ -162,9 +160,3 @@ def _report(end: Finish, outcome: Outcome) -> Report:
         memory=[("peak", end.plan.ledger.measured_bytes, outcome.peak_bytes), *terms],
         samples=outcome.samples,
     )
-
-
-def stores_transposed(attached: Attached) -> bool:
-    """Whether the base stores (d_in, d_out), as GPT-2's Conv1D does: PEFT has to know."""
-    sources = [layer.base.source for layer in attached.layers.values()]
-    return any(isinstance(source, StoredWeight) and source.transposed for source in sources)

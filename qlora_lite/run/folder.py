@@ -17,7 +17,7 @@ import torch
 
 from qlora_lite.adapters.state import SIDECAR
 from qlora_lite.foundation.errors import RecipeError, RunError
-from qlora_lite.foundation.files import read_object, write_json
+from qlora_lite.foundation.files import make_folder, read_object, write_json
 from qlora_lite.foundation.overrides import check
 from qlora_lite.model.load import Base, locate
 from qlora_lite.recipe import FREE_SETTINGS, Recipe, differences
@@ -63,13 +63,7 @@ class RunFolder:
         Raises:
             RunError: if there cannot be a folder of this name.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(
-                f"output={self.path} cannot be made ({error.strerror}). Give the path of a folder "
-                "on a disk that you may write to"
-            ) from None
+        make_folder(self.path)
 
     def read_record(self) -> dict[str, Any]:
         """What `recipe.json` says.

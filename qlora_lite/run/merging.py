@@ -8,9 +8,10 @@ at a time. A base that is named is written at once; with `verify=False` no model
 
 import dataclasses
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -197,12 +198,14 @@ def _command(run: str | Path, out: Path, base: str, dtype: str | None) -> str:
 
 def _card(proof: Proof, out: Path, report: Report, command: str) -> Card:
     model = proof.source.base.model
+    is_local = Path(model).is_dir()
     return Card(
         title=out.name,
-        base_model=Path(model).name if Path(model).is_dir() else model,
+        base_model=Path(model).name if is_local else model,
+        on_hub=not is_local,
         licence=licence_of(proof.source.path),
         commands=("qlora-lite train recipe.json", command),
-        recipe=report.recipe,
+        recipe=_without_folders(report.recipe),
         facts=report.facts,
         memory=report.memory,
         losses=[event["loss"] for event in report.metrics if "loss" in event],
@@ -211,6 +214,18 @@ def _card(proof: Proof, out: Path, report: Report, command: str) -> Card:
         merge=[dataclasses.astuple(row) for row in report.merges],
         notes=proof.notes,
     )
+
+
+def _without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe for others to read: where a file lies on this machine is nobody's business."""
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return _without_folders(value)
+        is_path = isinstance(value, str) and Path(value).is_absolute()
+        return Path(value).name if is_path else value
+
+    return {name: shown(value) for name, value in values.items()}
 
 
 def _result(out: Path, weights: MergedWeights, proof: Proof) -> MergeResult:

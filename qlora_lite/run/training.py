@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from qlora_lite.adapters.begin import begin_from, require_adapter, saved_start
 from qlora_lite.adapters.catalogue import method_for
 from qlora_lite.adapters.method import Need
-from qlora_lite.adapters.state import begin_from, require_adapter, saved_start
 from qlora_lite.data.batches import Batch, Batches, in_order
 from qlora_lite.data.coloured import bracketed
 from qlora_lite.data.load import Prepared, load_data
@@ -30,8 +30,8 @@ from qlora_lite.memory.allocator import give_back_freed_memory
 from qlora_lite.memory.measure import reset_peak
 from qlora_lite.memory.plan import Plan, require_fit
 from qlora_lite.model.checkpointing import enable_checkpointing
+from qlora_lite.model.config import read_config
 from qlora_lite.model.load import load_tokenizer
-from qlora_lite.model.shape import read_config
 from qlora_lite.recipe import Recipe
 from qlora_lite.report import Sample
 from qlora_lite.run.finishing import Finish, finish
@@ -94,7 +94,7 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, request: Request
     give_back_freed_memory()
     plan = plan_recipe(with_micro_batch(recipe, folder.micro_batch_tokens), rule)
     watcher.planned(plan)
-    _refuse_what_does_not_fit(recipe, plan)
+    _hold_to_budget(recipe, plan, watcher)
     for note in check_settings(recipe):
         watcher.note(note)
     data = load_data(recipe.data, load_tokenizer(recipe.base), recipe.seed)
@@ -306,10 +306,14 @@ def require_known_tokens(data: Prepared, recipe: Recipe) -> None:
             )
 
 
-def _refuse_what_does_not_fit(recipe: Recipe, plan: Plan) -> None:
-    """A budget that was given is kept; without one the plan only warns."""
+def _hold_to_budget(recipe: Recipe, plan: Plan, watcher: Watcher) -> None:
+    """A budget that was given is kept; what the device has free may change, and is only told."""
     if recipe.budget:
         require_fit(plan)
+    elif not plan.fits:
+        watcher.note(
+            "going on all the same, for budget=... was not given: it may end for lack of memory"
+        )
 
 
 def _require_trackers(names: Sequence[str]) -> None:
@@ -317,7 +321,7 @@ def _require_trackers(names: Sequence[str]) -> None:
     if missing:
         raise RecipeError(
             f"tracking={list(names)}: the package {missing[0]} is not installed. Run "
-            "`pip install qlora-lite[track]`, or leave that tracker out"
+            f"`pip install {missing[0]}`, or leave that tracker out"
         )
 
 

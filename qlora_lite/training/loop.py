@@ -24,6 +24,7 @@ from qlora_lite.foundation.settings import Settings
 from qlora_lite.foundation.watch import Watcher
 from qlora_lite.memory.measure import peak_bytes
 from qlora_lite.model.causal import CausalModel
+from qlora_lite.shards.writer import save_tensors
 from qlora_lite.training import checkpoint
 from qlora_lite.training.engine import TorchEngine
 from qlora_lite.training.interruption import Request
@@ -37,13 +38,16 @@ ABSURD_FIRST_LOSS = 1.3
 
 
 class Evaluation(Settings):
-    """Scoring of the held-out rows during training."""
+    """Scoring of the held-out rows during training, and what a reader sees of them at the end."""
 
     every: int | None = Field(default=None, ge=1)
     """Optimizer steps between two scorings; a tenth of the run unless given."""
 
     patience: int | None = Field(default=None, ge=1)
     """Stop after this many scorings without a better one, and keep the best adapter."""
+
+    samples: int = Field(default=3, ge=0)
+    """Held-out prompts that the bare base and the adapted model answer for the report."""
 
 
 class Checkpoints(Settings):
@@ -214,6 +218,16 @@ def _evaluate(job: Job, progress: Progress) -> None:
     progress.last_loss = loss
     if progress.step == 0:
         progress.first_loss = loss
+    is_last = progress.step == job.total
+    if is_last or job.attached.method.is_settled(progress.step, job.total):
+        _compare_with_best(job, progress, loss)
+    metrics = {"step": progress.step, **scores, "seconds": progress.seconds}
+    job.log.append(metrics)
+    job.track(metrics, progress.step)
+    job.watcher.evaluated(metrics)
+
+
+def _compare_with_best(job: Job, progress: Progress, loss: float) -> None:
     if progress.best_loss is None or loss < progress.best_loss:
         progress.best_loss, progress.best_step = loss, progress.step
         progress.scorings_since_best = 0
@@ -223,10 +237,6 @@ def _evaluate(job: Job, progress: Progress) -> None:
         progress.scorings_since_best += 1
     patience = job.evaluation.patience
     progress.stopped_early = patience is not None and progress.scorings_since_best >= patience
-    metrics = {"step": progress.step, **scores, "seconds": progress.seconds}
-    job.log.append(metrics)
-    job.track(metrics, progress.step)
-    job.watcher.evaluated(metrics)
 
 
 def _is_due(step: int, every: int | None, total: int) -> bool:
@@ -267,11 +277,8 @@ def _resume(job: Job) -> Progress:
 
 
 def _save_best(job: Job) -> None:
-    from safetensors.torch import save_file
-
-    tensors = {name: t.cpu().contiguous() for name, t in job.attached.state().items()}
     with complete_directory(job.checkpoint_directory / "best") as aside:
-        save_file(tensors, aside / "adapter.safetensors", {"format": "pt"})
+        save_tensors(job.attached.state(), aside / "adapter.safetensors")
 
 
 def restore_best(job: Job) -> None:

@@ -402,8 +402,7 @@ def test_on_a_level_line_without_pruning_it_is_lora_to_the_bit(directory):
     assert all(torch.equal(found[name], t) for name, t in expected.items())
 
 
-@pytest.mark.parametrize("steps", [4, 10])
-@pytest.mark.parametrize("freeze_mask", [False, True])
+@pytest.mark.parametrize(("steps", "freeze_mask"), [(4, False), (10, True)])
 def test_a_run_that_was_interrupted_ends_in_the_same_bits(directory, steps, freeze_mask):
     settings = PRILoRA(**PRUNING, freeze_mask=freeze_mask, dropout=0.1)
     how = {"dtype": torch.bfloat16, "weight_decay": 0.1, "checkpointing": True}

@@ -130,6 +130,7 @@ def test_the_threshold_is_a_constant_a_schedule_or_tied_to_the_rate():
     widths = [threshold_at(schedule, info(step)) for step in range(8)]
     assert widths == [0.1, 0.1, 0.2, 0.2, 0.4, 0.4, 0.8, 0.8]
     assert threshold_at(SoRA(threshold_per_lr=3.0), info(lr=0.5)) == 1.5
+    assert threshold_at(SoRA(threshold_per_lr=3.0, lr_ratio=4.0), info(lr=0.5)) == 6.0
 
 
 def test_the_penalty_is_the_mean_size_of_all_gates():

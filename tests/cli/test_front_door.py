@@ -21,13 +21,14 @@ finally:
 
 
 def test_help_names_every_verb_without_importing_torch_within_a_second():
-    began = time.perf_counter()
-    ended = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True)
-    # a busy machine gets a second chance to be quick
-    if time.perf_counter() - began > 1:
+    seconds = []
+    while not seconds or (min(seconds) > 1 and len(seconds) < 5):  # on a busy machine once more
         began = time.perf_counter()
-        subprocess.run([sys.executable, "-c", HELP], capture_output=True, check=True)
-    assert time.perf_counter() - began < 1
+        ended = subprocess.run(
+            [sys.executable, "-c", HELP], capture_output=True, text=True, check=True
+        )
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 1
     assert ended.stderr.strip() == "False"
     for verb in ("init", "plan", "preview", "train", "merge", "eval", "chat", "demo"):
         assert f" {verb} " in ended.stdout

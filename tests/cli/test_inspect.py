@@ -126,7 +126,7 @@ def test_figures_without_matplotlib_end_before_the_work(loralib, tmp_path, monke
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     ended = run_command("inspect", loralib, "--figures", tmp_path / "figures")
     assert ended.status == 2
-    assert "pip install qlora-lite[figures]" in ended.err
+    assert "pip install matplotlib" in ended.err
     assert ended.out == ""
 
 

@@ -19,13 +19,14 @@ from qlora_lite.cli import main
 RECIPE = '''\
 """A run of seconds."""
 
-from qlora_lite import NF4, Base, Data, LoRA, Optim, Recipe, main
+from qlora_lite import NF4, Base, Data, Evaluation, LoRA, Optim, Recipe, main
 
 recipe = Recipe(
     base=Base(model={base!r}, quant=NF4()),
     adapter=LoRA(rank=4, alpha=8),
     data=Data(train={train!r}, max_tokens=128),
     optim=Optim(lr=1e-2, tokens_per_step=512, steps=6),
+    evaluation=Evaluation(samples=1),
     output={output!r},
     device="cpu",
 )

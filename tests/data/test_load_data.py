@@ -65,6 +65,13 @@ def test_rows_of_the_heldout_file_are_not_trained(tmp_path):
     assert prepared.heldout_source.where(3) == f"{heldout}, line 3"
 
 
+def test_a_heldout_file_that_is_not_there_is_said_before_a_row_is_read(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{not json}")
+    data = Data(train=str(tmp_path / "train.jsonl"), heldout=str(tmp_path / "gone.jsonl"))
+    with pytest.raises(DataError, match=r"data\.heldout='.*gone\.jsonl', which is no file"):
+        load_data(data, tiny_tokenizer(), 0)
+
+
 def test_one_row_cannot_be_trained_and_held_out(tmp_path):
     name = write(tmp_path / "a.jsonl", pairs(1))
     with pytest.raises(DataError, match="no row is left to train on"):

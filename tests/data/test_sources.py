@@ -240,6 +240,13 @@ def test_a_file_that_is_not_there_is_said(name):
         open_source(name)
 
 
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_a_csv_file_without_commas_is_said(write, mark):
+    name = write("a.csv", f"prompt{mark}completion\n2+2{mark}4\n")
+    with pytest.raises(DataError, match=r"divided by .*by commas"):
+        read(name)
+
+
 def test_an_unknown_kind_of_file_is_said(write):
     with pytest.raises(DataError, match=r"'\.xlsx' are not read"):
         open_source(write("a.xlsx", "x"))

@@ -10,6 +10,7 @@ from qlora_lite.export.card import Card, licence_of, render
 CARD = Card(
     title="my model",
     base_model="owner/base",
+    on_hub=True,
     licence={"license": "apache-2.0"},
     commands=("qlora-lite train recipe.json", "qlora-lite merge run out --base auto"),
     recipe={"base": {"model": "owner/base"}, "seed": 0},
@@ -35,6 +36,12 @@ def test_the_head_has_what_the_hub_looks_for():
         "license": "apache-2.0",
         "pipeline_tag": "text-generation",
     }
+
+
+def test_a_base_of_this_machine_is_named_in_the_text_alone():
+    card = render(replace(CARD, base_model="my-base", on_hub=False))
+    assert "base_model" not in head_of(card)
+    assert "`my-base` fine-tuned" in card
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from qlora_lite.foundation.errors import RunError
 from qlora_lite.foundation.files import (
     complete_directory,
     lock,
+    make_folder,
     require_free_space,
     write_json,
     write_text,
@@ -85,6 +87,15 @@ def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path):
     other.join()
     with lock(tmp_path):
         pass
+
+
+def test_a_folder_that_cannot_be_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "inside", Path("/proc/inside")):
+        with pytest.raises(RunError, match=f"folder {place} cannot be made"):
+            make_folder(place)
+        with pytest.raises(RunError, match="cannot be made"), complete_directory(place):
+            pass
 
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path):

@@ -10,7 +10,8 @@ from qlora_lite.foundation.units import parse_bytes
 from qlora_lite.memory.known import known_config
 from qlora_lite.memory.ledger import RunShape, make_ledger
 from qlora_lite.memory.plan import describe, make_plan, require_fit
-from qlora_lite.model.shape import model_shape, read_config
+from qlora_lite.model.config import read_config
+from qlora_lite.model.shape import model_shape
 
 LLAMA_8B = model_shape(
     read_config(
@@ -110,10 +111,24 @@ def test_each_saving_is_what_the_setting_saves():
 
 def test_the_settings_that_are_enough_do_fit_together():
     plan = plan_for(WASTEFUL, "10GiB")
-    assert plan.enough == ("optim.checkpointing=true", "optim.states=8bit", "base.quant=nf4")
-    smaller = dataclasses.replace(WASTEFUL, checkpointing=True, states="8bit", quant="nf4")
+    assert plan.enough == ("optim.checkpointing=true", "base.quant=nf4")
+    smaller = dataclasses.replace(WASTEFUL, checkpointing=True, quant="nf4")
     assert plan_for(smaller, "10GiB").fits
-    assert not plan_for(dataclasses.replace(smaller, quant="int8"), "10GiB").fits
+    for needed in ({"quant": "int8"}, {"checkpointing": False}):
+        assert not plan_for(dataclasses.replace(smaller, **needed), "10GiB").fits
+
+
+def test_no_setting_is_given_away_that_could_be_kept():
+    """A smaller rank saves a little and is milder than shorter rows, which alone are enough."""
+    on_cpu = dataclasses.replace(
+        ON_CARD, device="cpu", compute_bytes=4, states="32bit", head="nf4", max_tokens=4096
+    )
+    needed = make_ledger(LLAMA_8B, on_cpu, 1).peak_bytes
+    shorter = make_ledger(LLAMA_8B, dataclasses.replace(on_cpu, max_tokens=2048), 1).peak_bytes
+    ranks = {p: f.scaled(0.5) for p, f in on_cpu.adapters.items()}
+    smaller = dataclasses.replace(on_cpu, adapters=ranks, rank=8)
+    assert shorter < make_ledger(LLAMA_8B, smaller, 1).peak_bytes < needed
+    assert make_plan(LLAMA_8B, on_cpu, shorter).enough == ("data.max_tokens=2048",)
 
 
 def test_where_nothing_is_enough_it_says_so():

@@ -10,6 +10,7 @@ from qlora_lite.foundation.errors import AdapterError, BaseModelError, RunError,
 from qlora_lite.recipe import load_recipe
 from qlora_lite.run.loading import load_run
 from qlora_lite.run.training import run_recipe
+from qlora_lite.shards import writer
 from qlora_lite.training import checkpoint
 from tests.end_to_end.small_run import result_of, small_recipe, write_rows
 from tests.tiny import save_tiny
@@ -132,7 +133,7 @@ def test_a_folder_that_cannot_be_made_is_a_mistake(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("owner", "name", "changes"),
-    [(safetensors.torch, "save_file", ["evaluation.patience=3"]), (files, "sync_tree", [])],
+    [(writer, "save_file", ["evaluation.patience=3"]), (files, "sync_tree", [])],
 )
 def test_a_full_disk_is_the_machines_limit_whatever_was_being_written(
     folder, monkeypatch, owner, name, changes
