@@ -43,11 +43,11 @@ def small_recipe(base: Path, data: Path, output: Path, *changes: str) -> Recipe:
             "data": {"train": str(data), "max_tokens": 128},
             "optim": {
                 "lr": 5e-3,
-                "tokens_per_step": 384,
+                "tokens_per_step": 256,
                 "micro_batch_tokens": 128,
                 "steps": 12,
             },
-            "evaluation": {"every": 6},
+            "evaluation": {"every": 6, "samples": 1},
             "checkpoints": {"every": 4},
             "output": str(output),
             "device": "cpu",

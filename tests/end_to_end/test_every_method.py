@@ -17,7 +17,7 @@ from tests.end_to_end.small_run import small_recipe, write_rows
 from tests.properties.cases import CASES
 from tests.tiny import save_tiny
 
-QUICK = ("dora", "pissa, requantised", "loftq", "adalora", "cola")
+QUICK = ("pissa, requantised", "adalora", "cola")
 
 
 class Killed(Exception):

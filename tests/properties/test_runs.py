@@ -4,7 +4,7 @@ Every method on NF4 is in the ordinary suite, all base precisions among the slow
 """
 
 import copy
-from functools import partial
+from functools import cache, partial
 
 import peft
 import pytest
@@ -51,28 +51,23 @@ def bench(directory, name, quant, **changed):
 
 
 @every
-def test_every_trained_tensor_moves_and_the_base_does_not(directory, name, quant):
-    it = bench(directory, name, quant)
+def test_it_learns_with_every_trained_tensor_and_the_base_stays(directory, name, quant):
+    it = bench(directory, name, quant, repeats_data=True)
     before = copy.deepcopy(it.attached.state())
     frozen = {n: p.clone() for n, p in it.base.model.named_parameters() if ".base." in n}
     touched: set[str] = set()
+    losses = []
     for _ in range(STEPS):
-        it.step()
+        losses.append(it.step())
         after = it.attached.state()
         parameters = it.attached.parameters()
         touched |= {n for n in parameters if not torch.equal(after[n], before[n])}
+    assert losses[-1] < losses[0] - 0.02
     assert touched == set(parameters)
     for path, base in it.base.model.named_parameters():
         if ".base." in path:
             assert torch.equal(base, frozen[path])
             assert base.grad is None
-
-
-@every
-def test_it_learns(directory, name, quant):
-    it = bench(directory, name, quant, repeats_data=True)
-    losses = [it.step() for _ in range(STEPS)]
-    assert losses[-1] < losses[0] - 0.02
 
 
 @every
@@ -102,7 +97,13 @@ def test_a_run_that_was_interrupted_ends_in_the_same_bits(directory, tmp_path, n
 
 
 @every
-@pytest.mark.parametrize("overflows", [0, 1], ids=["even steps", "odd steps"])
+@pytest.mark.parametrize(
+    "overflows",
+    [
+        pytest.param(0, id="even steps"),
+        pytest.param(1, id="odd steps", marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_that_overflowed_changes_nothing_wherever_it_falls(
     directory, name, quant, overflows
 ):
@@ -121,7 +122,7 @@ def test_a_step_that_overflowed_changes_nothing_wherever_it_falls(
 def test_checkpointing_changes_no_bit(directory, name, quant):
     plain = bench(directory, name, quant)
     lean = bench(directory, name, quant, checkpointing=True)
-    assert [plain.step() for _ in range(STEPS)] == [lean.step() for _ in range(STEPS)]
+    assert [plain.step() for _ in range(STEPS // 2)] == [lean.step() for _ in range(STEPS // 2)]
 
 
 @every
@@ -187,7 +188,9 @@ def assert_same_logits(found, expected):
     assert (found - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())
 
 
+@cache
 def trained(directory, name, quant):
+    """A bench that has learned, for tests that only look at it."""
     it = bench(directory, name, quant, lr=3e-2 / CASES[name].settings.lr_ratio)
     for _ in range(STEPS - 1):
         it.step()

@@ -78,6 +78,7 @@ def stop_after(monkeypatch, results, number):
     monkeypatch.setattr(results.Results, "record", counted)
 
 
+@pytest.mark.slow
 def test_two_methods_from_the_first_run_to_the_page(quick, tmp_path, monkeypatch, capsys):
     words = [str(tmp_path / "work"), "--only", "lora_plus", "--steps", "2", "--seeds", "1"]
     words += ["--cores", "1"]  # a fork of a process that has computed has one thread at most
