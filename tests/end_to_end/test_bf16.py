@@ -35,7 +35,7 @@ def heldout_loss(folder, name, dtype, seed):
             "adapter": CASES[name].model_settings.model_copy(update={"dtype": dtype}).model_dump(),
             "data": {"train": TRAIN, "heldout": HELDOUT, "max_tokens": 256},
             "optim": {"lr": 2e-3, "tokens_per_step": 2048, "steps": STEPS},
-            "evaluation": {"every": STEPS},
+            "evaluation": {"every": STEPS, "samples": 0},
             "checkpoints": {"every": STEPS, "keep": 1},
             "output": str(folder / f"{dtype}-{seed}"),
             "device": "cpu",
