@@ -14,7 +14,7 @@ links share the run equally, and an extended run anew. A link of a smaller rank 
 parameters' shape, with rows of A that are zero and, with B zero too, never move.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,7 +25,7 @@ from qlora_lite.adapters.bank import BankedLayer
 from qlora_lite.adapters.layer import AdapterLayer
 from qlora_lite.adapters.lora import LoRALayer, LoRAMethod
 from qlora_lite.adapters.method import Access, AdapterSettings, Footprint, StepInfo
-from qlora_lite.adapters.ranks import scale_of
+from qlora_lite.adapters.ranks import LayerPlan, scale_of
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
 
@@ -112,6 +112,15 @@ class COLAMethod(LoRAMethod):
         self._tied = 0
         """Steps that were done when a link was last tied."""
 
+    def plan(self, specs: Sequence[LinearSpec]) -> dict[str, LayerPlan]:
+        """Every layer has the rank of its first link: none that follows is larger."""
+        settings = self.settings
+        plans = {}
+        for path, plan in super().plan(specs).items():
+            rank = settings.rank_of_link(0, plan.rank)
+            plans[path] = LayerPlan(rank, scale_of(settings.alpha, rank, settings.scaling))
+        return plans
+
     def footprint(self, spec: LinearSpec) -> Footprint:
         rank = self.plans[spec.path].rank
         links = range(self.settings.num_links - 1)
@@ -128,9 +137,7 @@ class COLAMethod(LoRAMethod):
     ) -> AdapterLayer:
         lora = super().build(base, spec, start, generator)
         assert isinstance(lora, LoRALayer)
-        a = lora.a.data
-        a[self.settings.rank_of_link(0, len(a)) :] = 0.0
-        return COLALayer(base, a, lora.b.data, self.settings)
+        return COLALayer(base, lora.a.data, lora.b.data, self.settings)
 
     def clock(self, step: int, total: int) -> tuple[int, int]:
         link = self._link(step, total)

@@ -36,6 +36,9 @@ from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.proving import Proof
 from qlora_lite.training import metrics
 
+PLACES = ("model", "train", "heldout", "start", "output")
+"""Settings that may be paths."""
+
 SMALLEST_SHARD = 1000
 """Bytes of a file; less is a slip of the pen."""
 
@@ -193,7 +196,8 @@ def _report(proof: Proof) -> Report:
 def _command(run: str | Path, out: Path, base: str, dtype: str | None) -> str:
     """What to type for the same merge."""
     given = ["--dtype", dtype] if dtype else []
-    return shlex.join(["qlora-lite", "merge", str(run), str(out), "--base", base, *given])
+    places = [_without_folder(run), _without_folder(out)]
+    return shlex.join(["qlora-lite", "merge", *places, "--base", base, *given])
 
 
 def _card(proof: Proof, out: Path, report: Report, command: str) -> Card:
@@ -219,13 +223,16 @@ def _card(proof: Proof, out: Path, report: Report, command: str) -> Card:
 def _without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe for others to read: where a file lies on this machine is nobody's business."""
 
-    def shown(value: Any) -> Any:
+    def shown(name: str, value: Any) -> Any:
         if isinstance(value, Mapping):
             return _without_folders(value)
-        is_path = isinstance(value, str) and Path(value).is_absolute()
-        return Path(value).name if is_path else value
+        return _without_folder(value) if value and name in PLACES else value
 
-    return {name: shown(value) for name, value in values.items()}
+    return {name: shown(name, value) for name, value in values.items()}
+
+
+def _without_folder(path: str | Path) -> str:
+    return Path(path).name if Path(path).is_absolute() else str(path)
 
 
 def _result(out: Path, weights: MergedWeights, proof: Proof) -> MergeResult:

@@ -92,6 +92,13 @@ def test_links_of_falling_rank_mask_what_they_do_not_use(directory):
     assert {len(layer.bank_scales) for layer in layers_of(bench)} == {6}
 
 
+def test_no_layer_is_larger_than_its_first_link(directory):
+    settings = COLA(rank=8, num_links=2, link_ranks=[4, 2], ranks={"0": 3})
+    for path, layer in Bench(directory, settings).attached.layers.items():
+        rank = 3 if ".0." in path else 4
+        assert (layer.a.shape[0], layer.b.shape[1]) == (rank, rank)
+
+
 def test_a_loaded_layer_knows_the_scale_of_its_link(directory):
     settings = COLA(rank=4, alpha=6, num_links=3, link_ranks=[4, 2, 1])
     bench = Bench(directory, settings, total=TOTAL)

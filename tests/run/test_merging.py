@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
     (base / "USE_POLICY.md").write_text("be kind")
     (base / "modeling_evil.py").write_text("raise SystemExit")
     recipe = small_recipe(base, write_rows(folder / "rows.jsonl"), folder / "run")
-    run_recipe(recipe)
+    run_recipe(recipe.but("data.system=/be brief"))
     return folder
 
 
@@ -104,7 +104,8 @@ def test_the_report_and_the_card_keep_the_table(folder, merged):
     card = (merged.out / "README.md").read_text()
     for row in merged.table:
         assert f"{row.loss:.4f}" in card
-    assert str(folder) not in card.split("## Recipe")[1]
+    assert str(folder) not in card
+    assert '"system": "/be brief"' in card
     for part in ("qlora-lite merge", '"tokens_per_step": 256', "peak", "training time", "before:"):
         assert part in card
 
