@@ -143,16 +143,19 @@ def flops_per_token(
     attention_width: int,
     row_tokens: int,
     checkpointing: bool,
+    has_teacher: bool = False,
 ) -> float:
     """Floating-point operations for a trained token of a row that is one document.
 
     A frozen weight costs 2 forward and 2 for the input's gradient, and 2 more where the layer is
     computed again; there is no gradient of the weight. The head is not computed again. Attention is
-    causal, so half of the row on average, and its backward costs 2.5 forwards.
+    causal, so half of the row on average, and its backward costs 2.5 forwards. A teacher is one
+    more forward of the bare base.
     """
     again = 1 if checkpointing else 0
-    linears = linear_weights * (4 + 2 * again)
+    teacher = 1 if has_teacher else 0
+    linears = linear_weights * (4 + 2 * again + 2 * teacher)
     adapters = adapter_parameters * (6 + 2 * again)
-    head = 4 * vocab * hidden
-    attention = 2 * row_tokens * attention_width * layers * (3.5 + again)
+    head = (4 + 2 * teacher) * vocab * hidden
+    attention = 2 * row_tokens * attention_width * layers * (3.5 + again + teacher)
     return linears + adapters + head + attention

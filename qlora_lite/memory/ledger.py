@@ -50,6 +50,8 @@ class RunShape:
     """Tokens of a row: the longest, and a full bin."""
     tokens_per_step: int
     logit_copies: int = 3
+    has_teacher: bool = False
+    """The bare base reads every batch as well."""
     """Chunks of fp32 logits that the loss holds at a time."""
     double_quant: bool = True
     block_size: int = 64

@@ -152,6 +152,7 @@ def _flops_per_token(model: ModelShape, run: RunShape) -> float:
         model.heads * model.head_dim,
         run.max_tokens,
         run.checkpointing,
+        run.has_teacher,
     )
 
 

@@ -115,6 +115,7 @@ def run_shape(recipe: Recipe, model: ModelShape, rule: DeviceRule) -> RunShape:
         adapters={spec.path: method.footprint(spec) for spec in planned},
         rank=adapter.rank,
         logit_copies=method.logit_copies,
+        has_teacher=Need.TEACHER_OUTPUT in method.needs,
         max_tokens=recipe.data.max_tokens,
         tokens_per_step=optim.tokens_per_step,
         head=recipe.base.head,

@@ -7,9 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from qlora_lite.foundation.errors import AdapterError, BudgetError, RecipeError, TrainingError
 from qlora_lite.foundation.watch import Watcher
+from qlora_lite.model.config import read_config
+from qlora_lite.model.load import Base, skeleton
 from qlora_lite.report import read as read_report
 from qlora_lite.run import planning
 from qlora_lite.run.loading import load_run
@@ -231,6 +234,20 @@ def test_without_a_budget_a_plan_that_does_not_fit_is_told_and_tried(folder, mon
 
     run_recipe(recipe_in(folder, "untold", "optim.steps=1"), watcher=Told())
     assert any("may end for lack of memory" in note for note in told)
+
+
+def test_a_teacher_is_one_more_forward_of_the_bare_base_in_the_plan(folder):
+    alone = planning.plan_recipe(recipe_in(folder, "no-teacher", "adapter.rank=4"))
+    taught = planning.plan_recipe(recipe_in(folder, "teacher", "adapter=ba_lora", "adapter.rank=4"))
+    tokens = 128
+    model = skeleton(read_config(str(folder / "base")), Base(model=str(folder / "base")))
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, tokens, dtype=torch.int64, device="meta"))
+    # the counter takes the whole square of attention, of which a causal one needs half
+    config = model.config
+    square = 4 * tokens * config.hidden_size * config.num_hidden_layers
+    forward = counter.get_total_flops() / tokens - square / 2
+    assert taught.flops_per_token - alone.flops_per_token == pytest.approx(forward, rel=0.01)
 
 
 def test_a_base_without_an_error_is_no_start_for_loftq(folder):
