@@ -25,7 +25,7 @@ from qlora_lite.model.load import Base
 from qlora_lite.training.loop import Checkpoints, Evaluation
 from qlora_lite.training.optimizer import Optim
 
-FREE_SETTINGS = frozenset({"output", "budget", "tracking", "checkpoints"})
+FREE_SETTINGS = ("output", "budget", "tracking", "checkpoints", "evaluation.samples")
 """Settings that change no number of a run's result, so they may differ when it is continued."""
 
 
@@ -116,12 +116,11 @@ def load_recipe(path: str | Path) -> Recipe:
     path = Path(path)
     run = path if path.is_dir() else path.parent if is_run(path.parent) else None
     if path.is_dir():
+        if (path / "config.json").is_file() and not (path / "recipe.json").is_file():
+            raise RecipeError(
+                f"{path} is a model, and a recipe is needed. `qlora-lite init {path}` writes one"
+            )
         path = path / "recipe.json"
-    if (path.parent / "config.json").is_file() and not path.is_file():
-        raise RecipeError(
-            f"{path.parent} is a model, and a recipe is needed. `qlora-lite init {path.parent}` "
-            "writes one for it"
-        )
     if not path.is_file():
         raise RecipeError(
             f"{path} is not a file. Give a recipe (recipes/*.py), a run's folder or its "
@@ -151,7 +150,7 @@ def _from_json(path: Path) -> Recipe:
 
 
 def _from_python(path: Path) -> Recipe:
-    spec = importlib.util.spec_from_file_location(f"_recipe_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"_recipe_{path.stem}", path.resolve())
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -167,8 +166,8 @@ def _from_python(path: Path) -> Recipe:
         raise RecipeError(f"{path}: {error}") from None
     except SystemExit as error:
         raise RecipeError(
-            f"{path}{_line_in(path, error)} ends the program before it defines `recipe = "
-            'Recipe(...)`. Take that line out, or put it under `if __name__ == "__main__":`'
+            f"{path}{_line_in(path, error)} ends the program while it is read. Take that line out, "
+            'or put it under `if __name__ == "__main__":`'
         ) from None
     except Exception as error:
         # whatever a recipe raises is in the user's file, so its place is told instead of ours
@@ -194,7 +193,7 @@ def _all_settings(parent: type[Settings]) -> Iterator[type[Settings]]:
 def _line_in(path: Path, error: BaseException) -> str:
     """The line of the recipe that raised."""
     frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    lines = [frame.lineno for frame in frames if Path(frame.filename) == path.resolve()]
     if isinstance(error, SyntaxError):
         lines.append(error.lineno)
     return f", line {lines[-1]}" if lines else ""

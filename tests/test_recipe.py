@@ -53,7 +53,21 @@ def test_data_fields_may_be_json_text():
         ("budget=plenty", "22GiB"),
         ("adapter.rank=0", "adapter.rank"),
         ("nonsense=1", "nonsense"),
-        ("base=gpt2", r"base: got 'gpt2', and it has settings of its own: base\.model, base\."),
+        ("base=gpt2", r"base: got 'gpt2': it has settings of its own: base\.model, base\."),
+        ("adapter=3", r"adapter: got 3: a kind is needed, adapter=NAME with one of lora, "),
+        ('adapter={"rank": 4}', r"a kind is needed, adapter=NAME with one of lora, "),
+        ("base.quant=4", r"base\.quant=NAME with one of nf4, fp4"),
+        ("tracking=wandbb", r"tracking.*Did you mean 'wandb'"),
+        ("optim.betas=0.9", r"optim\.betas: got 0\.9: a list is needed"),
+        ("output=1", r"""text is needed. For a shell: output='"1"'$"""),
+        ("data.train=null", r"data\.train: got None: text is needed$"),
+        (
+            "adapter.targets=3",
+            r"^adapter\.targets: got 3: text is needed.*, or a list is needed[^\n]*$",
+        ),
+        ("data.prompt=[INST] {", r"^data\.prompt: got '\[INST\] \{': (?!.*JSON)"),
+        ("data.fields={prompt:question}", r"JSON is needed(?!.*begins as JSON)"),
+        ('adapter.ranks={"0": "many"}', r"^adapter\.ranks\.0: got 'many'"),
         ("data.columns=text", r'a list is needed, such as \["a", "b"\]'),
         ("data.fields=question", r"data\.fields: .*JSON is needed"),
         ("adapter.ranks=4", r"an object is needed"),
@@ -94,7 +108,7 @@ def test_a_python_recipe_may_build_on_its_neighbour(tmp_path):
             "from qlora_lite import LoRA\nrecipe = LoRA(rnk=3)\n",
             r"LoRA\(\.\.\.\): rnk: .*Did you mean 'rank'",
         ),
-        ("import sys\nsys.exit(0)\n", r"line 2 ends the program"),
+        ("import sys\nsys.exit(0)\n", r"line 2 ends the program while it is read"),
     ],
 )
 def test_a_recipe_that_does_not_load_says_where(tmp_path, text, words):
@@ -121,10 +135,19 @@ def test_what_is_no_recipe_is_refused(tmp_path, name, content, words):
         load_recipe(tmp_path / name)
 
 
+def test_the_line_is_told_for_a_relative_path_too(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("x = 1\ny = 1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=r"mine\.py, line 2: ZeroDivisionError"):
+        load_recipe("mine.py")
+
+
 def test_a_model_is_no_recipe(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(RecipeError, match=f"{tmp_path} is a model.*init {tmp_path}"):
         load_recipe(tmp_path)
+    with pytest.raises(RecipeError, match=r"gone\.py is not a file"):
+        load_recipe(tmp_path / "gone.py")
 
 
 def test_a_tracker_may_be_named_alone():

@@ -160,9 +160,11 @@ class Bench:
         return self.model.logits(self.model.hidden(IDS, POSITIONS))
 
 
-def stirred(directory: Path, settings: AdapterSettings) -> Bench:
+def stirred(
+    directory: Path, settings: AdapterSettings, dtype: torch.dtype = torch.bfloat16
+) -> Bench:
     """A bench whose every trained parameter has moved, as if it had been trained."""
-    bench = Bench(directory, settings)
+    bench = Bench(directory, settings, dtype=dtype)
     draw = torch.Generator().manual_seed(1)
     for parameter in bench.attached.parameters().values():
         noise = torch.randn(parameter.shape, generator=draw)

@@ -4,7 +4,6 @@ An adapter of the same method and settings goes on as it is, with all that its l
 other leaves as pairs, and the method of the recipe begins from those.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from qlora_lite.adapters.peft import CONFIG, WEIGHTS, PeftAdapter, is_transposed
 from qlora_lite.adapters.start import by_layer
 from qlora_lite.adapters.state import NATIVE, SIDECAR, read_native
 from qlora_lite.foundation.errors import AdapterError
+from qlora_lite.foundation.files import read_object
 
 FREE_TO_CHANGE = ("start", "dropout", "dtype", "lr_ratio")
 """Settings that may differ from those of an adapter whose own state is taken as it is."""
@@ -44,6 +44,7 @@ def begin_from(attached: Attached, directory: Path) -> None:
     Raises:
         AdapterError: if a tensor of the adapter finds no place, or a shape differs.
     """
+    require_adapter(directory)
     saved = saved_start(directory, attached.method.settings)
     if saved is not None:
         fresh = {name: tensor.clone() for name, tensor in attached.state().items()}
@@ -132,7 +133,13 @@ def saved_start(directory: Path, settings: AdapterSettings) -> dict[str, Tensor]
 
 def _was_trained_with(directory: Path, settings: AdapterSettings) -> bool:
     """Our own state fits when everything is the same but how it is trained."""
-    recorded = json.loads((directory / SIDECAR).read_text(encoding="utf-8"))["adapter"]
+    try:
+        recorded = read_object(directory / SIDECAR, "adapter")["adapter"]
+    except (OSError, ValueError) as error:
+        raise AdapterError(
+            f"{directory / SIDECAR}, which says how {NATIVE} was trained, cannot be read ({error}). "
+            "Copy the adapter again"
+        ) from error
     now = settings.model_dump(mode="json")
     return all(
         recorded.get(name) == value for name, value in now.items() if name not in FREE_TO_CHANGE

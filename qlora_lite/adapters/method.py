@@ -53,7 +53,7 @@ class AdapterSettings(Settings):
 
     ranks: dict[str, int] = Field(default_factory=dict)
     """Other ranks by block (`"0"`, `"0-7"`) or by glob of the path; the last match counts, 0 leaves
-    the layer alone. More rank in the lower layers: `{"0-7": 32}`."""
+    the layer alone. More rank in the lower layers: `{"0-7": 32}` (of 16, say)."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""

@@ -213,10 +213,15 @@ def _require_plain_lora(directory: Path, config: Mapping[str, Any]) -> None:
             "path_initial_model_for_weight_conversion, or merge it with PEFT and use the merged "
             "model as the base"
         )
-    if not isinstance(config.get("lora_alpha"), int | float):
+    alpha, pattern = config.get("lora_alpha"), config.get("alpha_pattern") or {}
+    are_numbers = isinstance(pattern, dict) and all(
+        isinstance(value, int | float) for value in (alpha, *pattern.values())
+    )
+    if not are_numbers:
         raise AdapterError(
-            f"{directory / CONFIG} is damaged: it says lora_alpha={config.get('lora_alpha')!r}, "
-            "and the scale of every pair hangs on that number. Copy the adapter again"
+            f"{directory / CONFIG} is damaged: it says lora_alpha={alpha!r} and "
+            f"alpha_pattern={pattern!r}, and the scale of every pair hangs on those numbers. Copy "
+            "the adapter again"
         )
 
 

@@ -227,6 +227,11 @@ class PRILoRAMethod(LoRAMethod):
             if gradient is not None:  # an expert that no token reached
                 access.set_gradient(layer.a, gradient.masked_fill(pruned, 0))
 
+    def is_settled(self, done: int, total: int) -> bool:
+        s = self.settings
+        prunes = s.prune_share and is_event(s.prune_every, total, s.prune_every, s.prune_until)
+        return done >= s.prune_every or not prunes
+
     def after_step(self, access: Access, step: StepInfo) -> None:
         s = self.settings
         held, self.held = self.held, {}

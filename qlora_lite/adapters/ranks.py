@@ -56,16 +56,10 @@ def check_ranks(specs: Sequence[LinearSpec], ranks: Mapping[str, int]) -> None:
     """Every pattern must mean something.
 
     Raises:
-        AdapterError: if a pattern matches none of the layers, or reaches beyond the last block.
+        AdapterError: if a pattern matches none of the layers.
     """
-    last = max((spec.block or 0 for spec in specs), default=0)
+    last = last_block(specs)
     for pattern in ranks:
-        blocks = _blocks(pattern)
-        if blocks and blocks[0] <= last < blocks[-1]:
-            raise AdapterError(
-                f"adapter.ranks: {pattern!r} reaches block {blocks[-1]}, and the last one with "
-                f'adapted layers is {last}. Write "{blocks[0]}-{last}"'
-            )
         if not any(_matches(spec, pattern) for spec in specs):
             names = sorted({spec.name for spec in specs})
             raise AdapterError(
@@ -73,6 +67,16 @@ def check_ranks(specs: Sequence[LinearSpec], ranks: Mapping[str, int]) -> None:
                 f'("0-{last}"), a name ({", ".join(names)}) or a glob of the path '
                 f'(such as "{specs[0].path}")'
             )
+
+
+def beyond_the_last(specs: Sequence[LinearSpec], ranks: Mapping[str, int]) -> list[str]:
+    """Patterns for blocks that this model does not have: they may be meant for a larger one."""
+    last = last_block(specs)
+    return [pattern for pattern in ranks if last < (_blocks(pattern) or [0])[-1]]
+
+
+def last_block(specs: Sequence[LinearSpec]) -> int:
+    return max((spec.block or 0 for spec in specs), default=0)
 
 
 def _matches(spec: LinearSpec, pattern: str) -> bool:

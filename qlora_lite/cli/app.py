@@ -76,7 +76,7 @@ def plan(recipe: RecipeFile, settings: Assignments = None) -> None:
     from qlora_lite.foundation.errors import BudgetError
     from qlora_lite.memory.measure import matmul_flops_per_second
     from qlora_lite.recipe import load_recipe, vary
-    from qlora_lite.run.planning import plan_recipe
+    from qlora_lite.run.planning import NO_BUDGET, check_settings, plan_recipe
 
     asked, notes = vary(load_recipe(recipe), settings or [])
     rule = devices.choose(asked.device, asked.base.compute, is_imagined=True)
@@ -85,6 +85,10 @@ def plan(recipe: RecipeFile, settings: Assignments = None) -> None:
             display.note(note)
         planned = plan_recipe(asked, rule)
         display.planned(planned)
+        for note in check_settings(asked):
+            display.note(note)
+        if not asked.budget and not planned.fits:
+            display.say(f"{planned.verdict}; {NO_BUDGET}", "bold red")
         if rule.is_here:
             rate = matmul_flops_per_second(rule.device, rule.compute)
             display.say(time_line(rate, planned.flops_per_token, asked.optim))

@@ -115,8 +115,6 @@ class Display(Watcher):
 
     def planned(self, plan: Any) -> None:
         show(self.console, plan_table(plan))
-        if not plan.fits:
-            self.say(plan.verdict, "bold red")
         for line in plan_lines(plan):
             self.say(line)
 

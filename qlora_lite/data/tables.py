@@ -31,7 +31,8 @@ def read_table(path: Path, columns: list[str] | None) -> Iterator[tuple[int, dic
     _, first = next(_records(path, quoting), (1, []))
     if not first:
         return iter(())
-    _require_commas(path, first)
+    if columns is None or len(columns) > 1:
+        _require_commas(path, first)
     names = columns or first
     _check(path, quoting, names, has_header=columns is None)
     rows = stream(

@@ -66,7 +66,7 @@ def render(card: Card) -> str:
     parts = [
         f"---\n{head.to_yaml()}\n---\n\n# {_inline(card.title)}\n",
         f"`{card.base_model}` fine-tuned with qlora-lite and merged: a whole model that loads "
-        f"with transformers. With the recipe below as `recipe.json`:\n\n"
+        f"with transformers. With the recipe below as `recipe.json` and its paths put right:\n\n"
         f"{_fenced(chr(10).join(card.commands), 'sh')}",
         _section("Merge", _merge(card)),
         _section("Loss", _loss(card)),

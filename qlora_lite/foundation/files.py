@@ -85,7 +85,9 @@ class DiskFull(RunError):
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """safetensors reports the operating system's error as text."""
+    """At the root of an error; safetensors reports the operating system's as text."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return full or "No space left on device" in str(error) or "os error 28" in str(error)
 

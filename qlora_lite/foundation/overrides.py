@@ -23,10 +23,12 @@ Model = TypeVar("Model", bound=BaseModel)
 
 _NEEDED = {
     "list_type": 'a list is needed, such as ["a", "b"]',
+    "tuple_type": "a list is needed, such as [0.9, 0.999]",
     "dict_type": 'an object is needed, such as {"a": "b"}',
-    "string_type": 'text is needed; a number is text in quotes: "1"',
+    "string_type": "text is needed",
 }
 """What pydantic finds, in words of a command line."""
+_MEANT_AS_JSON = ("list_type", "tuple_type", "dict_type", "model_type", "model_attributes_type")
 
 
 def overlay(
@@ -76,9 +78,16 @@ def check(model: type[Model], values: dict[str, Any]) -> Model:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """A line for every wrong value: its path, what was got, what is allowed, a near match."""
-    problems = [_explain(model, dict(problem)) for problem in error.errors()]
-    return "\n".join(dict.fromkeys(problems))
+    """A line for every wrong value: its path, what was got, what is allowed, a near match.
+
+    A value that may be of several types is wrong for each: then the line has all their words.
+    """
+    told: dict[str, list[str]] = {}
+    for problem in error.errors():
+        where, what = _explain(model, dict(problem))
+        if what not in told.setdefault(where, []):
+            told[where].append(what)
+    return "\n".join(where + ", or ".join(whats) for where, whats in told.items())
 
 
 def _read_value(text: str) -> Any:
@@ -123,13 +132,10 @@ def _switch_kind(
     full_path: str,
 ) -> str | None:
     """Another kind of a union: fields that it shares with the old one are kept."""
+    if broken := _broken_json(kind):
+        raise RecipeError(f"{full_path}: got {kind!r}{broken}")
     if kind not in kinds:
-        broken = _broken_json(kind)
-        raise RecipeError(
-            f"{full_path}: got {kind!r}. {broken}"
-            if broken
-            else _unknown(full_path, kind, list(kinds))
-        )
+        raise RecipeError(_unknown(full_path, kind, list(kinds)))
     old = values.get(name)
     old = old if isinstance(old, dict) else {}
     kept = {k: v for k, v in old.items() if k != "kind" and k in kinds[kind].model_fields}
@@ -172,42 +178,53 @@ def _unknown(path: str, got: str, allowed: Sequence[str]) -> str:
     return f"{path}: {got!r} is not known here.{hint} Allowed: {', '.join(allowed)}"
 
 
-def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
-    """One of pydantic's findings as: path, what we got, what is allowed."""
+def _explain(model: type[BaseModel], problem: dict[str, Any]) -> tuple[str, str]:
+    """One of pydantic's findings: "path: what we got: " and what is allowed there."""
     location = [str(part) for part in problem["loc"]]
     path = ".".join(_without_tags(model, location))
-    if problem["type"] == "extra_forbidden":
+    kind, got = problem["type"], problem["input"]
+    if kind == "extra_forbidden":
         owner = _model_at(model, location[:-1])
-        return _unknown(path, location[-1], list(owner.model_fields) if owner else [])
-    if problem["type"] in ("model_type", "model_attributes_type"):
-        owner = _model_at(model, location)
-        fields = ", ".join(f"{path}.{name}" for name in owner.model_fields) if owner else ""
-        return f"{path}: got {problem['input']!r}, and it has settings of its own: {fields}"
-    if problem["type"] == "missing":
-        return f"{path}: needed, and nothing was given"
-    if problem["type"] == "union_tag_invalid":
+        return "", _unknown(path, location[-1], list(owner.model_fields) if owner else [])
+    if kind == "missing":
+        return "", f"{path}: needed, and nothing was given"
+    if kind == "union_tag_invalid":
         allowed = [tag.strip("'\" ") for tag in problem["ctx"]["expected_tags"].split(",")]
-        return _unknown(path, problem["ctx"]["tag"], allowed)
-    if problem["type"] == "literal_error" and isinstance(problem["input"], str):
-        owner = _model_at(model, location[:-1])
-        annotation = owner.model_fields[location[-1]].annotation if owner else None
-        allowed = [str(v) for v in _literals(annotation)]
-        if allowed:
-            return _unknown(path, problem["input"], allowed)
-    message = _NEEDED.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
-    if broken := _broken_json(problem["input"]):
-        message = f"{message}. {broken}"
-    return f"{path}: got {problem['input']!r}: {message}" if path else message
+        return "", _unknown(path, problem["ctx"]["tag"], allowed)
+    start = f"{path}: got {got!r}: " if path else ""
+    if kind in ("model_type", "model_attributes_type", "union_tag_not_found"):
+        return start, _wants_settings(model, location, path) + _broken_json(got)
+    if kind == "literal_error" and isinstance(got, str):
+        named = [part for part in location if not part.isdigit()]  # an item of a list is one too
+        owner = _model_at(model, named[:-1])
+        field = owner.model_fields.get(named[-1]) if owner else None
+        if allowed := [str(value) for value in _literals(field.annotation if field else None)]:
+            return "", _unknown(path, got, allowed)
+    message = _NEEDED.get(kind) or problem["msg"].removeprefix("Value error, ")
+    if kind == "string_type" and isinstance(got, int | float):
+        message = f"text is needed. For a shell: {path}='\"{got}\"'"
+    return start, message + (_broken_json(got) if kind in _MEANT_AS_JSON else "")
+
+
+def _wants_settings(model: type[BaseModel], location: Sequence[str], path: str) -> str:
+    """What may be given where settings of their own stand."""
+    owner = _model_at(model, location[:-1])
+    field = owner.model_fields.get(location[-1]) if owner else None
+    variants = list(_models_in(field.annotation)) if field else []
+    if kinds := _by_kind(variants):
+        return f"a kind is needed, {path}=NAME with one of {', '.join(kinds)}"
+    names = [name for variant in variants for name in variant.model_fields]
+    return f"it has settings of its own: {', '.join(f'{path}.{name}' for name in names)}"
 
 
 def _broken_json(value: Any) -> str:
-    """Why text that begins as JSON was taken as text; nothing where it was not meant as JSON."""
+    """Why text that begins as JSON was taken as text; nothing where it does not."""
     if not isinstance(value, str) or not value.startswith(("{", "[")):
         return ""
     try:
         json.loads(value)
     except json.JSONDecodeError as error:
-        return f"It begins as JSON and is none: {error}. The shell needs quotes around all of it"
+        return f". It begins as JSON and is none: {error}. The shell needs quotes around all of it"
     return ""
 
 
@@ -234,16 +251,22 @@ def _model_at(model: type[BaseModel], location: Sequence[str]) -> type[BaseModel
 
 
 def _without_tags(model: type[BaseModel], location: Sequence[str]) -> list[str]:
-    """`("adapter", "lora", "rank")` is `adapter.rank` to a user."""
+    """`("adapter", "lora", "rank")` is `adapter.rank` to a user; `("optim", "lr", "float")` is
+    `optim.lr`, where the last part is a type of several."""
     path: list[str] = []
     alternatives: dict[str, type[BaseModel]] = {}
-    for part in location:
+    for i, part in enumerate(location):
         if part in alternatives and part not in model.model_fields:
             model = alternatives[part]
             continue
         path.append(part)
         if part in model.model_fields:
-            variants = list(_models_in(model.model_fields[part].annotation))
+            annotation = model.model_fields[part].annotation
+            variants = list(_models_in(annotation))
+            if not variants:
+                is_mapping = any(get_origin(a) is dict for a in (annotation, *get_args(annotation)))
+                rest = location[i + 1 :] if is_mapping else ()
+                return [*path, *rest]
             alternatives = _by_kind(variants)
-            model = variants[0] if variants else model
+            model = variants[0]
     return path

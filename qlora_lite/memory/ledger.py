@@ -50,9 +50,9 @@ class RunShape:
     """Tokens of a row: the longest, and a full bin."""
     tokens_per_step: int
     logit_copies: int = 3
+    """Chunks of fp32 logits that the loss holds at a time."""
     has_teacher: bool = False
     """The bare base reads every batch as well."""
-    """Chunks of fp32 logits that the loss holds at a time."""
     double_quant: bool = True
     block_size: int = 64
     head: Literal["16bit", "int8", "nf4"] = "16bit"

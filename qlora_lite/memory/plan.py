@@ -44,7 +44,7 @@ class Plan:
     ways_down: tuple[WayDown, ...]
     """Mildest first; none where it fits."""
     enough: tuple[str, ...]
-    """The first of `ways_down` that together make it fit; none where it fits, or nothing helps."""
+    """Settings that together make it fit, none of them needlessly; none where nothing helps."""
 
     @property
     def peak_bytes(self) -> int:

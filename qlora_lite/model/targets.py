@@ -118,6 +118,8 @@ def _nothing(target: str, specs: Sequence[LinearSpec]) -> str:
     names = sorted({spec.name for spec in specs})
     near = difflib.get_close_matches(target, [*names, "all-linear", "attention", "mlp"], n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
+    if target.startswith("[") and "," in target:
+        hint = """ A list of names is written '["q_proj", "v_proj"]', with both kinds of quotes"""
     return (
         f"adapter.targets: {target!r} matches no linear layer of this model. There are "
         f"{', '.join(names)}; also all-linear, attention, mlp, paths and globs such as "

@@ -262,7 +262,11 @@ def _changes(recorded: dict[str, Any], recipe: Recipe) -> list[str]:
     with contextlib.suppress(RecipeError):  # a record of another version is compared as it is
         recorded = check(Recipe, recorded).as_values()
     changed = differences(recorded, recipe.as_values())
-    return [line for line in changed if line.partition(":")[0].split(".")[0] not in FREE_SETTINGS]
+    return [line for line in changed if not _is_free(line.partition(":")[0])]
+
+
+def _is_free(path: str) -> bool:
+    return any(path == free or path.startswith(f"{free}.") for free in FREE_SETTINGS)
 
 
 def _extend_hint(changed: list[str]) -> str:

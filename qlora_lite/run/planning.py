@@ -1,10 +1,14 @@
 """Will a recipe fit? Nothing is downloaded but `config.json`."""
 
+from pathlib import Path
+
 from transformers.configuration_utils import PretrainedConfig
 
 from qlora_lite.adapters.attach import choose, match_modules
+from qlora_lite.adapters.begin import require_adapter
 from qlora_lite.adapters.catalogue import method_for
 from qlora_lite.adapters.method import Need
+from qlora_lite.adapters.ranks import beyond_the_last, last_block
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import BudgetError, RecipeError
@@ -18,6 +22,8 @@ from qlora_lite.model.quant import BF16, FP32, NF4, FourBit
 from qlora_lite.model.shape import ModelShape, model_shape
 from qlora_lite.model.targets import specs_of_shape
 from qlora_lite.recipe import Recipe
+
+NO_BUDGET = "no budget=... is given, so that is what the device has free now"
 
 
 def plan_recipe(recipe: Recipe, rule: DeviceRule | None = None) -> Plan:
@@ -60,7 +66,29 @@ def _budget(recipe: Recipe, rule: DeviceRule) -> int:
     return available_bytes(rule.device)
 
 
-def check_context(recipe: Recipe) -> list[str]:
+def check_settings(recipe: Recipe) -> list[str]:
+    """What is wrong with settings that depend on each other, before anything large is read.
+
+    Returns notes about settings that have no effect.
+
+    Raises:
+        AdapterError: if there is no adapter to start from.
+        RecipeError: if rows may be longer than the model can read.
+    """
+    if recipe.adapter.start:
+        require_adapter(Path(recipe.adapter.start))
+    notes = [*_check_context(recipe), *_check_ranks(recipe)]
+    if Need.ORIGINAL_WEIGHTS in method_for(recipe.adapter).needs:
+        notes.append(
+            f"adapter={recipe.adapter.kind} with these settings changes the base's own weights: it "
+            "leaves as merged weights (qlora-lite merge), not as a PEFT adapter"
+        )
+    if recipe.evaluation.patience and not recipe.data.heldout and not recipe.data.heldout_share:
+        notes.append("evaluation.patience has no effect: no rows are held out to score")
+    return notes
+
+
+def _check_context(recipe: Recipe) -> list[str]:
     """Rows that are longer than the model's context: a note where it may still read them.
 
     Raises:
@@ -82,21 +110,26 @@ def check_context(recipe: Recipe) -> list[str]:
     return [f"{told}: longer rows are read as well as its rotary positions extrapolate"]
 
 
-def check_ranks(recipe: Recipe) -> list[str]:
-    """A note if some ranks are above what a matrix can have."""
+def _check_ranks(recipe: Recipe) -> list[str]:
+    """Notes about ranks above what a matrix can have, and about blocks that there are not."""
     shape = model_shape(_config(recipe), recipe.base.trust_remote_code)
     method = method_for(recipe.adapter)
     modules = [p.module for p in shape.parameters]
     whole = match_modules(modules, recipe.adapter.train_modules)
     specs = choose(specs_of_shape(shape), method, whole)
-    full = [s for s in specs if method.plans[s.path].rank > min(s.d_in, s.d_out)]
-    if not full:
-        return []
-    widest = min(min(s.d_in, s.d_out) for s in full)
-    return [
-        f"adapter.rank={recipe.adapter.rank} is more than the full rank of {len(full)} layers "
-        f"({full[0].path}: {widest}); what is above it only costs memory"
+    notes = [
+        f"adapter.ranks: {pattern!r} reaches beyond the last block with adapted layers, which is "
+        f"{last_block(specs)}"
+        for pattern in beyond_the_last(specs, recipe.adapter.ranks)
     ]
+    full = [s for s in specs if method.plans[s.path].rank > min(s.d_in, s.d_out)]
+    if full:
+        widest = min(min(s.d_in, s.d_out) for s in full)
+        notes.append(
+            f"adapter.rank={recipe.adapter.rank} is more than the full rank of {len(full)} layers "
+            f"({full[0].path}: {widest}); what is above it only costs memory"
+        )
+    return notes
 
 
 def run_shape(recipe: Recipe, model: ModelShape, rule: DeviceRule) -> RunShape:

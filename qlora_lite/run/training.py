@@ -12,9 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from qlora_lite.adapters.begin import begin_from, require_adapter, saved_start
-from qlora_lite.adapters.catalogue import method_for
-from qlora_lite.adapters.method import Need
+from qlora_lite.adapters.begin import begin_from, saved_start
 from qlora_lite.data.batches import Batch, Batches, in_order
 from qlora_lite.data.coloured import bracketed
 from qlora_lite.data.load import Prepared, load_data
@@ -37,7 +35,7 @@ from qlora_lite.report import Sample
 from qlora_lite.run.finishing import Finish, finish
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.loading import Loaded, load_for_training
-from qlora_lite.run.planning import check_context, check_ranks, plan_recipe
+from qlora_lite.run.planning import NO_BUDGET, check_settings, plan_recipe
 from qlora_lite.training import checkpoint
 from qlora_lite.training.engine import TorchEngine
 from qlora_lite.training.interruption import Request, listening
@@ -266,28 +264,6 @@ def with_micro_batch(recipe: Recipe, tokens: int | None) -> Recipe:
     return recipe.model_copy(update={"optim": optim})
 
 
-def check_settings(recipe: Recipe) -> list[str]:
-    """What is wrong with settings that depend on each other, before anything large is read.
-
-    Returns notes about settings that have no effect.
-
-    Raises:
-        AdapterError: if there is no adapter to start from.
-        RecipeError: if rows may be longer than the model can read.
-    """
-    if recipe.adapter.start:
-        require_adapter(Path(recipe.adapter.start))
-    notes = [*check_context(recipe), *check_ranks(recipe)]
-    if Need.ORIGINAL_WEIGHTS in method_for(recipe.adapter).needs:
-        notes.append(
-            f"adapter={recipe.adapter.kind} with these settings changes the base's own weights: it "
-            "leaves as merged weights (qlora-lite merge), not as a PEFT adapter"
-        )
-    if recipe.evaluation.patience and not recipe.data.heldout and not recipe.data.heldout_share:
-        notes.append("evaluation.patience has no effect: no rows are held out to score")
-    return notes
-
-
 def require_known_tokens(data: Prepared, recipe: Recipe) -> None:
     """Every token of the rows must be one that the base has.
 
@@ -311,9 +287,7 @@ def _hold_to_budget(recipe: Recipe, plan: Plan, watcher: Watcher) -> None:
     if recipe.budget:
         require_fit(plan)
     elif not plan.fits:
-        watcher.note(
-            "going on all the same, for budget=... was not given: it may end for lack of memory"
-        )
+        watcher.note(f"{plan.verdict}; {NO_BUDGET}, and the run may end for lack of memory")
 
 
 def _require_trackers(names: Sequence[str]) -> None:

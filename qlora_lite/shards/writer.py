@@ -14,6 +14,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,12 +55,12 @@ class TensorSpec:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """A whole file at once, for those whom the umask lets read it; the library's own is private."""
+    """A whole new file at once, for those whom the umask lets read it: the library's is private."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     save_file(plain, path, {"format": "pt"})
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
+    path.chmod(mode)
 
 
 class ShardWriter:

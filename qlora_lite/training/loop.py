@@ -44,7 +44,8 @@ class Evaluation(Settings):
     """Optimizer steps between two scorings; a tenth of the run unless given."""
 
     patience: int | None = Field(default=None, ge=1)
-    """Stop after this many scorings without a better one, and keep the best adapter."""
+    """Stop after this many scorings without a better one, and keep the best adapter. Scorings
+    before AdaLoRA's final budget, or before PRILoRA's first pruning, do not count."""
 
     samples: int = Field(default=3, ge=0)
     """Held-out prompts that the bare base and the adapted model answer for the report."""

@@ -123,8 +123,8 @@ def test_the_tree_of_a_llama_is_what_the_recipe_says(tmp_path):
     ("settings", "words"),
     [
         ({"targets": "q_prj"}, ["'q_prj' matches no linear layer"]),
+        ({"targets": "[q_proj,v_proj]"}, ["""A list of names is written '["q_proj", "v_proj"]'"""]),
         ({"ranks": {"7-9": 4}}, ["'7-9' matches no adapted layer", "0-1"]),
-        ({"ranks": {"1-99": 4}}, ["'1-99' reaches block 99", 'Write "1-1"']),
         ({"ranks": {"*": 0}}, ["every target rank 0"]),
         (
             {"embedding_rank": 2, "train_modules": ["embed_tokens"]},

@@ -51,7 +51,7 @@ def test_an_adapter_trained_by_peft_begins_ours_with_the_same_logits(tmp_path, d
 def test_our_own_state_begins_to_the_bit(tmp_path, directory, settings):
     first = stirred(directory, settings)
     folder = first.save(tmp_path / "adapter")
-    second = Bench(directory, settings)
+    second = Bench(directory, settings, dtype=torch.bfloat16)
     begin_from(second.attached, folder)
     assert torch.equal(second.logits(), first.logits())
 
@@ -101,6 +101,16 @@ def test_what_is_no_adapter_is_told_before_anything_is_read(tmp_path):
         require_adapter(tmp_path)
     (tmp_path / "native.safetensors").write_bytes(b"")
     require_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("sidecar", [None, "{", "[]", "{}"])
+def test_a_state_that_does_not_say_its_settings_is_damaged(tmp_path, tiny_llama, sidecar):
+    folder = stirred(tiny_llama, LoRA(rank=4)).save(tmp_path / "adapter")
+    (folder / "qlora_lite.json").unlink()
+    if sidecar is not None:
+        (folder / "qlora_lite.json").write_text(sidecar)
+    with pytest.raises(AdapterError, match=r"qlora_lite\.json.*cannot be read.*Copy"):
+        begin_from(Bench(tiny_llama, LoRA(rank=4)).attached, folder)
 
 
 def test_the_zeros_that_pad_an_adapter_do_not_become_dead_components(tmp_path):

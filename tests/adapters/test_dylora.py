@@ -15,8 +15,6 @@ from qlora_lite.model.quant import NF4
 from tests.tiny import save_tiny
 from tests.workbench import CLOSE, Bench, one_layer, stir
 
-"""fp32 sums of up to 60 numbers of size 1, in another order."""
-
 SMALL = {"rank": 5, "alpha": 6}
 
 

@@ -12,8 +12,6 @@ from qlora_lite.model.targets import LinearSpec
 from tests.tiny import save_tiny
 from tests.workbench import CLOSE, Bench, one_layer, stir
 
-"""fp32 sums of up to 60 numbers of size 1, in another order."""
-
 SMALL = {"rank": 3, "alpha": 6, "inner_down": 7, "inner_up": 5}
 
 

@@ -11,8 +11,6 @@ from qlora_lite.model.targets import LinearSpec
 from tests.tiny import save_tiny
 from tests.workbench import CLOSE, Bench, one_layer, stir
 
-"""fp32 sums of up to 60 numbers of size 1, in another order."""
-
 SMALL = {"rank": 2, "num_blocks": 3, "alpha": 6, "dropout": 0.0}
 
 

@@ -16,8 +16,6 @@ from qlora_lite.training import checkpoint
 from tests.tiny import save_tiny
 from tests.workbench import CLOSE, Bench, one_layer, stir
 
-"""fp32 sums of up to 60 numbers of size 1, in another order."""
-
 SHAPES = {
     "square": (16, 16, 1),
     "divisible": (8, 8, 1),

@@ -402,7 +402,22 @@ def test_on_a_level_line_without_pruning_it_is_lora_to_the_bit(directory):
     assert all(torch.equal(found[name], t) for name, t in expected.items())
 
 
-@pytest.mark.parametrize(("steps", "freeze_mask"), [(4, False), (10, True)])
+def test_early_stopping_waits_for_the_first_pruning_if_there_is_one():
+    method = PRILoRAMethod(PRILoRA(prune_every=4))
+    assert [method.is_settled(done, 12) for done in (0, 3, 4, 12)] == [False, False, True, True]
+    assert method.is_settled(0, 3)  # too short for a pruning
+    assert PRILoRAMethod(PRILoRA(prune_every=4, prune_share=0.0)).is_settled(0, 12)
+
+
+@pytest.mark.parametrize(
+    ("steps", "freeze_mask"),
+    [
+        (4, False),
+        (10, True),
+        pytest.param(4, True, marks=pytest.mark.slow),
+        pytest.param(10, False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_was_interrupted_ends_in_the_same_bits(directory, steps, freeze_mask):
     settings = PRILoRA(**PRUNING, freeze_mask=freeze_mask, dropout=0.1)
     how = {"dtype": torch.bfloat16, "weight_decay": 0.1, "checkpointing": True}

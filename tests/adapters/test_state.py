@@ -6,20 +6,14 @@ import torch
 from qlora_lite.adapters.lora import LoRA
 from qlora_lite.adapters.state import read_native
 from qlora_lite.foundation.errors import AdapterError
+from tests.adapters.test_peft import SETTINGS
 from tests.workbench import Bench, stirred
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        LoRA(rank=4, ranks={"0": 8, "1": 0}, train_norms=True),
-        LoRA(rank=4, embedding_rank=2, train_modules=["lm_head"], targets="mlp"),
-    ],
-    ids=["ranks-norms", "embedding-head"],
-)
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s.kind}-{s.ranks}-{s.targets}")
 def test_our_own_state_comes_back_to_the_bit(tmp_path, tiny_llama, settings):
     first = stirred(tiny_llama, settings)
-    second = Bench(tiny_llama, settings)
+    second = Bench(tiny_llama, settings, dtype=torch.bfloat16)
     second.attached.load_state(read_native(first.save(tmp_path / "adapter")))
     assert torch.equal(second.logits(), first.logits())
 

@@ -240,6 +240,12 @@ def test_a_file_that_is_not_there_is_said(name):
         open_source(name)
 
 
+def test_a_column_alone_may_hold_any_mark(write):
+    name = write("a.csv", 'Hello; world\n"a\tb"\n')
+    rows = [row for _, row in open_source(name, ["text"]).rows()]
+    assert rows == [{"text": "Hello; world"}, {"text": "a\tb"}]
+
+
 @pytest.mark.parametrize("mark", [";", "\t"])
 def test_a_csv_file_without_commas_is_said(write, mark):
     name = write("a.csv", f"prompt{mark}completion\n2+2{mark}4\n")

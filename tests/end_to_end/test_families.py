@@ -23,10 +23,12 @@ RECIPES = {
 
 
 def cases():
-    """Both precisions of every family; of the two that are Qwen3 each has one."""
+    """Both precisions of every family; two recipes are Qwen3, and each is quick in one of them."""
     for name in RECIPES:
-        for quant in {"qwen3_0_6b": ["nf4"], "qwen3_8b": ["int8"]}.get(name, ["nf4", "int8"]):
-            yield pytest.param(name, quant, id=f"{name}-{quant}")
+        for quant in ("nf4", "int8"):
+            is_slow = (name, quant) in (("qwen3_0_6b", "int8"), ("qwen3_8b", "nf4"))
+            marks = (pytest.mark.slow,) if is_slow else ()
+            yield pytest.param(name, quant, id=f"{name}-{quant}", marks=marks)
 
 
 @pytest.mark.parametrize(("name", "quant"), list(cases()))

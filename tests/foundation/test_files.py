@@ -1,5 +1,6 @@
 """Files are complete or absent, and a folder has one user."""
 
+import errno
 import multiprocessing
 import os
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from qlora_lite.foundation.errors import RunError
 from qlora_lite.foundation.files import (
+    DiskFull,
     complete_directory,
     lock,
     make_folder,
@@ -96,6 +98,15 @@ def test_a_folder_that_cannot_be_is_a_clear_error(tmp_path):
             make_folder(place)
         with pytest.raises(RunError, match="cannot be made"), complete_directory(place):
             pass
+
+
+def test_a_disk_that_is_full_before_the_folder_is_there_is_a_full_disk(tmp_path, monkeypatch):
+    def full(path, **options):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(DiskFull, match="the disk is full"), complete_directory(tmp_path / "a"):
+        pass
 
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path):

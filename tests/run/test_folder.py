@@ -125,6 +125,15 @@ def test_a_tokenizer_of_another_model_is_told_before_anything_is_loaded(folder, 
     assert not (tmp_path / "run" / "recipe.json").exists()
 
 
+def test_what_changes_no_number_may_change_under_a_finished_run(folder):
+    recipe = recipe_in(folder, "free", "optim.steps=1")
+    run_recipe(recipe)
+    free = ("evaluation.samples=0", "checkpoints.keep=1", "budget=2GiB")
+    assert run_recipe(recipe.but(*free)).already_finished
+    with pytest.raises(RunError, match=r"evaluation\.every: 6 -> 1"):
+        run_recipe(recipe.but("evaluation.every=1"))
+
+
 def test_a_folder_that_cannot_be_made_is_a_mistake(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be made"):

@@ -155,9 +155,10 @@ def test_settings_without_alpha_are_damaged(tmp_path, tiny_llama):
     file = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(file.read_text())
     del config["lora_alpha"]
-    file.write_text(json.dumps(config))
-    with pytest.raises(AdapterError, match=r"is damaged.*lora_alpha"):
-        open_peft(str(tmp_path / "adapter"), None, CPU, [])
+    for wrong in ({}, {"lora_alpha": 4, "alpha_pattern": {"q_proj": "x"}}, {"lora_alpha": [4]}):
+        file.write_text(json.dumps(config | wrong))
+        with pytest.raises(AdapterError, match=r"is damaged.*lora_alpha"):
+            open_peft(str(tmp_path / "adapter"), None, CPU, [])
 
 
 def test_numbers_that_are_not_finite_are_refused(tmp_path, tiny_llama):

@@ -234,6 +234,11 @@ def test_without_a_budget_a_plan_that_does_not_fit_is_told_and_tried(folder, mon
 
     run_recipe(recipe_in(folder, "untold", "optim.steps=1"), watcher=Told())
     assert any("may end for lack of memory" in note for note in told)
+    told.clear()
+    run_recipe(
+        recipe_in(folder, "beyond", "optim.steps=1", 'adapter.ranks={"0-9": 2}'), watcher=Told()
+    )
+    assert any("'0-9' reaches beyond the last block" in note and "is 1" in note for note in told)
 
 
 def test_a_teacher_is_one_more_forward_of_the_bare_base_in_the_plan(folder):
