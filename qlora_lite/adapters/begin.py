@@ -137,7 +137,7 @@ def _was_trained_with(directory: Path, settings: AdapterSettings) -> bool:
         recorded = read_object(directory / SIDECAR, "adapter")["adapter"]
     except (OSError, ValueError) as error:
         raise AdapterError(
-            f"{directory / SIDECAR}, which says how {NATIVE} was trained, cannot be read ({error}). "
+            f"{directory / SIDECAR} says how {NATIVE} was trained, and cannot be read ({error}). "
             "Copy the adapter again"
         ) from error
     now = settings.model_dump(mode="json")

@@ -109,7 +109,7 @@ def test_a_state_that_does_not_say_its_settings_is_damaged(tmp_path, tiny_llama,
     (folder / "qlora_lite.json").unlink()
     if sidecar is not None:
         (folder / "qlora_lite.json").write_text(sidecar)
-    with pytest.raises(AdapterError, match=r"qlora_lite\.json.*cannot be read.*Copy"):
+    with pytest.raises(AdapterError, match=r"qlora_lite\.json says.*cannot be read.*Copy"):
         begin_from(Bench(tiny_llama, LoRA(rank=4)).attached, folder)
 
 
