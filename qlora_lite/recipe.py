@@ -18,7 +18,8 @@ from qlora_lite.adapters.catalogue import Adapter
 from qlora_lite.adapters.lora import LoRA
 from qlora_lite.data.settings import Data
 from qlora_lite.foundation.errors import RecipeError
-from qlora_lite.foundation.overrides import check, explain, overlay, set_values
+from qlora_lite.foundation.explain import explain
+from qlora_lite.foundation.overrides import check, overlay, set_values
 from qlora_lite.foundation.settings import Settings
 from qlora_lite.foundation.units import parse_bytes
 from qlora_lite.model.load import Base

@@ -80,6 +80,18 @@ def test_a_mistake_is_told_with_its_path_and_a_near_match(change, words):
         RECIPE.but(change)
 
 
+def test_every_mistake_has_a_line_of_its_own():
+    with pytest.raises(RecipeError) as caught:
+        RECIPE.but('optim={"lr": -1, "rate": 2, "schedule": "cosin"}', "data.columns=3")
+    lines = str(caught.value).splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        "data.columns",
+        "optim.lr",
+        "optim.schedule",
+        "optim.rate",
+    ]
+
+
 def test_a_run_record_is_a_recipe(tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps({"recipe": RECIPE.as_values(), "threads": 2}))
     assert load_recipe(tmp_path) == RECIPE.but(f"output={tmp_path}")
