@@ -82,8 +82,8 @@ class Recipe(Settings):
         if budget is not None:
             try:
                 parse_bytes(budget)
-            except RecipeError as error:
-                raise ValueError(str(error)) from None
+            except RecipeError:
+                raise ValueError('a size is needed, such as "22GiB", "800MB" or bytes') from None
         return budget
 
     def but(self, *assignments: str) -> "Recipe":
@@ -117,10 +117,8 @@ def load_recipe(path: str | Path) -> Recipe:
     path = Path(path)
     run = path if path.is_dir() else path.parent if is_run(path.parent) else None
     if path.is_dir():
-        if (path / "config.json").is_file() and not (path / "recipe.json").is_file():
-            raise RecipeError(
-                f"{path} is a model, and a recipe is needed. `qlora-lite init {path}` writes one"
-            )
+        if not (path / "recipe.json").is_file():
+            _refuse_other_folders(path)
         path = path / "recipe.json"
     if not path.is_file():
         raise RecipeError(
@@ -135,6 +133,17 @@ def load_recipe(path: str | Path) -> Recipe:
     return _from_python(path)
 
 
+def _refuse_other_folders(path: Path) -> None:
+    if (path / "config.json").is_file():
+        raise RecipeError(
+            f"{path} is a model, and a recipe is needed. `qlora-lite init {path}` writes one"
+        )
+    if (path / "adapter_config.json").is_file() or (path / "native.safetensors").is_file():
+        raise RecipeError(
+            f"{path} is an adapter, and a recipe is needed. adapter.start={path} begins from it"
+        )
+
+
 def is_run(folder: Path) -> bool:
     """Whether a recipe was begun in this folder, not only copied to it."""
     return any((folder / name).exists() for name in ("checkpoints", "adapter", "metrics.jsonl"))
@@ -147,6 +156,8 @@ def _from_json(path: Path) -> Recipe:
         raise RecipeError(f"{path} is not readable JSON ({error}). Give another recipe") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path} holds a {type(values).__name__}; a recipe is an object")
+    if "model_type" in values or "peft_type" in values:
+        raise RecipeError(f"{path} describes a model or an adapter, and a recipe is needed")
     return check(Recipe, values.get("recipe", values))
 
 

@@ -158,6 +158,13 @@ def test_a_model_is_no_recipe(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(RecipeError, match=f"{tmp_path} is a model.*init {tmp_path}"):
         load_recipe(tmp_path)
+    with pytest.raises(RecipeError, match=r"describes a model"):
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+        load_recipe(tmp_path / "config.json")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"is an adapter.*adapter\.start=.*adapter begins"):
+        load_recipe(tmp_path / "adapter")
     with pytest.raises(RecipeError, match=r"gone\.py is not a file"):
         load_recipe(tmp_path / "gone.py")
 

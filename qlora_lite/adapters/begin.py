@@ -12,7 +12,14 @@ from torch import Tensor
 from qlora_lite.adapters.attach import Attached
 from qlora_lite.adapters.layer import Factors
 from qlora_lite.adapters.method import AdapterSettings
-from qlora_lite.adapters.peft import CONFIG, WEIGHTS, PeftAdapter, is_transposed, read_peft
+from qlora_lite.adapters.peft import (
+    CONFIG,
+    WEIGHTS,
+    PeftAdapter,
+    is_transposed,
+    read_peft,
+    read_peft_config,
+)
 from qlora_lite.adapters.start import by_layer
 from qlora_lite.adapters.state import NATIVE, SIDECAR, read_native
 from qlora_lite.foundation.errors import AdapterError
@@ -36,6 +43,17 @@ def require_adapter(directory: Path) -> None:
             f"{directory} is not an adapter directory: {CONFIG} and {WEIGHTS} are needed there. "
             "Give the folder that PEFT's save_pretrained wrote, or a run's adapter/"
         )
+
+
+def describe_start(directory: Path, settings: AdapterSettings, base: str) -> list[str]:
+    """What is taken of an adapter to begin from, and whether it names another base."""
+    is_own = (directory / NATIVE).is_file() and _was_trained_with(directory, settings)
+    notes = [f"beginning from {directory / (NATIVE if is_own else WEIGHTS)}"]
+    if (directory / CONFIG).is_file():
+        named = read_peft_config(directory).get("base_model_name_or_path")
+        if isinstance(named, str) and named and Path(named).name != Path(base).name:
+            notes.append(f"{directory} was made for the base {named}, and this one is {base}")
+    return notes
 
 
 def begin_from(attached: Attached, directory: Path) -> None:

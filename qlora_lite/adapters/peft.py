@@ -196,8 +196,8 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
 def _require_plain_lora(directory: Path, config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise AdapterError(
-            f"{directory} is a {config.get('peft_type')} adapter; a LORA one is needed. "
-            "Merge it with PEFT and use the merged model as the base"
+            f"{directory / CONFIG} says peft_type={config.get('peft_type')!r}; a LORA adapter is "
+            "needed. Merge it with PEFT and use the merged model as the base"
         )
     if config.get("use_dora") or config.get("bias", "none") != "none":
         raise AdapterError(

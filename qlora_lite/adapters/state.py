@@ -120,7 +120,11 @@ def read_native(directory: Path) -> dict[str, Tensor]:
     try:
         return load_file(directory / NATIVE)
     except (OSError, SafetensorError) as error:
+        can_go_on = any((directory.parent / "checkpoints").glob("step-*"))
+        otherwise = (
+            f", or delete {directory} and train the run again: it goes on from its last checkpoint"
+        )
         raise AdapterError(
-            f"{directory / NATIVE} cannot be read ({error}). Restore it, or delete {directory} and "
-            "train the run again: it goes on from its last checkpoint"
+            f"{directory / NATIVE} cannot be read ({error}). Restore it"
+            f"{otherwise if can_go_on else ''}"
         ) from error

@@ -73,8 +73,8 @@ def init(
 def plan(recipe: RecipeFile, settings: Assignments = None) -> None:
     """Will it fit? Bytes and time, from config.json alone."""
     from qlora_lite.foundation import device as devices
-    from qlora_lite.foundation.errors import BudgetError
     from qlora_lite.memory.measure import matmul_flops_per_second
+    from qlora_lite.memory.plan import require_fit
     from qlora_lite.recipe import load_recipe, vary
     from qlora_lite.run.planning import NO_BUDGET, check_settings, plan_recipe
 
@@ -92,8 +92,8 @@ def plan(recipe: RecipeFile, settings: Assignments = None) -> None:
         if rule.is_here:
             rate = matmul_flops_per_second(rule.device, rule.compute)
             display.say(time_line(rate, planned.flops_per_token, asked.optim))
-    if asked.budget and not planned.fits:
-        raise BudgetError(f"{planned.verdict}. Take some of the ways down, or a larger budget=...")
+    if asked.budget:
+        require_fit(planned)
 
 
 @app.command()

@@ -66,6 +66,11 @@ def load_data(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Prep
         drawn = taken = draw(train.keys, wanted, seed)
     kept = [i for i, key in enumerate(train.keys) if key not in taken]
     if not kept:
+        if other is not train:
+            raise DataError(
+                f"{train.source.name}: every row is among those of data.heldout "
+                f"({other.source.name}), so none is left to train on. Give rows that differ"
+            )
         raise DataError(
             f"{train.source.name}: no row is left to train on, all are held out. Add rows that "
             "say something else, or take data.heldout_share=0"

@@ -213,7 +213,7 @@ def _wrong_byte(path: Path) -> str:
         if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
             return (
                 f"{path} is UTF-16, and UTF-8 is needed. Convert the file: "
-                f"iconv -f utf-16 -t utf-8 {path.name} > converted{path.suffix}"
+                f"iconv -f utf-16 -t utf-8 {path} > converted{path.suffix}"
             )
         file.seek(0)
         for number, line in enumerate(file, start=1):
@@ -223,7 +223,7 @@ def _wrong_byte(path: Path) -> str:
                 return (
                     f"{path}, line {number}: byte {offset + error.start} (0x{line[error.start]:02x}"
                     f") is not UTF-8. Convert the file, for example from Latin-1: "
-                    f"iconv -f latin1 -t utf-8 {path.name} > converted{path.suffix}"
+                    f"iconv -f latin1 -t utf-8 {path} > converted{path.suffix}"
                 )
             offset += len(line)
     raise AssertionError(f"{path} is UTF-8 after all")

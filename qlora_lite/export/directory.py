@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qlora_lite.foundation.errors import ExportError
+from qlora_lite.foundation.errors import ExportError, RunError
 from qlora_lite.foundation.files import (
     lock,
     make_folder,
@@ -37,10 +37,11 @@ _IDENTITY = ".merge"
 
 
 def require_free(out: Path) -> None:
-    """Refuse a place where something is already.
+    """Refuse a place where something is already, or where nothing can be.
 
     Raises:
         ExportError: if `out` is a file, or a directory that is not empty.
+        RunError: if there cannot be a folder of this name.
     """
     if out.is_dir() and not any(out.iterdir()):
         return
@@ -48,6 +49,9 @@ def require_free(out: Path) -> None:
         raise ExportError(
             f"{out} exists already. Nothing is overwritten: give another place, or remove it first"
         )
+    make_folder(out.parent)
+    if not os.access(out.parent, os.W_OK):
+        raise RunError(f"{out.parent} may not be written to. Give another place")
 
 
 @contextmanager

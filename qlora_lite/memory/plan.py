@@ -103,6 +103,7 @@ def require_fit(plan: Plan) -> None:
     ways = ", ".join(f"{w.setting} (-{format_bytes(w.saved_bytes)})" for w in plan.ways_down)
     together = " ".join(plan.enough)
     help_text = f"These together fit: {together}" if together else "Even all of them do not fit"
+    help_text += ". Otherwise take a larger budget=..."
     raise BudgetError(
         f"{format_bytes(plan.peak_bytes)} needed, {format_bytes(plan.budget_bytes)} allowed. "
         f"Cheapest ways down: {ways or 'none'}. {help_text}"

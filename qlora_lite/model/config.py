@@ -41,6 +41,11 @@ def read_config(
         BaseModelError: if there is no such model, it cannot be reached or opened, or this
             transformers does not know its architecture.
     """
+    if Path(model).is_file() or not model:
+        raise BaseModelError(
+            f"base.model={model}: that is no model. Give the directory of one, or a hub id such as "
+            "Qwen/Qwen3-0.6B"
+        )
     if Path(model).is_dir():
         file = Path(model) / "config.json"
         if not file.is_file():
@@ -71,6 +76,11 @@ def _valid_id(model: str) -> str:
     try:
         validate_repo_id(model)
     except HFValidationError as error:
+        if model.startswith("https://huggingface.co/"):
+            repository = "/".join(model.removeprefix("https://huggingface.co/").split("/")[:2])
+            raise BaseModelError(
+                f"base.model={model} is an address. Its id is {repository}: give that"
+            ) from error
         raise BaseModelError(
             f"base.model={model}: there is no such directory. Give the directory of a model with "
             "its config.json, or a hub id such as Qwen/Qwen3-0.6B"

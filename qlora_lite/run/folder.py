@@ -122,6 +122,17 @@ class RunFolder:
             return False
         return not _changes(self.read_sidecar()["recipe"], recipe)
 
+    def unfinished_extension(self) -> list[str]:
+        """A note if the adapter here is that of a shorter run, which was begun to be longer."""
+        sidecar = self.read_sidecar()
+        recorded = check(Recipe, self.read_record()["recipe"])
+        if not _changes(sidecar["recipe"], recorded):
+            return []
+        return [
+            f"the adapter of {self.path} is that of step {sidecar['steps']}: its extension is not "
+            f"finished. `qlora-lite train {self.path}` goes on"
+        ]
+
     def claim(self, recipe: Recipe, extend: bool) -> None:
         """Check that `recipe` may work here, before anything is loaded.
 
@@ -154,6 +165,11 @@ class RunFolder:
             raise RunError(
                 "--extend only changes how long a run is (optim.steps, optim.epochs); these "
                 "differ too:\n  " + "\n  ".join(forbidden) + "\nGive another output=..."
+            )
+        if self.adapter.exists() and checkpoint.newest(self.checkpoints) is None:
+            raise RunError(
+                f"{self.path} has no checkpoint left to go on from. Begin another run from its "
+                f"adapter: adapter.start={self.adapter} output=..."
             )
         if not changed and self.is_finished(recipe):
             raise RunError(

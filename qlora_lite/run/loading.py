@@ -57,6 +57,8 @@ def load_run(run: str | Path, device: str | None = None, watcher: Watcher | None
     folder.read_record()
     folder.read_sidecar()
     recipe = load_recipe(folder.recipe)
+    for note in folder.unfinished_extension():
+        (watcher or Watcher()).note(note)
     folder.require_base(recipe.base)
     saved = read_native(folder.adapter)
     loaded = load_for_training(recipe, device, watcher, saved)

@@ -96,6 +96,9 @@ def merge(
     proof = _begin(folder, device, watcher)
     if base == "auto" or verify:
         proof.measure_reference()
+    else:
+        for note in folder.unfinished_extension():
+            watcher.note(note)
     weights = _weights(proof, base, dtype)
     with unfinished(out, f"{weights.identity} {max_shard_bytes}") as aside:
         _write_model(aside, weights, proof.tokenizer, max_shard_bytes, watcher)

@@ -69,6 +69,11 @@ def _check_rows_are_known(
     targets: Sequence[str], data: str | None, assignments: Sequence[str]
 ) -> None:
     if data is not None:
+        if idle := [text for text in assignments if "heldout" in text.partition("=")[0]]:
+            raise DataError(
+                f"got {' '.join(idle)}, and all rows of {data} are scored. data.max_rows=N takes "
+                "the first N of them"
+            )
         return
     if assignments:
         raise DataError(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from qlora_lite.adapters.begin import begin_from, saved_start
+from qlora_lite.adapters.begin import begin_from, describe_start, saved_start
 from qlora_lite.data.batches import Batch, Batches, in_order
 from qlora_lite.data.coloured import bracketed
 from qlora_lite.data.load import Prepared, load_data
@@ -171,7 +171,10 @@ def _job(
     """The model with its adapter, ready for the first step."""
     assert loaded.attached is not None
     if recipe.adapter.start and not checkpoint.all_checkpoints(folder.checkpoints):
-        begin_from(loaded.attached, Path(recipe.adapter.start))
+        start = Path(recipe.adapter.start)
+        for note in describe_start(start, recipe.adapter, recipe.base.model):
+            watcher.note(note)
+        begin_from(loaded.attached, start)
     if recipe.optim.checkpointing:
         enable_checkpointing(loaded.base.model)
     loaded.attached.train()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_lite.adapters.begin import begin_from, require_adapter
+from qlora_lite.adapters.begin import begin_from, describe_start, require_adapter
 from qlora_lite.adapters.lora import LoRA
 from qlora_lite.foundation.errors import AdapterError
 from tests.dense_twin import bare_twin
@@ -101,6 +101,18 @@ def test_what_is_no_adapter_is_told_before_anything_is_read(tmp_path):
         require_adapter(tmp_path)
     (tmp_path / "native.safetensors").write_bytes(b"")
     require_adapter(tmp_path)
+
+
+def test_it_is_told_what_is_taken_and_of_which_base(tmp_path, tiny_llama):
+    folder = stirred(tiny_llama, LoRA(rank=4)).save(tmp_path / "adapter")
+    own, other = LoRA(rank=4, dropout=0.1), LoRA(rank=6)
+    assert describe_start(folder, own, str(tiny_llama)) == [
+        f"beginning from {folder / 'native.safetensors'}"
+    ]
+    notes = describe_start(folder, other, "Qwen/Qwen3-8B")
+    assert notes[0] == f"beginning from {folder / 'adapter_model.safetensors'}"
+    assert "made for the base" in notes[1]
+    assert notes[1].endswith("and this one is Qwen/Qwen3-8B")
 
 
 @pytest.mark.parametrize("sidecar", [None, "{", "[]", "{}"])

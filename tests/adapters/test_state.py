@@ -23,8 +23,11 @@ def test_a_damaged_state_is_an_error_that_says_what_to_do(tmp_path, tiny_llama):
     state = (folder / "native.safetensors").read_bytes()
     for damaged in (b"", state[:100], state[:-1]):
         (folder / "native.safetensors").write_bytes(damaged)
-        with pytest.raises(AdapterError, match=r"cannot be read.*last checkpoint"):
+        with pytest.raises(AdapterError, match=r"cannot be read.*Restore it$"):
             read_native(folder)
+    (tmp_path / "checkpoints" / "step-000004").mkdir(parents=True)
+    with pytest.raises(AdapterError, match=r"or delete .*last checkpoint"):
+        read_native(folder)
     (folder / "native.safetensors").unlink()
     with pytest.raises(AdapterError, match="cannot be read"):
         read_native(folder)

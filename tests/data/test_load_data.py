@@ -65,6 +65,13 @@ def test_rows_of_the_heldout_file_are_not_trained(tmp_path):
     assert prepared.heldout_source.where(3) == f"{heldout}, line 3"
 
 
+def test_rows_that_are_all_held_out_are_said(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    data = Data(train=str(tmp_path / "a.jsonl"), heldout=str(tmp_path / "a.jsonl"))
+    with pytest.raises(DataError, match=r"every row is among those of data\.heldout"):
+        load_data(data, tiny_tokenizer(), 0)
+
+
 def test_a_heldout_file_that_is_not_there_is_said_before_a_row_is_read(tmp_path):
     (tmp_path / "train.jsonl").write_text("{not json}")
     data = Data(train=str(tmp_path / "train.jsonl"), heldout=str(tmp_path / "gone.jsonl"))

@@ -37,6 +37,15 @@ def test_what_is_in_the_cache_is_preferred_to_known_facts(hub, tmp_path):
     assert hub.asked == []
 
 
+def test_an_address_or_a_file_is_told_apart_from_an_id(tmp_path):
+    with pytest.raises(BaseModelError, match=r"is an address\. Its id is Qwen/Qwen3-8B"):
+        read_config("https://huggingface.co/Qwen/Qwen3-8B/tree/main")
+    (tmp_path / "recipe.py").write_text("")
+    for model in (str(tmp_path / "recipe.py"), ""):
+        with pytest.raises(BaseModelError, match="that is no model"):
+            read_config(model)
+
+
 @pytest.mark.parametrize("model", ["./runs/nothing", "/no/such/directory", "a b"])
 def test_a_path_that_leads_nowhere_is_told_apart_from_the_hub(model):
     with pytest.raises(BaseModelError, match="no such directory"):

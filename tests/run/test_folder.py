@@ -7,7 +7,9 @@ import safetensors.torch
 
 from qlora_lite.foundation import files
 from qlora_lite.foundation.errors import AdapterError, BaseModelError, RunError, TrainingError
+from qlora_lite.foundation.watch import Watcher
 from qlora_lite.recipe import load_recipe
+from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.loading import load_run
 from qlora_lite.run.training import run_recipe
 from qlora_lite.shards import writer
@@ -123,6 +125,38 @@ def test_a_tokenizer_of_another_model_is_told_before_anything_is_loaded(folder, 
     with pytest.raises(BaseModelError, match="has tokens 0 to 89: its tokenizer belongs to"):
         run_recipe(recipe)
     assert not (tmp_path / "run" / "recipe.json").exists()
+
+
+def test_an_extension_needs_a_checkpoint_and_is_told_of_until_it_is_finished(folder):
+    recipe = recipe_in(folder, "extended", "optim.steps=2")
+    run_recipe(recipe)
+    assert RunFolder(folder / "extended").unfinished_extension() == []
+    longer = recipe.but("optim.steps=4")
+
+    class Killed(Watcher):
+        def stepped(self, metrics):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(longer, extend=True, watcher=Killed())
+    (note,) = RunFolder(folder / "extended").unfinished_extension()
+    assert "is that of step 2: its extension is not finished" in note
+    told = []
+
+    class Told(Watcher):
+        def note(self, text):
+            told.append(text)
+
+    load_run(folder / "extended", watcher=Told())
+    assert note in told
+    metrics = (folder / "extended" / "metrics.jsonl").read_bytes()
+    shutil.move(folder / "extended" / "checkpoints", folder / "kept-checkpoints")
+    with pytest.raises(RunError, match=r"no checkpoint left.*adapter\.start=.*extended/adapter"):
+        run_recipe(longer, extend=True)
+    assert (folder / "extended" / "metrics.jsonl").read_bytes() == metrics
+    shutil.move(folder / "kept-checkpoints", folder / "extended" / "checkpoints")
+    assert run_recipe(longer).steps == 4
+    assert RunFolder(folder / "extended").unfinished_extension() == []
 
 
 def test_what_changes_no_number_may_change_under_a_finished_run(folder):

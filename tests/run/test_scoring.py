@@ -70,6 +70,11 @@ def test_a_setting_that_is_none_of_the_datas_is_refused(folder):
         score_targets([str(folder / "base")], str(folder / "rows.jsonl"), ["data.feilds=1"], "cpu")
 
 
+def test_what_is_held_out_says_nothing_of_a_file_whose_rows_are_all_scored(folder):
+    with pytest.raises(DataError, match=r"all rows of .* are scored\. data\.max_rows=N"):
+        score_targets([str(folder / "base")], "rows.jsonl", ["data.max_heldout_rows=5"])
+
+
 def test_a_model_without_rows_is_refused_before_anything_is_loaded(folder):
     with pytest.raises(DataError, match="--data"):
         score_targets([str(folder / "nothing")])
