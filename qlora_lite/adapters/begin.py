@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora_lite.adapters.attach import Attached
-from qlora_lite.adapters.layer import Factors
+from qlora_lite.adapters.layer import Factors, Role
 from qlora_lite.adapters.method import AdapterSettings
 from qlora_lite.adapters.peft import (
     CONFIG,
@@ -139,7 +139,7 @@ def _without_padding(pair: Factors) -> Factors:
     """Without the zeros that make all pairs of a file equally long: a component whose factors are
     both zero has no gradient, and would never learn."""
     used = pair.down.any(dim=1) & pair.up.any(dim=0)
-    return Factors(pair.down[used], pair.up[:, used])
+    return Factors(pair.down[used], pair.up[:, used], magnitude=pair.magnitude)
 
 
 def saved_start(directory: Path, settings: AdapterSettings) -> dict[str, Tensor] | None:
@@ -176,8 +176,13 @@ def _check_places(attached: Attached, adapter: PeftAdapter) -> None:
             "adapter.train_norms or adapter.embedding_rank as the adapter had them"
         )
     for path, factors in adapter.layers.items():
-        base = attached.layers[path].base
-        _check_shape(path, factors, (base.d_in, base.d_out))
+        layer = attached.layers[path]
+        _check_shape(path, factors, (layer.base.d_in, layer.base.d_out))
+        if factors.magnitude is not None and Role.MAGNITUDE not in layer.roles.values():
+            raise AdapterError(
+                f"{adapter.directory} is a DoRA, and adapter={attached.method.settings.kind} has "
+                "no magnitudes to begin from. Take adapter=dora"
+            )
     for path, factors in adapter.embeddings.items():
         vocabulary, hidden = attached.embeddings[path].base.weight.shape
         _check_shape(path, factors, (vocabulary, hidden))

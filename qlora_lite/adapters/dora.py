@@ -35,6 +35,12 @@ SMALLEST_NORM = 1e-6
 """Below it a row counts as this long, so that a row of zeros divides nothing by zero."""
 
 
+def at_length(direction: Tensor, magnitude: Tensor) -> Tensor:
+    """The rows of `direction` (d_out, d_in), given the lengths `magnitude` (d_out,); in fp32."""
+    norms = direction.norm(dim=1).clamp(min=SMALLEST_NORM)
+    return (magnitude.float() / norms)[:, None] * direction
+
+
 class DoRA(AdapterSettings):
     """Weight-decomposed adaptation: LoRA gives the direction, a magnitude is trained beside."""
 
@@ -93,8 +99,7 @@ class DoRALayer(LoRALayer):
     @torch.no_grad()
     def merged(self, dense: Tensor) -> Tensor:
         direction = dense.float() + self.scale * (self.b.float() @ self.a.float())
-        norms = direction.norm(dim=1).clamp(min=SMALLEST_NORM)
-        return (self.m.float() / norms)[:, None] * direction
+        return at_length(direction, self.m)
 
     def factors(self, rank: int | None = None) -> Factors | None:
         if rank is not None and rank < self.a.shape[0]:
@@ -103,8 +108,11 @@ class DoRALayer(LoRALayer):
         return Factors(self.a.detach().float(), up, magnitude=self.m.detach().float())
 
     def begin_from(self, factors: Factors) -> None:
-        """The same function: magnitudes are the norms of the adapted weight."""
+        """The same function: without magnitudes they are the norms of the adapted weight."""
         super().begin_from(factors)
+        if factors.magnitude is not None:
+            self.m.data.copy_(factors.magnitude)
+            return
         learned = (factors.up @ factors.down).to(self.m.device)
         direction = self.base.dense().float() + learned
         self.m.data.copy_(direction.norm(dim=1))

@@ -31,6 +31,7 @@ from qlora_lite.model.frozen import FrozenLinear
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_MAGNITUDE = ".lora_magnitude_vector"
 
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """PEFT's starts that take something out of the base's weights, as prefixes of their names."""
@@ -63,7 +64,7 @@ def to_peft(
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = down
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = up
         if pair.magnitude is not None:
-            tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = pair.magnitude.cpu()
+            tensors[f"{_PREFIX}{path}{_MAGNITUDE}"] = pair.magnitude.cpu()
     for path, pair in embeddings.items():
         down, up = _padded(pair, rank)
         tensors[f"{_PREFIX}{path}.lora_embedding_A"] = down
@@ -130,7 +131,7 @@ class PeftAdapter:
 
 
 def read_peft(directory: Path) -> PeftAdapter:
-    """Read a PEFT LoRA adapter with whatever ranks, scales and patterns it has.
+    """Read a PEFT LoRA or DoRA adapter with whatever ranks, scales and patterns it has.
 
     Raises:
         AdapterError: if it is not a LoRA adapter that can be folded without loss, or is damaged.
@@ -142,12 +143,16 @@ def read_peft(directory: Path) -> PeftAdapter:
         )
     config = read_peft_config(directory)
     _require_plain_lora(directory, config)
+    is_dora = bool(config.get("use_dora"))
     adapter = PeftAdapter(directory)
     halves: dict[str, dict[str, Tensor]] = {}
+    magnitudes: dict[str, Tensor] = {}
     for key, tensor in _read_weights(directory).items():
         name = key.removeprefix(_PREFIX)
         match = re.fullmatch(r"(.+)\.lora_(embedding_)?(A|B)(?:\.weight)?", name)
-        if match is None:
+        if name.endswith(_MAGNITUDE):
+            magnitudes[name.removesuffix(_MAGNITUDE)] = tensor.float()
+        elif match is None:
             adapter.whole[name] = tensor.float()
         else:
             halves.setdefault(f"{match[2] or ''}:{match[1]}", {})[match[3]] = tensor.float()
@@ -159,8 +164,15 @@ def read_peft(directory: Path) -> PeftAdapter:
                 "damaged. Save the adapter again"
             )
         scale = _peft_scale(config, path, pair["A"].shape[0])
-        factors = Factors(pair["A"], pair["B"] * scale)
+        magnitude = None if kind else magnitudes.pop(path, None)
+        factors = Factors(pair["A"], pair["B"] * scale, magnitude=magnitude)
         (adapter.embeddings if kind else adapter.layers)[path] = factors
+    is_whole = all((pair.magnitude is not None) == is_dora for pair in adapter.layers.values())
+    if magnitudes or not is_whole or (is_dora and adapter.embeddings):
+        raise AdapterError(
+            f"{directory} has use_dora={is_dora}, and its magnitudes are not those of its linear "
+            "layers. Leave embeddings out of a DoRA, or copy the adapter again"
+        )
     return adapter
 
 
@@ -199,11 +211,10 @@ def _require_plain_lora(directory: Path, config: Mapping[str, Any]) -> None:
             f"{directory / CONFIG} says peft_type={config.get('peft_type')!r}; a LORA adapter is "
             "needed. Merge it with PEFT and use the merged model as the base"
         )
-    if config.get("use_dora") or config.get("bias", "none") != "none":
+    if config.get("bias", "none") != "none":
         raise AdapterError(
-            f"{directory} has use_dora={config.get('use_dora')} and bias={config.get('bias')!r}; "
-            "only plain LoRA without trained biases can be read. Merge it with PEFT and use the "
-            "merged model as the base"
+            f"{directory} has bias={config.get('bias')!r}; only adapters without trained biases "
+            "can be read. Merge it with PEFT and use the merged model as the base"
         )
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(CHANGES_BASE):

@@ -9,6 +9,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from qlora_lite.adapters.dora import at_length
 from qlora_lite.adapters.layer import Factors
 from qlora_lite.adapters.peft import CONFIG, PeftAdapter, read_peft, read_peft_config
 from qlora_lite.adapters.state import NATIVE
@@ -63,7 +64,16 @@ class PairDeltas:
         pair, weight = self._pairs[path], None
         if self._weights is not None and path in self._parts:
             weight = self._weights.read(self._parts[path])
-        delta = Delta(self.shapes[path], pair.rank, pair, None, weight)
+        dense = None
+        if pair.magnitude is not None:
+            if weight is None:
+                raise AdapterError(
+                    f"{self.target} is a DoRA: what it adds hangs on the weights of its base. Give "
+                    "that with --base MODEL"
+                )
+            direction = weight + (pair.up @ pair.down).to(weight.device)
+            dense = at_length(direction, pair.magnitude.to(weight.device)) - weight
+        delta = Delta(self.shapes[path], pair.rank, pair, dense, weight)
         return require_finite(self.target, path, delta)
 
     def num_bytes(self, path: str) -> int:

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_lite.adapters.begin import begin_from, describe_start, require_adapter
+from qlora_lite.adapters.dora import DoRA
 from qlora_lite.adapters.lora import LoRA
 from qlora_lite.foundation.errors import AdapterError
 from tests.dense_twin import bare_twin
@@ -38,6 +39,21 @@ def test_an_adapter_trained_by_peft_begins_ours_with_the_same_logits(tmp_path, d
     ours = Bench(directory, LoRA(rank=4, targets=names))
     begin_from(ours.attached, tmp_path / "theirs")
     torch.testing.assert_close(ours.logits(), plain_logits(theirs), **CLOSE)
+
+
+def test_a_dora_trained_by_peft_begins_ours_with_the_same_logits(tmp_path, directory):
+    names = ["c_attn", "c_fc"] if directory.name == "gpt2" else ["q_proj", "down_proj"]
+    theirs = stirred_by_peft(bare_twin(directory), target_modules=names, use_dora=True)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "magnitude" in name:
+                p.mul_(1.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = Bench(directory, DoRA(rank=4, targets=names))
+    begin_from(ours.attached, tmp_path / "theirs")
+    torch.testing.assert_close(ours.logits(), plain_logits(theirs), **CLOSE)
+    with pytest.raises(AdapterError, match=r"is a DoRA.*Take adapter=dora"):
+        begin_from(Bench(directory, LoRA(rank=4, targets=names)).attached, tmp_path / "theirs")
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,27 @@ def test_a_peft_adapter_has_pefts_own_deltas_and_the_weights_of_its_base(
         assert delta.rank == module.r["default"]
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_dora_of_pefts_has_the_deltas_of_its_merge(tmp_path, tiny_llama, tiny_gpt2, family):
+    base = {"llama": tiny_llama, "gpt2": tiny_gpt2}[family]
+    model = write_peft(tmp_path / "adapter", base, use_dora=True)
+    found = open_peft(str(tmp_path / "adapter"), None, CPU, [])
+    modules = dict(model.base_model.model.named_modules())
+    before = {path: modules[path].base_layer.weight.detach().clone() for path in found.shapes}
+    model.merge_adapter()
+    for path in found.shapes:
+        theirs = modules[path].base_layer.weight.detach() - before[path]
+        delta = found.read(path)
+        assert_close(delta.dense, theirs.T if family == "gpt2" else theirs, **FP32)
+        assert delta.rank == 4
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "some/where"
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    alone = open_peft(str(tmp_path / "adapter"), None, CPU, [])
+    with pytest.raises(AdapterError, match=r"is a DoRA.*--base MODEL"):
+        alone.read(next(iter(alone.shapes)))
+
+
 def test_layers_come_in_the_order_of_depth(tmp_path):
     base = save_tiny(tmp_path / "base", num_hidden_layers=12)
     write_peft(tmp_path / "adapter", base, target_modules=["q_proj"])
