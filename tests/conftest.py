@@ -20,6 +20,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama in base/, rows in train.jsonl, and room for the runs of one file of tests."""
+    from tests.end_to_end.small_run import write_rows
+
+    folder = tmp_path_factory.mktemp("runs")
+    save_tiny(folder / "base")
+    write_rows(folder / "train.jsonl")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama in fp32, untied, in one file. Do not write into it."""

@@ -56,6 +56,11 @@ def small_recipe(base: Path, data: Path, output: Path, *changes: str) -> Recipe:
     return recipe.but(*changes) if changes else recipe
 
 
+def recipe_in(folder: Path, name: str, *changes: str, base: str = "base") -> Recipe:
+    """A small recipe whose base, rows and output are in the `folder` of the tests."""
+    return small_recipe(folder / base, folder / "train.jsonl", folder / name, *changes)
+
+
 def run_in_child(recipe: Recipe, moment: str | None = None, extend: bool = False) -> Any:
     """Start a run in a child process; `moment` is where it kills itself. Returns the process."""
     child = processes.Process(target=_child, args=(recipe.as_values(), moment, extend))

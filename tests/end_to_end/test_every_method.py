@@ -13,9 +13,8 @@ from qlora_lite.run.merging import merge
 from qlora_lite.run.scoring import score_targets
 from qlora_lite.run.training import run_recipe
 from qlora_lite.training import metrics
-from tests.end_to_end.small_run import small_recipe, write_rows
+from tests.end_to_end.small_run import recipe_in
 from tests.properties.cases import CASES
-from tests.tiny import save_tiny
 
 QUICK = ("pissa, requantised", "adalora", "cola")
 
@@ -32,16 +31,8 @@ class Killer(Watcher):
             raise Killed
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("methods")
-    save_tiny(folder / "base")
-    write_rows(folder / "train.jsonl")
-    return folder
-
-
 def recipe_of(folder, case, output, *changes):
-    recipe = small_recipe(folder / "base", folder / "train.jsonl", folder / output)
+    recipe = recipe_in(folder, output)
     settings = case.model_settings.model_copy(update={"dropout": 0.1})
     recipe = recipe.model_copy(update={"adapter": settings})
     return recipe.but("optim.steps=8", "checkpoints.every=2", *changes)

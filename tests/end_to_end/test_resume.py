@@ -14,24 +14,12 @@ from qlora_lite.foundation.errors import RunError
 from qlora_lite.run.training import run_recipe
 from tests.end_to_end.small_run import (
     finish_in_child,
+    recipe_in,
     result_of,
     run_in_child,
     small_recipe,
     write_rows,
 )
-from tests.tiny import save_tiny
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume")
-    save_tiny(folder / "base", "llama")
-    write_rows(folder / "train.jsonl")
-    return folder
-
-
-def recipe_in(folder, name, *changes):
-    return small_recipe(folder / "base", folder / "train.jsonl", folder / name, *changes)
 
 
 @pytest.fixture(scope="module")

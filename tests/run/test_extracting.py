@@ -18,23 +18,14 @@ from qlora_lite.run.extracting import extract
 from qlora_lite.run.loading import load_run
 from qlora_lite.run.training import run_recipe
 from tests.dense_twin import dense_twin
-from tests.end_to_end.small_run import small_recipe, write_rows
-from tests.tiny import save_tiny
+from tests.end_to_end.small_run import recipe_in
 from tests.workbench import CPU
 
 IDS = torch.arange(5, 45).view(2, 20)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    save_tiny(folder / "base")
-    write_rows(folder / "train.jsonl")
-    return folder
-
-
 def run_of(folder, settings):
-    recipe = small_recipe(folder / "base", folder / "train.jsonl", folder / settings.kind)
+    recipe = recipe_in(folder, settings.kind)
     recipe = recipe.model_copy(update={"adapter": settings}).but("optim.steps=4")
     return run_recipe(recipe).directory
 

@@ -14,20 +14,8 @@ from qlora_lite.run.loading import load_run
 from qlora_lite.run.training import run_recipe
 from qlora_lite.shards import writer
 from qlora_lite.training import checkpoint
-from tests.end_to_end.small_run import result_of, small_recipe, write_rows
+from tests.end_to_end.small_run import recipe_in, result_of, small_recipe
 from tests.tiny import save_tiny
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("folders")
-    save_tiny(folder / "base")
-    write_rows(folder / "train.jsonl")
-    return folder
-
-
-def recipe_in(folder, name, *changes):
-    return small_recipe(folder / "base", folder / "train.jsonl", folder / name, *changes)
 
 
 @pytest.fixture(scope="module")

@@ -18,20 +18,8 @@ from qlora_lite.run import planning
 from qlora_lite.run.loading import load_run
 from qlora_lite.run.training import run_recipe
 from qlora_lite.training import metrics
-from tests.end_to_end.small_run import small_recipe, write_rows
+from tests.end_to_end.small_run import recipe_in
 from tests.tiny import save_tiny
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    save_tiny(folder / "base", "llama")
-    write_rows(folder / "train.jsonl")
-    return folder
-
-
-def recipe_in(folder, name, *changes, base="base"):
-    return small_recipe(folder / base, folder / "train.jsonl", folder / name, *changes)
 
 
 def events_of(folder, name):
