@@ -26,16 +26,17 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
-    from qlora_lite.adapters.lora import LoRA
     from qlora_lite.cli.script import main
     from qlora_lite.data.settings import Data
+    from qlora_lite.methods.lora import LoRA
     from qlora_lite.model.load import Base
     from qlora_lite.model.quant import BF16, FP4, FP32, NF4, Int8
-    from qlora_lite.recipe import Recipe, load_recipe
+    from qlora_lite.recipe import Recipe
+    from qlora_lite.recipe_files import load_recipe
+    from qlora_lite.run.chat import load
     from qlora_lite.run.extracting import extract
     from qlora_lite.run.merging import merge
     from qlora_lite.run.planning import plan_recipe as plan
-    from qlora_lite.run.speaking import load
     from qlora_lite.run.training import run_recipe as train
     from qlora_lite.training.loop import Checkpoints, Evaluation
     from qlora_lite.training.optimizer import Optim
@@ -50,16 +51,16 @@ _HOMES = {
     "FP32": "qlora_lite.model.quant:FP32",
     "Base": "qlora_lite.model.load:Base",
     "Data": "qlora_lite.data.settings:Data",
-    "LoRA": "qlora_lite.adapters.lora:LoRA",
+    "LoRA": "qlora_lite.methods.lora:LoRA",
     "Optim": "qlora_lite.training.optimizer:Optim",
     "Evaluation": "qlora_lite.training.loop:Evaluation",
     "Checkpoints": "qlora_lite.training.loop:Checkpoints",
     "Recipe": "qlora_lite.recipe:Recipe",
-    "load_recipe": "qlora_lite.recipe:load_recipe",
+    "load_recipe": "qlora_lite.recipe_files:load_recipe",
     "main": "qlora_lite.cli.script:main",
     "plan": "qlora_lite.run.planning:plan_recipe",
     "train": "qlora_lite.run.training:run_recipe",
-    "load": "qlora_lite.run.speaking:load",
+    "load": "qlora_lite.run.chat:load",
     "merge": "qlora_lite.run.merging:merge",
     "extract": "qlora_lite.run.extracting:extract",
 }
@@ -105,7 +106,7 @@ def __getattr__(name: str) -> Any:
 def _adapter(name: str) -> Any:
     """The settings of any method, by the name of their class."""
     if name[0].isupper():
-        from qlora_lite.adapters.catalogue import METHODS
+        from qlora_lite.methods.catalogue import METHODS
 
         for settings in METHODS:
             if settings.__name__ == name:

@@ -1,16 +1,14 @@
-"""Recipes: from Python and JSON, varied, and what is said about mistakes."""
-
-import json
+"""Recipes: how they are varied, and what is reported about mistakes."""
 
 import pytest
 
-from qlora_lite.adapters.lora import LoRA
-from qlora_lite.adapters.rslora import RsLoRA
 from qlora_lite.data.settings import Data
 from qlora_lite.foundation.errors import RecipeError
+from qlora_lite.methods.lora import LoRA
+from qlora_lite.methods.rslora import RsLoRA
 from qlora_lite.model.load import Base
 from qlora_lite.model.quant import NF4, Int8
-from qlora_lite.recipe import Recipe, differences, load_recipe, vary
+from qlora_lite.recipe import Recipe, differences, vary
 
 RECIPE = Recipe(
     base=Base(model="some/model", quant=NF4(block_size=128)),
@@ -92,83 +90,6 @@ def test_every_mistake_has_a_line_of_its_own():
     ]
 
 
-def test_a_run_record_is_a_recipe(tmp_path):
-    (tmp_path / "recipe.json").write_text(json.dumps({"recipe": RECIPE.as_values(), "threads": 2}))
-    assert load_recipe(tmp_path) == RECIPE.but(f"output={tmp_path}")
-    assert load_recipe(tmp_path / "recipe.json") == RECIPE
-
-
-def test_a_python_recipe_may_build_on_its_neighbour(tmp_path):
-    (tmp_path / "small_one.py").write_text(
-        "from qlora_lite import Base, Data, Recipe\n"
-        "recipe = Recipe(base=Base(model='a/b'), data=Data(train='t.jsonl'), output='o')\n"
-    )
-    (tmp_path / "large_one.py").write_text(
-        "from small_one import recipe as small\nrecipe = small.but('base.model=c/d')\n"
-    )
-    assert load_recipe(tmp_path / "large_one.py").base.model == "c/d"
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("recipe = 3\n", r"defines no `recipe = Recipe"),
-        ("import nowhere_to_be_found\n", r"line 1: ModuleNotFoundError"),
-        ("x = 1\ny = 1 / 0\n", r"line 2: ZeroDivisionError"),
-        ("recipe = Recipe(\n", r"line 1: SyntaxError"),
-        (
-            "from qlora_lite import LoRA\nrecipe = LoRA(rnk=3)\n",
-            r"LoRA\(\.\.\.\): rnk: .*Did you mean 'rank'",
-        ),
-        ("import sys\nsys.exit(0)\n", r"line 2 ends the program while it is read"),
-    ],
-)
-def test_a_recipe_that_does_not_load_says_where(tmp_path, text, words):
-    path = tmp_path / "mine.py"
-    path.write_text(text)
-    with pytest.raises(RecipeError, match=words):
-        load_recipe(path)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("gone.py", None, "is not a file"),
-        ("recipe.yaml", "a: 1", "a .py file or"),
-        ("recipe.json", "{", "not readable JSON"),
-        ("recipe.json", "[]", "a recipe is an object"),
-        ("recipe.json", '{"base": {}}', "needed, and nothing was given"),
-    ],
-)
-def test_what_is_no_recipe_is_refused(tmp_path, name, content, words):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(RecipeError, match=words):
-        load_recipe(tmp_path / name)
-
-
-def test_the_line_is_told_for_a_relative_path_too(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text("x = 1\ny = 1 / 0\n")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(RecipeError, match=r"mine\.py, line 2: ZeroDivisionError"):
-        load_recipe("mine.py")
-
-
-def test_a_model_is_no_recipe(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(RecipeError, match=f"{tmp_path} is a model.*init {tmp_path}"):
-        load_recipe(tmp_path)
-    with pytest.raises(RecipeError, match=r"describes a model"):
-        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-        load_recipe(tmp_path / "config.json")
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(RecipeError, match=r"is an adapter.*adapter\.start=.*adapter begins"):
-        load_recipe(tmp_path / "adapter")
-    with pytest.raises(RecipeError, match=r"gone\.py is not a file"):
-        load_recipe(tmp_path / "gone.py")
-
-
 def test_a_tracker_may_be_named_alone():
     assert RECIPE.but("tracking=wandb").tracking == ["wandb"]
     assert RECIPE.but('tracking=["wandb"]').tracking == ["wandb"]
@@ -176,7 +97,7 @@ def test_a_tracker_may_be_named_alone():
 
 def test_differences_name_the_path_and_both_values():
     other = RECIPE.but("optim.lr=1e-4", "adapter=rslora")
-    found = differences(RECIPE.as_values(), other.as_values())
+    found = differences(RECIPE.to_dict(), other.to_dict())
     assert "optim.lr: 0.0002 -> 0.0001" in found
     assert "adapter.kind: 'lora' -> 'rslora'" in found
 

@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 
 from qlora_lite.adapters.attach import attach, build_layer, choose
-from qlora_lite.adapters.catalogue import METHODS
+from qlora_lite.adapters.files import save_adapter
 from qlora_lite.adapters.layer import AdapterLayer
 from qlora_lite.adapters.method import AdapterSettings, Method, StepInfo
-from qlora_lite.adapters.start import Starts
-from qlora_lite.adapters.state import save_adapter
+from qlora_lite.adapters.split_state import SplitState
 from qlora_lite.data.batches import Batch, make_batch, make_bin
 from qlora_lite.data.examples import Example
 from qlora_lite.foundation import device
 from qlora_lite.foundation.seeds import generator
+from qlora_lite.methods.catalogue import METHODS
 from qlora_lite.model.causal import CausalModel
 from qlora_lite.model.checkpointing import enable_checkpointing
 from qlora_lite.model.config import read_config
-from qlora_lite.model.freeze import freeze
 from qlora_lite.model.load import Base, load_base, skeleton
 from qlora_lite.model.quant import NF4, Quant
+from qlora_lite.model.quantise import quantise
 from qlora_lite.model.targets import LinearSpec, linear_specs
 from qlora_lite.training.engine import TorchEngine
 from qlora_lite.training.optimizer import AdamW
@@ -59,15 +59,15 @@ def one_layer(
     dense = torch.randn(d_out, d_in, generator=draw) / d_in**0.5
     spec = LinearSpec("blocks.0.linear", d_in, d_out, 0, 1, "other")
     made = (method or METHODS[type(settings)])(settings)
-    starts = Starts(made, choose([spec], made), seed)
-    base = freeze(dense, quant or NF4(), CPU, split=starts.split(spec.path))
+    starts = SplitState(made, choose([spec], made), seed)
+    base = quantise(dense, quant or NF4(), CPU, split=starts.split(spec.path))
     layer = build_layer(base, spec, starts, dtype)
-    made.adopt({spec.path: layer})
+    made.set_layers({spec.path: layer})
     object.__setattr__(layer, "method", made)
     return layer
 
 
-def stir(layer: AdapterLayer, size: float = 0.05, seed: int = 1) -> AdapterLayer:
+def perturb(layer: AdapterLayer, size: float = 0.05, seed: int = 1) -> AdapterLayer:
     """Noise in every trained parameter, as if it had been trained."""
     draw = torch.Generator().manual_seed(seed)
     for parameter in layer.trained().values():
@@ -105,7 +105,7 @@ class Bench:
         self.method = (method or METHODS[type(settings)])(settings)
         base = Base(model=str(directory), quant=quant or NF4())
         specs = _specs_of(str(directory))
-        starts = Starts(self.method, choose(specs, self.method), seed, saved)
+        starts = SplitState(self.method, choose(specs, self.method), seed, saved)
         self.base = load_base(base, CPU, split=starts.split)
         self.attached = attach(self.base.model, self.method, specs, seed, dtype, starts)
         if saved is not None:
@@ -160,7 +160,7 @@ class Bench:
         return self.model.logits(self.model.hidden(IDS, POSITIONS))
 
 
-def stirred(
+def perturbed(
     directory: Path, settings: AdapterSettings, dtype: torch.dtype = torch.bfloat16
 ) -> Bench:
     """A bench whose every trained parameter has moved, as if it had been trained."""

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from qlora_lite.adapters.embedding import LoRAEmbedding
 from qlora_lite.adapters.layer import AdapterLayer, Role
-from qlora_lite.adapters.method import Method, Need, ParameterGroup
+from qlora_lite.adapters.method import Method, ParameterGroup, Requirement
 from qlora_lite.adapters.ranks import check_ranks, scale_of
-from qlora_lite.adapters.start import Starts, by_layer
+from qlora_lite.adapters.split_state import SplitState, by_layer
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.foundation.seeds import generator
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear
@@ -59,7 +59,7 @@ class TrainedEmbedding(nn.Module):
 
 
 @dataclass
-class Attached:
+class AttachedAdapter:
     """What is trained in a model."""
 
     model: nn.Module
@@ -129,14 +129,14 @@ class Attached:
             layer.train(mode)
 
     @property
-    def keeps_base(self) -> bool:
+    def is_base_unchanged(self) -> bool:
         """Without the adapter this is the model that the base's checkpoint makes."""
-        return Need.ORIGINAL_WEIGHTS not in self.method.needs
+        return Requirement.ORIGINAL_WEIGHTS not in self.method.requires
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The bare base, while the block runs. Of a method that needs the original weights it is
-        what that method left of the base (`keeps_base` is false)."""
+        what that method left of the base (`is_base_unchanged` is false)."""
         switched: list[AdapterLayer | LoRAEmbedding]
         switched = [*self.layers.values(), *self.embeddings.values()]
         for layer in switched:
@@ -177,7 +177,7 @@ def choose(
             "trained. Give some layers a rank of 1 or more"
         )
     heads = [s.path for s in planned if s.kind == "head"]
-    if heads and Need.ORIGINAL_WEIGHTS in method.needs:
+    if heads and Requirement.ORIGINAL_WEIGHTS in method.requires:
         raise AdapterError(
             f"adapter={settings.kind} with these settings begins before the base is quantised, and "
             f"the head ({heads[0]}) is not quantised as the other layers are. Leave it out of "
@@ -192,8 +192,8 @@ def attach(
     specs: Sequence[LinearSpec],
     seed: int,
     dtype: torch.dtype,
-    starts: Starts | None = None,
-) -> Attached:
+    starts: SplitState | None = None,
+) -> AttachedAdapter:
     """Build the layers of `method` on `model`, in place.
 
     Args:
@@ -203,17 +203,17 @@ def attach(
         starts: what loading the base found out about the layers, and what was saved of them.
     """
     settings = method.settings
-    attached = Attached(model, method)
+    attached = AttachedAdapter(model, method)
     whole = find_modules(model, settings.train_modules)
     planned = choose(specs, method, whole)
-    starts = starts or Starts(method, planned, seed)
+    starts = starts or SplitState(method, planned, seed)
     for spec in planned:
         base = model.get_submodule(spec.path)
         assert isinstance(base, FrozenLinear), spec.path
         layer = build_layer(base, spec, starts, dtype)
         replace(model, spec.path, layer)
         attached.layers[spec.path] = layer
-    method.adopt(attached.layers)
+    method.set_layers(attached.layers)
     if settings.embedding_rank:
         _attach_embedding(model, attached, whole, seed, dtype)
     _attach_whole(model, attached, whole)
@@ -221,7 +221,7 @@ def attach(
 
 
 def build_layer(
-    base: FrozenLinear, spec: LinearSpec, starts: Starts, dtype: torch.dtype
+    base: FrozenLinear, spec: LinearSpec, starts: SplitState, dtype: torch.dtype
 ) -> AdapterLayer:
     """One planned layer at its start, on its base's device, at rest in `dtype`.
 
@@ -285,7 +285,7 @@ def match_modules(paths: Iterable[str], names: Sequence[str]) -> list[str]:
 
 
 def _attach_embedding(
-    model: nn.Module, attached: Attached, whole: Sequence[str], seed: int, dtype: torch.dtype
+    model: nn.Module, attached: AttachedAdapter, whole: Sequence[str], seed: int, dtype: torch.dtype
 ) -> None:
     path = next(
         (p for p, m in model.named_modules() if m is model.get_input_embeddings()),  # type: ignore[operator]
@@ -312,7 +312,7 @@ def _attach_embedding(
     attached.embeddings[path] = layer
 
 
-def _attach_whole(model: nn.Module, attached: Attached, paths: Sequence[str]) -> None:
+def _attach_whole(model: nn.Module, attached: AttachedAdapter, paths: Sequence[str]) -> None:
     norms = [path for path, module in model.named_modules() if is_norm(module)]
     for path in [*paths, *(norms if attached.method.settings.train_norms else [])]:
         module = model.get_submodule(path)

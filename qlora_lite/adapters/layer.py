@@ -114,13 +114,13 @@ class AdapterLayer(nn.Module):
             return None
         return Factors(pair[0].detach(), pair[1].detach())
 
-    def begin_again(self, fresh: Mapping[str, Tensor]) -> None:
+    def restart_chain(self, fresh: Mapping[str, Tensor]) -> None:
         """A run begins at what another one of the same method came to, which is in place.
 
         Nothing to do but for chains: `fresh` is the state of a start of their own.
         """
 
-    def begin_from(self, factors: Factors) -> None:
+    def warm_start(self, factors: Factors) -> None:
         """Start at a trained LoRA pair instead of at the base.
 
         Raises:

@@ -83,7 +83,7 @@ class AdapterSettings(Settings):
         return ranks
 
 
-class Need(Flag):
+class Requirement(Flag):
     """What a method needs from those who carry it out, beyond what every method gets."""
 
     NONE = 0
@@ -153,7 +153,7 @@ class ParameterGroup:
     decays: bool = True
 
 
-class Access(Protocol):
+class ParameterAccess(Protocol):
     """How a method reads and writes what is trained: the same under every engine."""
 
     def read(self, parameter: nn.Parameter) -> Tensor:
@@ -166,7 +166,7 @@ class Access(Protocol):
 
     def set_gradient(self, parameter: nn.Parameter, value: Tensor) -> None: ...
 
-    def forget(self, parameter: nn.Parameter, where: Tensor | None = None) -> None:
+    def reset_optimizer_state(self, parameter: nn.Parameter, where: Tensor | None = None) -> None:
         """Clear the optimizer's state of a parameter, or of the part where a mask is true."""
 
 
@@ -182,9 +182,9 @@ class Method:
     """Chunks of fp32 logits that the loss of this method holds at a time, for the memory plan."""
 
     @property
-    def needs(self) -> Need:
+    def requires(self) -> Requirement:
         """What this method needs with these settings."""
-        return Need.NONE
+        return Requirement.NONE
 
     def plan(self, specs: Sequence[LinearSpec]) -> dict[str, LayerPlan]:
         """Rank and scale of every layer, before anything is built; rank 0 is left out."""
@@ -235,7 +235,7 @@ class Method:
         """
         raise NotImplementedError
 
-    def adopt(self, layers: Mapping[str, AdapterLayer]) -> None:
+    def set_layers(self, layers: Mapping[str, AdapterLayer]) -> None:
         """All layers are built and in place."""
         self.layers = dict(layers)
 
@@ -274,13 +274,13 @@ class Method:
         """Paths of the layers that train in this step (XGBLoRA draws a subset)."""
         return self.layers
 
-    def before_step(self, access: Access, step: StepInfo) -> None:
+    def before_step(self, access: ParameterAccess, step: StepInfo) -> None:
         """Gradients exist and are not clipped yet: read them, or set them."""
 
-    def after_step(self, access: Access, step: StepInfo) -> None:
+    def after_step(self, access: ParameterAccess, step: StepInfo) -> None:
         """The optimizer has moved, the gradients still exist (prox, pruning, budgets, restarts)."""
 
-    def clock(self, step: int, total: int) -> tuple[int, int]:
+    def schedule_position(self, step: int, total: int) -> tuple[int, int]:
         """Where the learning rate's schedule stands, and its length: a chain of adapters begins it
         anew with every link. A pure function of the step."""
         return step, total

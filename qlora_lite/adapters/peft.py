@@ -22,11 +22,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from qlora_lite.adapters.attach import Attached
+from qlora_lite.adapters.attach import AttachedAdapter
 from qlora_lite.adapters.layer import Factors
 from qlora_lite.foundation.errors import AdapterError
-from qlora_lite.model.freeze import StoredWeight
 from qlora_lite.model.frozen import FrozenLinear
+from qlora_lite.model.quantise import StoredWeight
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -38,7 +38,7 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def to_peft(
-    attached: Attached, pairs: Mapping[str, Factors] | None = None
+    attached: AttachedAdapter, pairs: Mapping[str, Factors] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """PEFT's tensors and configuration; both empty if a layer has no lossless form there.
 
@@ -94,13 +94,13 @@ def to_peft(
     return tensors, config
 
 
-def _stores_transposed(attached: Attached) -> bool:
+def _stores_transposed(attached: AttachedAdapter) -> bool:
     """Whether the base keeps its weights as (d_in, d_out), as GPT-2's Conv1D does."""
     sources = [layer.base.source for layer in attached.layers.values()]
     return any(isinstance(source, StoredWeight) and source.transposed for source in sources)
 
 
-def is_transposed(attached: Attached, path: str, tensor: Tensor) -> bool:
+def is_transposed(attached: AttachedAdapter, path: str, tensor: Tensor) -> bool:
     """PEFT keeps this matrix as its base does, (d_in, d_out); a whole module as (d_out, d_in)."""
     bare = attached.bare[path]
     source = bare.source if isinstance(bare, FrozenLinear) else None

@@ -98,6 +98,6 @@ class Inspection:
     comparisons: tuple[Comparison, ...]
     """Of every two targets."""
 
-    def as_values(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return dataclasses.asdict(self)

@@ -75,7 +75,8 @@ def plan(recipe: RecipeFile, settings: Assignments = None) -> None:
     from qlora_lite.foundation import device as devices
     from qlora_lite.memory.measure import matmul_flops_per_second
     from qlora_lite.memory.plan import require_fit
-    from qlora_lite.recipe import load_recipe, vary
+    from qlora_lite.recipe import vary
+    from qlora_lite.recipe_files import load_recipe
     from qlora_lite.run.planning import NO_BUDGET, check_settings, plan_recipe
 
     asked, notes = vary(load_recipe(recipe), settings or [])
@@ -107,7 +108,8 @@ def preview(
     from qlora_lite.data import preview as previewing
     from qlora_lite.data.load import load_data
     from qlora_lite.model.load import load_tokenizer
-    from qlora_lite.recipe import load_recipe, vary
+    from qlora_lite.recipe import vary
+    from qlora_lite.recipe_files import load_recipe
 
     asked, notes = vary(load_recipe(recipe), settings or [])
     with Display() as display:
@@ -120,7 +122,7 @@ def preview(
 @app.command()
 def train(recipe: RecipeFile, settings: Assignments = None, extend: Extend = False) -> None:
     """Train; the same command again continues an interrupted run."""
-    from qlora_lite.recipe import load_recipe
+    from qlora_lite.recipe_files import load_recipe
 
     train_recipe(load_recipe(recipe), settings or [], extend)
 
@@ -212,11 +214,13 @@ def chat(
 ) -> None:
     """Talk to it: /reset forgets, /exit or Ctrl-D ends. Through a pipe a line is a turn."""
     from qlora_lite.cli.chat import converse, say_answer
-    from qlora_lite.run.speaking import Talk, load_speaker
+    from qlora_lite.run.chat import ChatSession, load_for_chat
 
     with Display() as display:
-        loaded = load_speaker(model, device, display)
-    talk = Talk(loaded, max_new_tokens=max_new_tokens, temperature=temperature, system=system)
+        loaded = load_for_chat(model, device, display)
+    talk = ChatSession(
+        loaded, max_new_tokens=max_new_tokens, temperature=temperature, system=system
+    )
     if prompt is None:
         converse(console, talk)
     else:

@@ -8,12 +8,12 @@ from rich.console import Console
 from qlora_lite.foundation.errors import DataError
 
 if TYPE_CHECKING:
-    from qlora_lite.run.speaking import Talk
+    from qlora_lite.run.chat import ChatSession
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, /help says this"
 
 
-def converse(console: Console, talk: "Talk") -> None:
+def converse(console: Console, talk: "ChatSession") -> None:
     """Turn by turn until the input ends."""
     is_person = sys.stdin.isatty()
     if is_person:
@@ -33,7 +33,7 @@ def converse(console: Console, talk: "Talk") -> None:
                 console.print(str(error), style="yellow", markup=False, soft_wrap=True)
 
 
-def say_answer(console: Console, talk: "Talk", text: str) -> None:
+def say_answer(console: Console, talk: "ChatSession", text: str) -> None:
     """One answer, piece by piece.
 
     Raises:

@@ -64,7 +64,7 @@ def inspect(
     from qlora_lite.analysis.figures import require_matplotlib
     from qlora_lite.export.directory import require_free
     from qlora_lite.foundation.files import make_folder, write_json
-    from qlora_lite.run import inspecting
+    from qlora_lite.inspection import inspect as inspecting
 
     if json is not None and json.exists():
         raise ExportError(
@@ -81,7 +81,7 @@ def inspect(
         )
         _show(display, inspection, i or j, j or i)
         if json is not None:
-            write_json(json, inspection.as_values())
+            write_json(json, inspection.to_dict())
             display.say(f"everything as JSON: {json}")
         if figures is not None:
             inspecting.write_figures(inspection, figures)

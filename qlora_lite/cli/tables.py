@@ -12,7 +12,7 @@ from qlora_lite.foundation.units import format_bytes, format_count, format_secon
 
 if TYPE_CHECKING:
     from qlora_lite.memory.plan import Plan
-    from qlora_lite.report import MergeRow
+    from qlora_lite.report.page import MergeRow
     from qlora_lite.run.scoring import ScoreRow
     from qlora_lite.training.optimizer import Optim
 
@@ -48,11 +48,11 @@ def plan_lines(plan: "Plan") -> list[str]:
     ]
     if plan.ledger.host_bytes:
         lines.append(f"main memory beside the card: {format_bytes(plan.ledger.host_bytes)}")
-    if plan.ways_down:
-        ways = [f"  {way.setting}  -{format_bytes(way.saved_bytes)}" for way in plan.ways_down]
+    if plan.savings:
+        ways = [f"  {way.setting}  -{format_bytes(way.saved_bytes)}" for way in plan.savings]
         lines += ["ways down, each taken alone:", *ways]
-    if plan.enough:
-        lines.append(f"fits with: {' '.join(plan.enough)}")
+    if plan.sufficient_settings:
+        lines.append(f"fits with: {' '.join(plan.sufficient_settings)}")
     return lines
 
 

@@ -187,7 +187,7 @@ class Batches:
         """How many times the rows were seen when step `i` is done."""
         return (i + 1) * self.bins_per_step / self.bins_per_epoch
 
-    def worst(self) -> Batch:
+    def largest_batch(self) -> Batch:
         """As many tokens as the largest batch of this run, in bins as long as its longest.
 
         No forward sees more, in any epoch: the bins of all epochs have the same lengths. Of bins

@@ -20,7 +20,7 @@ from qlora_lite.foundation.seeds import derive
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedData:
     """Rows ready for training and for evaluation."""
 
     train: Examples
@@ -44,7 +44,7 @@ class Prepared:
         return _hash(json.dumps(self.fingerprints))
 
 
-def load_data(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Prepared:
+def load_data(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreparedData:
     """Read, tokenise and divide: the same for the same content, settings and seed.
 
     Raises:
@@ -76,7 +76,7 @@ def load_data(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Prep
             "say something else, or take data.heldout_share=0"
         )
     num_taken = len(train.keys) - len(kept)
-    return Prepared(
+    return PreparedData(
         train=train.examples.select(kept) if num_taken else train.examples,
         heldout=other.examples.select([i for i, key in enumerate(other.keys) if key in drawn]),
         template=template,

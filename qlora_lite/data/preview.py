@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_lite.data.coloured import Piece, spell
 from qlora_lite.data.examples import Example, Examples
-from qlora_lite.data.load import Prepared
+from qlora_lite.data.load import PreparedData
 from qlora_lite.data.sources import Source
 from qlora_lite.data.tokenise import Stats
 
@@ -51,7 +51,7 @@ class Preview:
     lengths: list[LengthBar]
 
 
-def preview(prepared: Prepared, num_rows: int = 3) -> Preview:
+def preview(prepared: PreparedData, num_rows: int = 3) -> Preview:
     """The first rows of the training part and the figures of all."""
     train, template = prepared.train, prepared.template
     return Preview(

@@ -20,15 +20,15 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from qlora_lite.adapters.lora import LoRA
 from qlora_lite.data.settings import Data
 from qlora_lite.demo import BASE, HELDOUT, TRAIN
 from qlora_lite.foundation.files import write_json
 from qlora_lite.foundation.units import format_seconds
+from qlora_lite.methods.lora import LoRA
 from qlora_lite.model.load import Base
 from qlora_lite.model.quant import NF4
 from qlora_lite.recipe import Recipe
-from qlora_lite.report import read as read_report
+from qlora_lite.report.page import read as read_report
 from qlora_lite.run.merging import MergeResult, merge
 from qlora_lite.training import metrics
 from qlora_lite.training.loop import Checkpoints, Evaluation
@@ -76,7 +76,7 @@ def tell(console: Console, parent: Path = Path("runs")) -> Path:
     run = folder / "run"
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "recipe.json"
-        write_json(file, {"recipe": recipe(run).as_values()})
+        write_json(file, {"recipe": recipe(run).to_dict()})
         _title(console, "1. Plan and train, and be killed in the middle")
         before = _train_and_kill(console, file, run)
         _title(console, "2. The same command again")

@@ -27,20 +27,20 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qlora_lite.adapters.attach import build_layer
-from qlora_lite.adapters.catalogue import method_for
 from qlora_lite.adapters.layer import AdapterLayer, Factors
-from qlora_lite.adapters.method import AdapterSettings, Need
+from qlora_lite.adapters.method import AdapterSettings, Requirement
 from qlora_lite.adapters.ranks import scale_of
-from qlora_lite.adapters.start import Starts
-from qlora_lite.export.learned import misfit, sort
+from qlora_lite.adapters.split_state import SplitState
+from qlora_lite.export.adapter_parts import misfit, sort
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import AdapterError, ExportError
+from qlora_lite.methods.catalogue import method_for
 from qlora_lite.model.config import read_config
-from qlora_lite.model.freeze import StoredWeight, copy_weight, freeze
 from qlora_lite.model.frozen import FrozenLinear, Scratch
 from qlora_lite.model.load import Base, skeleton
 from qlora_lite.model.prequantised import COMPANION, is_packed, read_packed, stored_quant
 from qlora_lite.model.quant import BF16, FP32, NF4, Int8, Quant
+from qlora_lite.model.quantise import StoredWeight, copy_weight, quantise
 from qlora_lite.shards.names import match
 from qlora_lite.shards.reader import Checkpoint
 from qlora_lite.shards.writer import MAX_SHARD_BYTES, ShardWriter, TensorSpec
@@ -70,7 +70,7 @@ class MergeSource:
 
 
 @dataclass(frozen=True)
-class Entry:
+class MergedTensor:
     """One tensor of the merged model."""
 
     spec: TensorSpec
@@ -114,7 +114,7 @@ class MergedWeights:
         self.model = skeleton(config, source.base)
         """Without weights: the modules by name."""
         self._learned = sort(source.state, source.adapter, self.model)
-        self._starts = Starts(
+        self._starts = SplitState(
             self._learned.method,
             list(self._learned.specs.values()),
             source.seed,
@@ -132,7 +132,7 @@ class MergedWeights:
         places = [(stored, stored, ours) for stored, ours in names.items()]
         places += [(copy, stored_as[tied[copy]], copy) for copy in self.untied]
         self._entries = {
-            name: Entry(self._spec(name, stored, ours, dtype, unpacked), stored, ours)
+            name: MergedTensor(self._spec(name, stored, ours, dtype, unpacked), stored, ours)
             for name, stored, ours in places
         }
 
@@ -209,7 +209,7 @@ class MergedWeights:
         else:
             yield from (part.to("cpu", dtype) for part in rows)
 
-    def _rows(self, entry: Entry) -> Iterator[Tensor] | None:
+    def _rows(self, entry: MergedTensor) -> Iterator[Tensor] | None:
         """What training changed or held otherwise, along the outputs; None: as it is stored."""
         learned, path = self._learned, entry.path
         if entry.ours in learned.whole:
@@ -225,14 +225,14 @@ class MergedWeights:
             return _dense(self._frozen(entry))
         return self._held(entry)
 
-    def _adapted(self, entry: Entry) -> Iterator[Tensor]:
+    def _adapted(self, entry: MergedTensor) -> Iterator[Tensor]:
         layer = self._layer(entry)
         pair = layer.factors() if type(layer).merged is AdapterLayer.merged else None
         if pair is None or pair.relative_error > 0:
             return _cut(layer.merged(layer.base.dense()))
         return _add(_dense(layer.base), pair)
 
-    def _layer(self, entry: Entry) -> AdapterLayer:
+    def _layer(self, entry: MergedTensor) -> AdapterLayer:
         """The trained layer of one weight, on a base of its own."""
         path = entry.path
         spec, saved = self._starts.specs[path], self._learned.layers[path]
@@ -255,7 +255,7 @@ class MergedWeights:
         scale = scale_of(settings.alpha, settings.embedding_rank, settings.scaling)
         return Factors(down=scale * saved["b"].float().T, up=saved["a"].float().T)
 
-    def _frozen(self, entry: Entry) -> FrozenLinear:
+    def _frozen(self, entry: MergedTensor) -> FrozenLinear:
         """One linear layer without its bias, as training held it; or exactly as it is stored."""
         rule = self.source.rule
         if is_packed(self.checkpoint, entry.stored):
@@ -264,17 +264,17 @@ class MergedWeights:
         if self.base == "original":
             exact: Quant = BF16() if weight.dtype == torch.bfloat16 else FP32()
             rule = dataclasses.replace(rule, compute=torch.float32)
-            return freeze(weight, exact, rule, scratch=self._scratch)
+            return quantise(weight, exact, rule, scratch=self._scratch)
         if (quant := self._quant(entry)) is not None:
             split = self._starts.split(entry.path)
-            return freeze(weight, quant, rule, split=split, scratch=self._scratch)
+            return quantise(weight, quant, rule, split=split, scratch=self._scratch)
         plain = copy_weight(weight, self._dtype_at_rest(entry), rule.device)
         label: Quant = FP32() if plain.dtype == torch.float32 else BF16()
         return FrozenLinear(
             *weight.shape, label, rule.compute, plain, source=weight, scratch=self._scratch
         )
 
-    def _quant(self, entry: Entry) -> Quant | None:
+    def _quant(self, entry: MergedTensor) -> Quant | None:
         """How training quantised a tensor; None if it held it in a plain dtype."""
         module, base = self.model.get_submodule(entry.path), self.source.base
         is_linear = type(module) is nn.Linear or isinstance(module, Conv1D)
@@ -284,7 +284,7 @@ class MergedWeights:
             return base.quant
         return {"16bit": None, "int8": Int8(), "nf4": NF4()}[base.head]
 
-    def _dtype_at_rest(self, entry: Entry) -> torch.dtype:
+    def _dtype_at_rest(self, entry: MergedTensor) -> torch.dtype:
         """In what training held a tensor that it did not quantise."""
         module, rule = self.model.get_submodule(entry.path), self.source.rule
         if len(entry.spec.shape) == 1:
@@ -293,18 +293,18 @@ class MergedWeights:
             return torch.float32 if isinstance(self.source.base.quant, FP32) else rule.storage
         return rule.compute
 
-    def _is_transposed(self, entry: Entry) -> bool:
+    def _is_transposed(self, entry: MergedTensor) -> bool:
         """Stored as (d_in, d_out)."""
         module = self.model.get_submodule(entry.path)
         return isinstance(module, Conv1D) and len(entry.spec.shape) == 2
 
-    def _held(self, entry: Entry) -> Iterator[Tensor]:
+    def _held(self, entry: MergedTensor) -> Iterator[Tensor]:
         """A tensor that was not quantised, in fp32 after the rounding that training gave it."""
         exact = self.base == "original"
         held = torch.float32 if exact else self._dtype_at_rest(entry)
         return (part.to(held).float() for part in self._stored(entry))
 
-    def _stored(self, entry: Entry) -> Iterator[Tensor]:
+    def _stored(self, entry: MergedTensor) -> Iterator[Tensor]:
         """The checkpoint's tensor, in pieces along its first dimension."""
         info = self.checkpoint.info(entry.stored)
         if not info.shape:
@@ -344,7 +344,7 @@ def possible_bases(source: MergeSource) -> tuple[BaseOfMerge, ...]:
     A checkpoint that was quantised before has no original weights; and a method that began before
     quantisation took something out of them, so it is right on its own base only.
     """
-    if Need.ORIGINAL_WEIGHTS in method_for(source.adapter).needs:
+    if Requirement.ORIGINAL_WEIGHTS in method_for(source.adapter).requires:
         return ("trained",)
     config = read_config(str(source.path), trust_remote_code=source.base.trust_remote_code)
     is_packed_base = stored_quant(config, source.base.quant) is not None
@@ -352,7 +352,7 @@ def possible_bases(source: MergeSource) -> tuple[BaseOfMerge, ...]:
 
 
 def _why_only_trained(source: MergeSource) -> str:
-    if Need.ORIGINAL_WEIGHTS in method_for(source.adapter).needs:
+    if Requirement.ORIGINAL_WEIGHTS in method_for(source.adapter).requires:
         return f"adapter={source.adapter.kind} with its settings changed the weights at its start"
     return f"the checkpoint {source.path} is quantised itself and has no original weights"
 

@@ -15,7 +15,13 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from qlora_lite.foundation.errors import RecipeError
-from qlora_lite.foundation.explain import broken_json, by_kind, explain, models_in, unknown
+from qlora_lite.foundation.validation_messages import (
+    broken_json,
+    by_kind,
+    explain,
+    models_in,
+    unknown,
+)
 
 Model = TypeVar("Model", bound=BaseModel)
 

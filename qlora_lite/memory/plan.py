@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_lite.foundation.errors import BudgetError
-from qlora_lite.foundation.units import format_bytes, format_count
+from qlora_lite.foundation.units import format_bytes
 from qlora_lite.memory import formulas
 from qlora_lite.memory.ledger import Ledger, RunShape, make_ledger, num_trained
 from qlora_lite.model.shape import ModelShape
@@ -21,7 +21,7 @@ CPU_MICRO_BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
-class WayDown:
+class MemorySaving:
     """A setting that needs less."""
 
     setting: str
@@ -41,9 +41,9 @@ class Plan:
     num_parameters: int
     num_trained: int
     flops_per_token: float
-    ways_down: tuple[WayDown, ...]
+    savings: tuple[MemorySaving, ...]
     """Mildest first; none where it fits."""
-    enough: tuple[str, ...]
+    sufficient_settings: tuple[str, ...]
     """Settings that together make it fit, none of them needlessly; none where nothing helps."""
 
     @property
@@ -87,8 +87,8 @@ def make_plan(model: ModelShape, run: RunShape, budget_bytes: int) -> Plan:
         num_parameters=model.num_parameters,
         num_trained=num_trained(model, run),
         flops_per_token=_flops_per_token(model, run),
-        ways_down=() if fits else _ways_down(model, run, ledger.peak_bytes),
-        enough=() if fits else _enough(model, run, budget_bytes),
+        savings=() if fits else _ways_down(model, run, ledger.peak_bytes),
+        sufficient_settings=() if fits else _sufficient_settings(model, run, budget_bytes),
     )
 
 
@@ -100,33 +100,14 @@ def require_fit(plan: Plan) -> None:
     """
     if plan.fits:
         return
-    ways = ", ".join(f"{w.setting} (-{format_bytes(w.saved_bytes)})" for w in plan.ways_down)
-    together = " ".join(plan.enough)
+    ways = ", ".join(f"{w.setting} (-{format_bytes(w.saved_bytes)})" for w in plan.savings)
+    together = " ".join(plan.sufficient_settings)
     help_text = f"These together fit: {together}" if together else "Even all of them do not fit"
     help_text += ". Otherwise take a larger budget=..."
     raise BudgetError(
         f"{format_bytes(plan.peak_bytes)} needed, {format_bytes(plan.budget_bytes)} allowed. "
         f"Cheapest ways down: {ways or 'none'}. {help_text}"
     )
-
-
-def describe(plan: Plan) -> str:
-    """The plan as plain text, one line a term."""
-    width = max(len(name) for name, _, _ in plan.rows())
-    lines = [
-        f"{name:<{width}}  {format_bytes(num_bytes):>9}  {formula}"
-        for name, num_bytes, formula in plan.rows()
-    ]
-    lines += [
-        f"{'peak':<{width}}  {format_bytes(plan.peak_bytes):>9}  {plan.verdict}",
-        f"{format_count(plan.num_trained)} of {format_count(plan.num_parameters)} parameters "
-        f"trained, {plan.micro_batch_tokens:,} tokens at a time, "
-        f"{format_count(plan.flops_per_token)}FLOP a token",
-    ]
-    lines += [f"{w.setting}: -{format_bytes(w.saved_bytes)}" for w in plan.ways_down]
-    if plan.enough:
-        lines.append(f"fits with {' '.join(plan.enough)}")
-    return "\n".join(lines)
 
 
 def _choose_rows(model: ModelShape, run: RunShape, budget_bytes: int) -> int:
@@ -166,17 +147,17 @@ class _Change:
     run: Callable[[RunShape], RunShape]
 
 
-def _ways_down(model: ModelShape, run: RunShape, peak_bytes: int) -> tuple[WayDown, ...]:
+def _ways_down(model: ModelShape, run: RunShape, peak_bytes: int) -> tuple[MemorySaving, ...]:
     """Every setting that saves something, taken alone, at its first value."""
-    ways: dict[str, WayDown] = {}
+    ways: dict[str, MemorySaving] = {}
     for change in _changes(run):
         saved = peak_bytes - _smallest_peak(model, change.run(run))
         if saved > 0:
-            ways.setdefault(change.field, WayDown(f"{change.field}={change.value}", saved))
+            ways.setdefault(change.field, MemorySaving(f"{change.field}={change.value}", saved))
     return tuple(ways.values())
 
 
-def _enough(model: ModelShape, run: RunShape, budget_bytes: int) -> tuple[str, ...]:
+def _sufficient_settings(model: ModelShape, run: RunShape, budget_bytes: int) -> tuple[str, ...]:
     """As many settings, mildest first, as it takes to fit, and none that could be left out."""
     taken: dict[str, _Change] = {}
     for change in _changes(run):

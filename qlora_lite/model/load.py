@@ -28,10 +28,10 @@ from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.foundation.settings import Settings
 from qlora_lite.model.config import hub_error, read_config, unreachable
-from qlora_lite.model.freeze import Split, StoredWeight, copy_weight, freeze
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear, Scratch, Source
 from qlora_lite.model.prequantised import COMPANION, is_packed, read_packed, stored_quant
 from qlora_lite.model.quant import BF16, FP32, NF4, Int8, Quant
+from qlora_lite.model.quantise import Split, StoredWeight, copy_weight, quantise
 from qlora_lite.model.shape import is_linear
 from qlora_lite.shards.names import match
 from qlora_lite.shards.reader import Checkpoint
@@ -288,12 +288,12 @@ class _Loading:
         source = StoredWeight(self.checkpoint, name, transposed=isinstance(module, Conv1D))
         if module is not self.head:
             hook = None if self.split is None else self.split(path)
-            return freeze(source, self.base.quant, self.rule, bias, hook, self.scratch)
+            return quantise(source, self.base.quant, self.rule, bias, hook, self.scratch)
         if self.base.head == "16bit":
             weight = copy_weight(source, self.storage, self.rule.device)
             return self._plain_head(weight, bias, source)
         quant = Int8() if self.base.head == "int8" else NF4()
-        return freeze(source, quant, self.rule, bias, scratch=self.scratch)
+        return quantise(source, quant, self.rule, bias, scratch=self.scratch)
 
     def _plain_head(self, weight: Tensor, bias: Tensor | None, source: Source) -> FrozenLinear:
         quant = FP32() if self.storage == torch.float32 else BF16()

@@ -29,12 +29,6 @@ class FourBit(Settings):
     block_size: BlockSize = 64
     """Weights that share one scale."""
 
-    def bits_per_weight(self, d_in: int | None = None) -> float:
-        """Codes and scales; the same for every `d_in`."""
-        if self.double_quant:
-            return 4 + 8 / self.block_size + 32 / (self.block_size * NESTED_BLOCK_SIZE)
-        return 4 + 32 / self.block_size
-
 
 class NF4(FourBit):
     """4-bit normal float: its 16 values are quantiles of a normal distribution."""
@@ -53,29 +47,17 @@ class Int8(Settings):
 
     kind: Literal["int8"] = "int8"
 
-    def bits_per_weight(self, d_in: int) -> float:
-        """8, and 32 for each row of `d_in` weights."""
-        return 8 + 32 / d_in
-
 
 class BF16(Settings):
     """Unquantised, in bfloat16."""
 
     kind: Literal["bf16"] = "bf16"
 
-    def bits_per_weight(self, d_in: int | None = None) -> float:
-        """16."""
-        return 16.0
-
 
 class FP32(Settings):
     """Unquantised, in float32; embedding and head too."""
 
     kind: Literal["fp32"] = "fp32"
-
-    def bits_per_weight(self, d_in: int | None = None) -> float:
-        """32."""
-        return 32.0
 
 
 Quant = Annotated[NF4 | FP4 | Int8 | BF16 | FP32, Field(discriminator="kind")]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from qlora_lite.adapters.state import save_at_rank
+from qlora_lite.adapters.files import save_at_rank
 from qlora_lite.foundation.errors import RunError
 from qlora_lite.foundation.files import complete_directory
 from qlora_lite.run.loading import load_run

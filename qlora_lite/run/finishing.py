@@ -6,10 +6,10 @@ The adapter's directory comes last and appears whole: it is what makes a run fin
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_lite.adapters.attach import Attached
-from qlora_lite.adapters.state import save_adapter
+from qlora_lite.adapters.attach import AttachedAdapter
+from qlora_lite.adapters.files import save_adapter
 from qlora_lite.data.examples import Example
-from qlora_lite.data.load import Prepared
+from qlora_lite.data.load import PreparedData
 from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.evaluation.generation import answer
 from qlora_lite.foundation.device import NAMES
@@ -18,10 +18,10 @@ from qlora_lite.foundation.units import format_seconds
 from qlora_lite.memory.measure import peak_bytes
 from qlora_lite.memory.plan import Plan
 from qlora_lite.recipe import Recipe
-from qlora_lite.report import Report, Sample
-from qlora_lite.report import write as write_report
+from qlora_lite.report.page import Report, Sample
+from qlora_lite.report.page import write as write_report
 from qlora_lite.run.folder import RunFolder, git_revision
-from qlora_lite.run.loading import Loaded
+from qlora_lite.run.loading import LoadedModel
 from qlora_lite.training import metrics
 from qlora_lite.training.loop import Progress
 
@@ -29,14 +29,14 @@ SAMPLE_TOKENS = 48
 
 
 @dataclass(frozen=True)
-class Finish:
+class FinishedTraining:
     """Everything that is known when the last step is done."""
 
     recipe: Recipe
     folder: RunFolder
-    loaded: Loaded
-    attached: Attached
-    data: Prepared
+    loaded: LoadedModel
+    attached: AttachedAdapter
+    data: PreparedData
     plan: Plan
     progress: Progress
     keeps_best: bool
@@ -49,7 +49,7 @@ class Finish:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """What a run came to."""
 
     scores: dict[str, float]
@@ -58,13 +58,13 @@ class Outcome:
     peak_bytes: int
 
 
-def finish(end: Finish) -> Outcome:
+def finish(end: FinishedTraining) -> RunOutcome:
     """Write `report.html`, then `adapter/`."""
     end.attached.train(False)
     peak = peak_bytes(end.loaded.causal.device)
     shown = list(end.data.heldout)[: end.recipe.evaluation.samples]
     samples = tuple(_sample(end, example) for example in shown)
-    outcome = Outcome(_scores(end), samples, peak)
+    outcome = RunOutcome(_scores(end), samples, peak)
     write_report(end.folder.report, _report(end, outcome))
     with complete_directory(end.folder.adapter) as aside:
         save_adapter(
@@ -77,7 +77,7 @@ def finish(end: Finish) -> Outcome:
     return outcome
 
 
-def _scores(end: Finish) -> dict[str, float]:
+def _scores(end: FinishedTraining) -> dict[str, float]:
     """The loss at the start, as a rule the bare base's, and the kept adapter's."""
     progress = end.progress
     kept = progress.best_loss if end.keeps_best else progress.last_loss
@@ -86,7 +86,7 @@ def _scores(end: Finish) -> dict[str, float]:
     return {"loss_before": progress.first_loss, "loss": kept}
 
 
-def _sample(end: Finish, example: Example) -> Sample:
+def _sample(end: FinishedTraining, example: Example) -> Sample:
     """The answer of the bare base and of the adapted model to one held-out prompt."""
     model, tokenizer = end.loaded.base.model, end.loaded.tokenizer
     ids, mask = example.ids.tolist(), example.loss_mask.tolist()
@@ -102,7 +102,7 @@ def _sample(end: Finish, example: Example) -> Sample:
     def text(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
-    if end.attached.keeps_base:
+    if end.attached.is_base_unchanged:
         with end.attached.disabled():
             before = say()
     else:
@@ -110,11 +110,11 @@ def _sample(end: Finish, example: Example) -> Sample:
     return Sample(text(ids[:first]), before, say(), text(ids[first:stop]))
 
 
-def _sidecar(end: Finish, outcome: Outcome) -> dict[str, Any]:
+def _sidecar(end: FinishedTraining, outcome: RunOutcome) -> dict[str, Any]:
     """What the PEFT format does not record."""
     base = end.loaded.base
     return {
-        "recipe": end.recipe.as_values(),
+        "recipe": end.recipe.to_dict(),
         "adapter": end.recipe.adapter.model_dump(mode="json"),
         "base": {
             "model": end.recipe.base.model,
@@ -138,7 +138,7 @@ def _sidecar(end: Finish, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _report(end: Finish, outcome: Outcome) -> Report:
+def _report(end: FinishedTraining, outcome: RunOutcome) -> Report:
     record = end.folder.read_record()
     kept = "best" if end.keeps_best else "last"
     facts = {
@@ -154,7 +154,7 @@ def _report(end: Finish, outcome: Outcome) -> Report:
     terms = [(name, num_bytes, None) for name, num_bytes, _ in end.plan.rows()]
     return Report(
         title=end.folder.path.name,
-        recipe=end.recipe.as_values(),
+        recipe=end.recipe.to_dict(),
         metrics=metrics.read(end.folder.metrics),
         facts=facts,
         memory=[("peak", end.plan.ledger.measured_bytes, outcome.peak_bytes), *terms],

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from qlora_lite.adapters.state import SIDECAR
+from qlora_lite.adapters.files import SIDECAR
 from qlora_lite.foundation.errors import RecipeError, RunError
 from qlora_lite.foundation.files import make_folder, read_object, write_json
 from qlora_lite.foundation.overrides import check
@@ -224,7 +224,7 @@ class RunFolder:
         """
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         record = {
-            "recipe": recipe.as_values(),
+            "recipe": recipe.to_dict(),
             "fingerprints": fingerprints,
             "versions": versions | {"python": platform.python_version()},
             "threads": torch.get_num_threads(),
@@ -248,7 +248,7 @@ class RunFolder:
                     "the run began under other conditions, so it will not be bit-equal to an "
                     "uninterrupted one: " + "; ".join(changed)
                 )
-            record = old | {"recipe": recipe.as_values()}
+            record = old | {"recipe": recipe.to_dict()}
         write_json(self.recipe, record)
         return warnings
 
@@ -276,8 +276,8 @@ def _changes(recorded: dict[str, Any], recipe: Recipe) -> list[str]:
     """Differences that would change a result. A setting that is newer than the record had its
     default then."""
     with contextlib.suppress(RecipeError):  # a record of another version is compared as it is
-        recorded = check(Recipe, recorded).as_values()
-    changed = differences(recorded, recipe.as_values())
+        recorded = check(Recipe, recorded).to_dict()
+    changed = differences(recorded, recipe.to_dict())
     return [line for line in changed if not _is_free(line.partition(":")[0])]
 
 

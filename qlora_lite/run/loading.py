@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qlora_lite.adapters.attach import Attached, attach, choose, match_modules
-from qlora_lite.adapters.catalogue import method_for
+from qlora_lite.adapters.attach import AttachedAdapter, attach, choose, match_modules
+from qlora_lite.adapters.files import read_native
 from qlora_lite.adapters.method import Method
-from qlora_lite.adapters.start import Starts, require_original
-from qlora_lite.adapters.state import read_native
+from qlora_lite.adapters.split_state import SplitState, require_original
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.foundation.watch import Watcher
+from qlora_lite.methods.catalogue import method_for
 from qlora_lite.model.causal import CausalModel
 from qlora_lite.model.config import read_config
 from qlora_lite.model.load import Base, LoadedBase, load_base, load_tokenizer
@@ -23,17 +23,18 @@ from qlora_lite.model.prequantised import own_quant
 from qlora_lite.model.quant import BF16, FP32, Quant
 from qlora_lite.model.shape import model_shape
 from qlora_lite.model.targets import linear_specs, specs_of_shape
-from qlora_lite.recipe import Recipe, load_recipe
+from qlora_lite.recipe import Recipe
+from qlora_lite.recipe_files import load_recipe
 from qlora_lite.run.folder import RunFolder
 
 
 @dataclass
-class Loaded:
+class LoadedModel:
     """A model that can speak and be scored."""
 
     base: LoadedBase
     tokenizer: PreTrainedTokenizerBase
-    attached: Attached | None
+    attached: AttachedAdapter | None
     """The adapter, for a run; None for a plain model."""
     recipe: Recipe | None
 
@@ -47,7 +48,9 @@ class Loaded:
         return self.base.model
 
 
-def load_run(run: str | Path, device: str | None = None, watcher: Watcher | None = None) -> Loaded:
+def load_run(
+    run: str | Path, device: str | None = None, watcher: Watcher | None = None
+) -> LoadedModel:
     """A finished run: its base as it was in training, with the adapter attached.
 
     Raises:
@@ -72,7 +75,7 @@ def load_for_training(
     device: str | None = None,
     watcher: Watcher | None = None,
     saved: Mapping[str, Tensor] | None = None,
-) -> Loaded:
+) -> LoadedModel:
     """A recipe's base with its adapter at the start.
 
     Args:
@@ -93,10 +96,10 @@ def load_for_training(
         starts,
     )
     attached.train(False)
-    return Loaded(base, tokenizer, attached, recipe)
+    return LoadedModel(base, tokenizer, attached, recipe)
 
 
-def _starts(recipe: Recipe, method: Method, saved: Mapping[str, Tensor] | None) -> Starts:
+def _starts(recipe: Recipe, method: Method, saved: Mapping[str, Tensor] | None) -> SplitState:
     """The layers that will be adapted, planned before the first weight is read."""
     base = recipe.base
     config = read_config(base.model, base.revision, base.trust_remote_code)
@@ -104,12 +107,12 @@ def _starts(recipe: Recipe, method: Method, saved: Mapping[str, Tensor] | None) 
     shape = model_shape(config, base.trust_remote_code)
     modules = [parameter.module for parameter in shape.parameters]
     whole = match_modules(modules, recipe.adapter.train_modules)
-    return Starts(method, choose(specs_of_shape(shape), method, whole), recipe.seed, saved)
+    return SplitState(method, choose(specs_of_shape(shape), method, whole), recipe.seed, saved)
 
 
 def load_model(
     model: str, quant: Quant | None = None, device: str = "auto", watcher: Watcher | None = None
-) -> Loaded:
+) -> LoadedModel:
     """Any model directory or hub id, frozen; as it is stored unless `quant` is given.
 
     A checkpoint quantised by bitsandbytes stays so, one in fp32 is held in fp32, any other in bf16.
@@ -118,10 +121,10 @@ def load_model(
     base = Base(model=model, quant=quant or _own_precision(model))
     tokenizer = load_tokenizer(base)
     loaded = load_base(base, rule, progress=(watcher or Watcher()).loading)
-    return Loaded(loaded, tokenizer, None, None)
+    return LoadedModel(loaded, tokenizer, None, None)
 
 
-def load(target: str | Path, device: str = "auto", watcher: Watcher | None = None) -> Loaded:
+def load(target: str | Path, device: str = "auto", watcher: Watcher | None = None) -> LoadedModel:
     """A run if it is one, any other model otherwise.
 
     Raises:

@@ -16,8 +16,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qlora_lite import report as reports
-from qlora_lite.adapters.state import read_native
+from qlora_lite.adapters.files import read_native
 from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.export.card import Card, licence_of, render
 from qlora_lite.export.directory import has_all_weights, require_free, unfinished, write_companions
@@ -30,10 +29,12 @@ from qlora_lite.foundation.files import write_text
 from qlora_lite.foundation.units import parse_bytes
 from qlora_lite.foundation.watch import Watcher
 from qlora_lite.model.load import load_tokenizer
-from qlora_lite.recipe import Recipe, load_recipe
-from qlora_lite.report import MergeRow, Report
+from qlora_lite.recipe import Recipe
+from qlora_lite.recipe_files import load_recipe
+from qlora_lite.report import page as reports
+from qlora_lite.report.page import MergeRow, Report
 from qlora_lite.run.folder import RunFolder
-from qlora_lite.run.proving import Proof
+from qlora_lite.run.merge_check import MergeCheck
 from qlora_lite.training import metrics
 
 PLACES = ("model", "train", "heldout", "start", "output")
@@ -111,13 +112,13 @@ def merge(
     return _result(out, weights, proof)
 
 
-def _begin(folder: RunFolder, device: str | None, watcher: Watcher) -> Proof:
+def _begin(folder: RunFolder, device: str | None, watcher: Watcher) -> MergeCheck:
     """What a merge needs of a run, checked before anything large is loaded."""
     folder.read_record()
     recipe = load_recipe(folder.recipe)
     rule = devices.choose(device or recipe.device, recipe.base.compute)
     source = merge_source(folder, recipe, rule)
-    return Proof(folder, recipe, source, rule, load_tokenizer(recipe.base), watcher)
+    return MergeCheck(folder, recipe, source, rule, load_tokenizer(recipe.base), watcher)
 
 
 def merge_source(folder: RunFolder, recipe: Recipe, rule: DeviceRule) -> MergeSource:
@@ -145,7 +146,7 @@ def merge_source(folder: RunFolder, recipe: Recipe, rule: DeviceRule) -> MergeSo
 
 
 def _weights(
-    proof: Proof, base: Literal["auto", "trained", "original"], dtype: str | None
+    proof: MergeCheck, base: Literal["auto", "trained", "original"], dtype: str | None
 ) -> MergedWeights:
     """The weights to write: on the base that was named, or on the better one."""
     wanted = None if dtype is None else devices.DTYPES[dtype]
@@ -185,14 +186,14 @@ def _end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(dict.fromkeys([ChatTemplate(tokenizer).end_of_turn_id, tokenizer.eos_token_id]))
 
 
-def _report(proof: Proof) -> Report:
+def _report(proof: MergeCheck) -> Report:
     """The run's report, or what is left of it without its page, with the table of this merge."""
     folder = proof.folder
     if folder.report.is_file():
         report = reports.read(folder.report)
     else:
         events = metrics.read(folder.metrics)
-        report = Report(folder.path.name, proof.recipe.as_values(), events, {}, (), ())
+        report = Report(folder.path.name, proof.recipe.to_dict(), events, {}, (), ())
     return dataclasses.replace(report, merges=tuple(proof.table))
 
 
@@ -203,7 +204,7 @@ def _command(run: str | Path, out: Path, base: str, dtype: str | None) -> str:
     return shlex.join(["qlora-lite", "merge", *places, "--base", base, *given])
 
 
-def _card(proof: Proof, out: Path, report: Report, command: str) -> Card:
+def _card(proof: MergeCheck, out: Path, report: Report, command: str) -> Card:
     model = proof.source.base.model
     is_local = Path(model).is_dir()
     return Card(
@@ -238,7 +239,7 @@ def _without_folder(path: str | Path) -> str:
     return Path(path).name if Path(path).is_absolute() else str(path)
 
 
-def _result(out: Path, weights: MergedWeights, proof: Proof) -> MergeResult:
+def _result(out: Path, weights: MergedWeights, proof: MergeCheck) -> MergeResult:
     return MergeResult(
         out=out,
         base=weights.base,

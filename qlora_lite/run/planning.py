@@ -5,10 +5,9 @@ from pathlib import Path
 from transformers.configuration_utils import PretrainedConfig
 
 from qlora_lite.adapters.attach import choose, match_modules
-from qlora_lite.adapters.begin import require_adapter
-from qlora_lite.adapters.catalogue import method_for
-from qlora_lite.adapters.method import Need
+from qlora_lite.adapters.method import Requirement
 from qlora_lite.adapters.ranks import beyond_the_last, last_block
+from qlora_lite.adapters.warm_start import require_adapter
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import BudgetError, RecipeError
@@ -17,6 +16,7 @@ from qlora_lite.memory.known import known_config
 from qlora_lite.memory.ledger import RunShape
 from qlora_lite.memory.measure import available_bytes
 from qlora_lite.memory.plan import Plan, make_plan
+from qlora_lite.methods.catalogue import method_for
 from qlora_lite.model.config import read_config
 from qlora_lite.model.quant import BF16, FP32, NF4, FourBit
 from qlora_lite.model.shape import ModelShape, model_shape
@@ -40,8 +40,8 @@ def plan_recipe(recipe: Recipe, rule: DeviceRule | None = None) -> Plan:
 
 
 def _require_what_the_method_needs(recipe: Recipe) -> None:
-    needs, quant = method_for(recipe.adapter).needs, recipe.base.quant
-    if Need.QUANTISATION_ERROR in needs and isinstance(quant, BF16 | FP32):
+    requires, quant = method_for(recipe.adapter).requires, recipe.base.quant
+    if Requirement.QUANTISATION_ERROR in requires and isinstance(quant, BF16 | FP32):
         raise RecipeError(
             f"adapter={recipe.adapter.kind} starts at the quantisation error, and with "
             f"base.quant={quant.kind} there is none. Take base.quant=nf4, fp4 or int8, or "
@@ -78,7 +78,7 @@ def check_settings(recipe: Recipe) -> list[str]:
     if recipe.adapter.start:
         require_adapter(Path(recipe.adapter.start))
     notes = [*_check_context(recipe), *_check_ranks(recipe)]
-    if Need.ORIGINAL_WEIGHTS in method_for(recipe.adapter).needs:
+    if Requirement.ORIGINAL_WEIGHTS in method_for(recipe.adapter).requires:
         notes.append(
             f"adapter={recipe.adapter.kind} with these settings changes the base's own weights: it "
             "leaves as merged weights (qlora-lite merge), not as a PEFT adapter"
@@ -148,7 +148,7 @@ def run_shape(recipe: Recipe, model: ModelShape, rule: DeviceRule) -> RunShape:
         adapters={spec.path: method.footprint(spec) for spec in planned},
         rank=adapter.rank,
         logit_copies=method.logit_copies,
-        has_teacher=Need.TEACHER_OUTPUT in method.needs,
+        has_teacher=Requirement.TEACHER_OUTPUT in method.requires,
         max_tokens=recipe.data.max_tokens,
         tokens_per_step=optim.tokens_per_step,
         head=recipe.base.head,

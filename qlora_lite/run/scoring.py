@@ -17,7 +17,7 @@ from qlora_lite.foundation.overrides import check, overlay
 from qlora_lite.foundation.settings import Settings
 from qlora_lite.foundation.watch import Watcher
 from qlora_lite.run.folder import RunFolder
-from qlora_lite.run.loading import Loaded, load
+from qlora_lite.run.loading import LoadedModel, load
 from qlora_lite.run.training import held_out_batches
 
 
@@ -91,7 +91,7 @@ def _check_rows_are_known(
 
 def _score(
     target: str,
-    loaded: Loaded,
+    loaded: LoadedModel,
     data: str | None,
     assignments: Sequence[str],
     watcher: Watcher,
@@ -103,14 +103,14 @@ def _score(
     if loaded.attached is None:
         return [ScoreRow(target, "model", score(loaded.causal, batches))]
     adapter = ScoreRow(target, "adapter", score(loaded.causal, batches))
-    if not loaded.attached.keeps_base:
+    if not loaded.attached.is_base_unchanged:
         return [adapter]
     with loaded.attached.disabled():
         bare = ScoreRow(target, "bare base", score(loaded.causal, batches))
     return [bare, adapter]
 
 
-def _held_out(target: str, loaded: Loaded, watcher: Watcher) -> Iterator[Batch]:
+def _held_out(target: str, loaded: LoadedModel, watcher: Watcher) -> Iterator[Batch]:
     """The rows that the run did not train on."""
     assert loaded.recipe is not None
     prepared = load_data(loaded.recipe.data, loaded.tokenizer, loaded.recipe.seed)
@@ -124,7 +124,7 @@ def _held_out(target: str, loaded: Loaded, watcher: Watcher) -> Iterator[Batch]:
     return held_out_batches(loaded.recipe, prepared)
 
 
-def _of_file(loaded: Loaded, file: str, assignments: Sequence[str]) -> Iterator[Batch]:
+def _of_file(loaded: LoadedModel, file: str, assignments: Sequence[str]) -> Iterator[Batch]:
     """Every row of a file, read as the run reads its own, with what `assignments` change."""
     values: dict[str, Any] = {"max_tokens": _context(loaded)}
     if loaded.recipe is not None:
@@ -141,7 +141,7 @@ def _of_file(loaded: Loaded, file: str, assignments: Sequence[str]) -> Iterator[
     )
 
 
-def _context(loaded: Loaded) -> int:
+def _context(loaded: LoadedModel) -> int:
     """The default length of a row, and no longer than the model can read."""
     longest: int = Data.model_fields["max_tokens"].default
     config = loaded.base.config.get_text_config()

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from qlora_lite.adapters.begin import begin_from, describe_start, saved_start
+from qlora_lite.adapters.warm_start import describe_warm_start, saved_state, warm_start
 from qlora_lite.data.batches import Batch, Batches, in_order
 from qlora_lite.data.coloured import bracketed
-from qlora_lite.data.load import Prepared, load_data
+from qlora_lite.data.load import PreparedData, load_data
 from qlora_lite.data.preview import preview_row
 from qlora_lite.evaluation.perplexity import score
 from qlora_lite.foundation import device as devices
@@ -31,15 +31,15 @@ from qlora_lite.model.checkpointing import enable_checkpointing
 from qlora_lite.model.config import read_config
 from qlora_lite.model.load import load_tokenizer
 from qlora_lite.recipe import Recipe
-from qlora_lite.report import Sample
-from qlora_lite.run.finishing import Finish, finish
+from qlora_lite.report.page import Sample
+from qlora_lite.run.finishing import FinishedTraining, finish
 from qlora_lite.run.folder import RunFolder
-from qlora_lite.run.loading import Loaded, load_for_training
+from qlora_lite.run.loading import LoadedModel, load_for_training
 from qlora_lite.run.planning import NO_BUDGET, check_settings, plan_recipe
 from qlora_lite.training import checkpoint
 from qlora_lite.training.engine import TorchEngine
-from qlora_lite.training.interruption import Request, listening
-from qlora_lite.training.loop import Job, restore_best, train
+from qlora_lite.training.interruption import StopRequest, stop_on_signals
+from qlora_lite.training.loop import TrainingJob, restore_best, train
 from qlora_lite.training.optimizer import AdamW
 
 ROWS_SHOWN = 3
@@ -78,7 +78,7 @@ def run_recipe(
     folder.claim(recipe, extend)
     _require_trackers(recipe.tracking)
     folder.make()
-    with lock(folder.path), listening() as request:
+    with lock(folder.path), stop_on_signals() as request:
         folder.claim(recipe, extend)
         folder.forget_failed_start(recipe)
         if folder.is_finished(recipe):
@@ -86,7 +86,7 @@ def run_recipe(
         return _train(recipe, folder, watcher, request)
 
 
-def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, request: Request) -> RunResult:
+def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, request: StopRequest) -> RunResult:
     rule = devices.choose(recipe.device, recipe.base.compute)
     watcher.note(rule.line)
     give_back_freed_memory()
@@ -101,12 +101,12 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, request: Request
     micro_batch_tokens = recipe.optim.micro_batch_tokens or plan.micro_batch_tokens
     batches = training_batches(recipe, data, micro_batch_tokens)
     folder.require_longer(batches.steps)
-    request.leave_if_asked("before anything was trained")
+    request.raise_if_requested("before anything was trained")
 
     try:
         resume_from = [checkpoint.load_newest(folder.checkpoints, watcher.note)]
         loaded = load_for_training(recipe, watcher=watcher, saved=_saved(recipe, resume_from[0]))
-        request.leave_if_asked("before anything was trained")
+        request.raise_if_requested("before anything was trained")
         job = _job(recipe, folder, loaded, data, batches, rule, watcher, request)
         job.resume_from = resume_from.pop()  # the job lets go of it, and nobody else holds it
         fingerprints = {"data": data.fingerprint, "base": loaded.base.checkpoint.fingerprint}
@@ -122,7 +122,9 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, request: Request
     if job.keeps_best:
         restore_best(job)
     assert loaded.attached is not None
-    end = Finish(recipe, folder, loaded, loaded.attached, data, plan, progress, job.keeps_best)
+    end = FinishedTraining(
+        recipe, folder, loaded, loaded.attached, data, plan, progress, job.keeps_best
+    )
     outcome = finish(end)
     return RunResult(
         folder.path,
@@ -142,7 +144,7 @@ def _saved(
     if resume_from is not None:
         return resume_from.adapter
     start = recipe.adapter.start
-    return None if start is None else saved_start(Path(start), recipe.adapter)
+    return None if start is None else saved_state(Path(start), recipe.adapter)
 
 
 def _finished(folder: RunFolder) -> RunResult:
@@ -161,20 +163,20 @@ def _finished(folder: RunFolder) -> RunResult:
 def _job(
     recipe: Recipe,
     folder: RunFolder,
-    loaded: Loaded,
-    data: Prepared,
+    loaded: LoadedModel,
+    data: PreparedData,
     batches: Batches,
     rule: DeviceRule,
     watcher: Watcher,
-    request: Request,
-) -> Job:
+    request: StopRequest,
+) -> TrainingJob:
     """The model with its adapter, ready for the first step."""
     assert loaded.attached is not None
     if recipe.adapter.start and not checkpoint.all_checkpoints(folder.checkpoints):
         start = Path(recipe.adapter.start)
-        for note in describe_start(start, recipe.adapter, recipe.base.model):
+        for note in describe_warm_start(start, recipe.adapter, recipe.base.model):
             watcher.note(note)
-        begin_from(loaded.attached, start)
+        warm_start(loaded.attached, start)
     if recipe.optim.checkpointing:
         enable_checkpointing(loaded.base.model)
     loaded.attached.train()
@@ -200,7 +202,7 @@ def _job(
         shown = [preview_row(e, data.train_source, loaded.tokenizer) for e in found]
         return "\n".join(f"{row.where}: {bracketed(row.pieces)}" for row in shown)
 
-    return Job(
+    return TrainingJob(
         model=model,
         attached=attached,
         engine=TorchEngine(optimizer, rule.compute),
@@ -218,7 +220,7 @@ def _job(
     )
 
 
-def training_batches(recipe: Recipe, data: Prepared, micro_batch_tokens: int) -> Batches:
+def training_batches(recipe: Recipe, data: PreparedData, micro_batch_tokens: int) -> Batches:
     """The steps of a recipe over its data."""
     return Batches(
         data.train,
@@ -233,7 +235,7 @@ def training_batches(recipe: Recipe, data: Prepared, micro_batch_tokens: int) ->
     )
 
 
-def held_out_batches(recipe: Recipe, data: Prepared) -> Iterator[Batch]:
+def held_out_batches(recipe: Recipe, data: PreparedData) -> Iterator[Batch]:
     """Every held-out row once."""
     return in_order(
         data.heldout,
@@ -267,7 +269,7 @@ def with_micro_batch(recipe: Recipe, tokens: int | None) -> Recipe:
     return recipe.model_copy(update={"optim": optim})
 
 
-def require_known_tokens(data: Prepared, recipe: Recipe) -> None:
+def require_known_tokens(data: PreparedData, recipe: Recipe) -> None:
     """Every token of the rows must be one that the base has.
 
     Raises:
@@ -303,7 +305,7 @@ def _require_trackers(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def _tracked(job: Job, recipe: Recipe) -> Iterator[None]:
+def _tracked(job: TrainingJob, recipe: Recipe) -> Iterator[None]:
     """Trackers that were asked for, through accelerate; by default there is none."""
     if not recipe.tracking:
         yield
@@ -322,7 +324,7 @@ def _tracked(job: Job, recipe: Recipe) -> Iterator[None]:
 def _out_of_memory(recipe: Recipe, rule: DeviceRule, plan: Plan) -> str:
     """What was planned, and which single setting saves how much."""
     tight = plan_recipe(recipe.but("budget=1B"), rule)
-    ways = ", ".join(f"{way.setting} (-{format_bytes(way.saved_bytes)})" for way in tight.ways_down)
+    ways = ", ".join(f"{way.setting} (-{format_bytes(way.saved_bytes)})" for way in tight.savings)
     largest = max(plan.rows(), key=lambda row: row[1])
     return (
         f"the device is out of memory, although {format_bytes(plan.peak_bytes)} were planned, most "

@@ -1,8 +1,8 @@
 """Backward, step, and access to what is trained, under plain torch.
 
-Gradients are summed over micro-batches in fp32 whatever the parameters rest in: what a bf16 sum
-would round away adds up. A method reads and writes only through `Access`, which this class fulfils,
-so that it runs unchanged under another engine that keeps its values elsewhere.
+Gradients are summed over micro-batches in fp32, whatever dtype the parameters are stored in: a
+bf16 sum would round small terms away. Methods read and write only through `ParameterAccess`, which
+this class implements, so they run unchanged under another engine that keeps its values elsewhere.
 """
 
 import math
@@ -29,7 +29,7 @@ class TorchEngine:
         """Add the gradients of one micro-batch's share; after the last they are in true units."""
         self.scaler.scale(loss).backward()
         if last:
-            self.optimizer.take_gradients(self._sums)
+            self.optimizer.set_gradients(self._sums)
             if self.scaler.is_enabled():
                 self.scaler.unscale_(self.optimizer.inner)
 
@@ -38,7 +38,7 @@ class TorchEngine:
 
         With loss scaling an overflowed step moves nothing and is marked `skipped`.
         """
-        norm = nn.utils.clip_grad_norm_(self.optimizer.images, max_norm).item()
+        norm = nn.utils.clip_grad_norm_(self.optimizer.fp32_copies, max_norm).item()
         self.skipped = self.scaler.is_enabled() and not math.isfinite(norm)
         if not self.skipped:
             self.optimizer.step(step.lr, step.generator)
@@ -49,7 +49,7 @@ class TorchEngine:
     def zero_grad(self) -> None:
         """Forget this step's gradients."""
         self._sums.clear()
-        self.optimizer.drop_gradients()
+        self.optimizer.clear_gradients()
 
     def _collect(self, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
@@ -65,16 +65,18 @@ class TorchEngine:
 
     @torch.no_grad()
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        image = self.optimizer.image(parameter)
-        if image.shape == parameter.shape:  # under stochastic rounding there is none between steps
-            image.data.copy_(value)
+        fp32_copy = self.optimizer.fp32_copy(parameter)
+        if (
+            fp32_copy.shape == parameter.shape
+        ):  # under stochastic rounding there is none between steps
+            fp32_copy.data.copy_(value)
         parameter.data.copy_(value)
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        return self.optimizer.image(parameter).grad
+        return self.optimizer.fp32_copy(parameter).grad
 
     def set_gradient(self, parameter: nn.Parameter, value: Tensor) -> None:
-        self.optimizer.image(parameter).grad = value.float()
+        self.optimizer.fp32_copy(parameter).grad = value.float()
 
-    def forget(self, parameter: nn.Parameter, where: Tensor | None = None) -> None:
-        self.optimizer.forget(parameter, where)
+    def reset_optimizer_state(self, parameter: nn.Parameter, where: Tensor | None = None) -> None:
+        self.optimizer.reset_optimizer_state(parameter, where)

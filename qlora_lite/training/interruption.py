@@ -9,12 +9,12 @@ from types import FrameType
 from qlora_lite.foundation.errors import Interrupted
 
 
-class Request:
+class StopRequest:
     """Whether somebody asked the run to stop, and with which signal."""
 
     signal_name: str | None = None
 
-    def leave_if_asked(self, when: str) -> None:
+    def raise_if_requested(self, when: str) -> None:
         """Called where nothing would be lost.
 
         Raises:
@@ -25,9 +25,9 @@ class Request:
 
 
 @contextmanager
-def listening() -> Iterator[Request]:
+def stop_on_signals() -> Iterator[StopRequest]:
     """Turn the first SIGINT or SIGTERM into a request; a second one acts as it always did."""
-    request = Request()
+    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

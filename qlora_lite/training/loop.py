@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from pydantic import Field
 
-from qlora_lite.adapters.attach import Attached
+from qlora_lite.adapters.attach import AttachedAdapter
 from qlora_lite.adapters.method import StepInfo
 from qlora_lite.data.batches import Batch
 from qlora_lite.foundation.errors import TrainingError
@@ -27,7 +27,7 @@ from qlora_lite.model.causal import CausalModel
 from qlora_lite.shards.writer import save_tensors
 from qlora_lite.training import checkpoint
 from qlora_lite.training.engine import TorchEngine
-from qlora_lite.training.interruption import Request
+from qlora_lite.training.interruption import StopRequest
 from qlora_lite.training.metrics import MetricsLog
 from qlora_lite.training.optimizer import Optim
 from qlora_lite.training.schedule import lr_factor, warmup_steps
@@ -69,7 +69,7 @@ class Steps(Protocol):
 
     def step(self, number: int) -> list[Batch]: ...
 
-    def worst(self) -> Batch: ...
+    def largest_batch(self) -> Batch: ...
 
     def epoch(self, number: int) -> float: ...
 
@@ -93,11 +93,11 @@ class Progress:
 
 
 @dataclass
-class Job:
+class TrainingJob:
     """What a training run works with."""
 
     model: CausalModel
-    attached: Attached
+    attached: AttachedAdapter
     engine: TorchEngine
     batches: Steps
     optim: Optim
@@ -111,7 +111,7 @@ class Job:
     """Scores the held-out rows: at least `loss`."""
     show_rows: Callable[[Batch], str]
     """A batch's rows as text, for an error message."""
-    request: Request
+    request: StopRequest
     """Whether somebody asked the run to stop."""
     resume_from: checkpoint.TrainingState | None = None
     """The newest good checkpoint, where there is one; given up once it is in place."""
@@ -137,7 +137,7 @@ class Job:
         return self.directory / "checkpoints"
 
 
-def train(job: Job) -> Progress:
+def train(job: TrainingJob) -> Progress:
     """Go on from `resume_from`, or begin; return when the last step is saved.
 
     Raises:
@@ -147,7 +147,7 @@ def train(job: Job) -> Progress:
     progress = _resume(job)
     job.watcher.started(progress.step, job.total)
     if progress.step == 0:
-        _rehearse(job)
+        _memory_dry_run(job)
         if job.score:
             _evaluate(job, progress)
     while progress.step < job.total and not progress.stopped_early:
@@ -159,16 +159,16 @@ def train(job: Job) -> Progress:
         if done or is_asked or _is_due(progress.step, job.checkpoints.every, job.total):
             _save(job, progress)
         if not done:
-            job.request.leave_if_asked(f"after step {progress.step}, with its state saved")
+            job.request.raise_if_requested(f"after step {progress.step}, with its state saved")
     return progress
 
 
-def _one_step(job: Job, progress: Progress) -> None:
+def _one_step(job: TrainingJob, progress: Progress) -> None:
     began = time.perf_counter()
     number = progress.step
     method = job.attached.method
     torch.manual_seed(derive(job.seed, "step", number))
-    position, length = method.clock(number, job.total)
+    position, length = method.schedule_position(number, job.total)
     warmup = warmup_steps(job.optim.warmup, length)
     factor = lr_factor(position, length, warmup, job.optim.schedule, job.optim.lr_floor)
     lr = job.optim.lr * factor * method.lr_scale(number, job.total)
@@ -208,7 +208,7 @@ def _one_step(job: Job, progress: Progress) -> None:
     job.watcher.stepped(metrics)
 
 
-def _evaluate(job: Job, progress: Progress) -> None:
+def _evaluate(job: TrainingJob, progress: Progress) -> None:
     assert job.score is not None
     began = time.perf_counter()
     scores = {f"heldout_{name}": value for name, value in job.score().items()}
@@ -228,7 +228,7 @@ def _evaluate(job: Job, progress: Progress) -> None:
     job.watcher.evaluated(metrics)
 
 
-def _compare_with_best(job: Job, progress: Progress, loss: float) -> None:
+def _compare_with_best(job: TrainingJob, progress: Progress, loss: float) -> None:
     if progress.best_loss is None or loss < progress.best_loss:
         progress.best_loss, progress.best_step = loss, progress.step
         progress.scorings_since_best = 0
@@ -247,7 +247,7 @@ def _is_due(step: int, every: int | None, total: int) -> bool:
 # -- saving and resuming ---------------------------------------------------------------------------
 
 
-def _save(job: Job, progress: Progress) -> None:
+def _save(job: TrainingJob, progress: Progress) -> None:
     job.log.sync()
     state = checkpoint.TrainingState(
         adapter=job.attached.state(),
@@ -259,7 +259,7 @@ def _save(job: Job, progress: Progress) -> None:
     job.watcher.saved(progress.step)
 
 
-def _resume(job: Job) -> Progress:
+def _resume(job: TrainingJob) -> Progress:
     """The state to go on from, and the log up to it; or a beginning."""
     state, job.resume_from = job.resume_from, None
     if state is None:
@@ -277,12 +277,12 @@ def _resume(job: Job) -> Progress:
     return progress
 
 
-def _save_best(job: Job) -> None:
+def _save_best(job: TrainingJob) -> None:
     with complete_directory(job.checkpoint_directory / "best") as aside:
         save_tensors(job.attached.state(), aside / "adapter.safetensors")
 
 
-def restore_best(job: Job) -> None:
+def restore_best(job: TrainingJob) -> None:
     """The adapter of the best scoring, where early stopping kept it."""
     from safetensors.torch import load_file
 
@@ -293,15 +293,15 @@ def restore_best(job: Job) -> None:
 # -- reasons to stop at once -----------------------------------------------------------------------
 
 
-def _rehearse(job: Job) -> None:
+def _memory_dry_run(job: TrainingJob) -> None:
     """Forward and backward on the largest micro-batch: what does not fit fails now."""
-    batch = job.batches.worst()
+    batch = job.batches.largest_batch()
     loss = summed_loss(job.model, batch, job.attached).total / batch.num_targets
     job.engine.backward(loss, last=False)
     job.engine.zero_grad()
 
 
-def _check_loss(job: Job, number: int, loss: float, batch: Batch) -> None:
+def _check_loss(job: TrainingJob, number: int, loss: float, batch: Batch) -> None:
     if not math.isfinite(loss):
         raise TrainingError(
             f"step {number + 1}: the loss is {loss}. A finite one is needed; look at these rows, "
@@ -316,7 +316,7 @@ def _check_loss(job: Job, number: int, loss: float, batch: Batch) -> None:
         )
 
 
-def _not_finite(job: Job, step: int, loss: float) -> str:
+def _not_finite(job: TrainingJob, step: int, loss: float) -> str:
     """Of the held-out rows; before the first step the rate is not to blame."""
     if step:
         return (
@@ -330,7 +330,7 @@ def _not_finite(job: Job, step: int, loss: float) -> str:
     )
 
 
-def _check_gradient(job: Job, number: int, result: StepResult) -> None:
+def _check_gradient(job: TrainingJob, number: int, result: StepResult) -> None:
     if result.skipped:
         return
     if result.grad_norm == 0 or not math.isfinite(result.grad_norm):

@@ -97,9 +97,9 @@ class AdamW:
         self.is_paged = states == "paged_8bit"
         self.names = [name for group in groups for name in group.names]
         self.parameters = [p for group in groups for p in group.parameters]
-        self.images = [p if p.dtype is torch.float32 else _image(p) for p in self.parameters]
-        self._image_of = dict(zip(self.parameters, self.images, strict=True))
-        by_name = dict(zip(self.names, self.images, strict=True))
+        self.fp32_copies = [p if p.dtype is torch.float32 else _image(p) for p in self.parameters]
+        self._image_of = dict(zip(self.parameters, self.fp32_copies, strict=True))
+        by_name = dict(zip(self.names, self.fp32_copies, strict=True))
         self.lr_factors = [group.lr_factor for group in groups]
         self.inner = _adamw(states)(
             [
@@ -113,50 +113,50 @@ class AdamW:
             betas=betas,
             eps=eps,
         )
-        self.drop_gradients()
+        self.clear_gradients()
 
-    def take_gradients(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
+    def set_gradients(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
         """Hand the fp32 gradients of a step to the images that will be moved."""
-        for parameter, image in zip(self.parameters, self.images, strict=True):
-            if image is not parameter and self.rounding == "stochastic":
-                image.data = parameter.data.float()
-            image.grad = gradients.get(parameter)
+        for parameter, fp32_copy in zip(self.parameters, self.fp32_copies, strict=True):
+            if fp32_copy is not parameter and self.rounding == "stochastic":
+                fp32_copy.data = parameter.data.float()
+            fp32_copy.grad = gradients.get(parameter)
 
-    def drop_gradients(self) -> None:
+    def clear_gradients(self) -> None:
         """Forget them, and under stochastic rounding the images too."""
-        for parameter, image in zip(self.parameters, self.images, strict=True):
-            image.grad = None
-            if image is not parameter and self.rounding == "stochastic":
-                image.data = torch.empty(0, device=image.device)
+        for parameter, fp32_copy in zip(self.parameters, self.fp32_copies, strict=True):
+            fp32_copy.grad = None
+            if fp32_copy is not parameter and self.rounding == "stochastic":
+                fp32_copy.data = torch.empty(0, device=fp32_copy.device)
 
     def step(self, lr: float, generator: torch.Generator) -> None:
         """Move every parameter that has a gradient. `generator` draws the stochastic rounding."""
         for group, factor in zip(self.inner.param_groups, self.lr_factors, strict=True):
             group["lr"] = lr * factor
         self.inner.step()
-        for parameter, image in zip(self.parameters, self.images, strict=True):
-            if image is parameter or image.grad is None:
+        for parameter, fp32_copy in zip(self.parameters, self.fp32_copies, strict=True):
+            if fp32_copy is parameter or fp32_copy.grad is None:
                 continue
             if self.rounding == "stochastic":
-                parameter.data.copy_(round_stochastically(image.data, generator))
+                parameter.data.copy_(round_stochastically(fp32_copy.data, generator))
             else:
-                parameter.data.copy_(image.data)
+                parameter.data.copy_(fp32_copy.data)
 
-    def image(self, parameter: nn.Parameter) -> nn.Parameter:
+    def fp32_copy(self, parameter: nn.Parameter) -> nn.Parameter:
         """What the optimizer moves for this parameter: an fp32 image, or itself."""
         return self._image_of[parameter]
 
     def kept(self, parameter: nn.Parameter) -> nn.Parameter:
         """What remembers its value between steps: the master, or itself."""
-        return parameter if self.rounding == "stochastic" else self.image(parameter)
+        return parameter if self.rounding == "stochastic" else self.fp32_copy(parameter)
 
-    def forget(self, parameter: nn.Parameter, where: Tensor | None = None) -> None:
+    def reset_optimizer_state(self, parameter: nn.Parameter, where: Tensor | None = None) -> None:
         """Zero Adam's moments of a parameter, or of the part where a mask is true."""
-        image = self.image(parameter)
+        fp32_copy = self.fp32_copy(parameter)
         if where is None:
-            self.inner.state.pop(image, None)
+            self.inner.state.pop(fp32_copy, None)
             return
-        state = self.inner.state.get(image, {})
+        state = self.inner.state.get(fp32_copy, {})
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 zero = 0.0 if value.is_floating_point() else _code_of_zero(state, name)
@@ -165,28 +165,32 @@ class AdamW:
     def state_dict(self) -> dict[str, Any]:
         """Adam's state by parameter name, and the masters: flat, tensors and numbers only."""
         flat: dict[str, Any] = {}
-        for name, parameter, image in zip(self.names, self.parameters, self.images, strict=True):
-            if image is not parameter and self.rounding == "master":
-                flat[f"{name}:master"] = image.detach()
-            for key, value in self.inner.state.get(image, {}).items():
+        for name, parameter, fp32_copy in zip(
+            self.names, self.parameters, self.fp32_copies, strict=True
+        ):
+            if fp32_copy is not parameter and self.rounding == "master":
+                flat[f"{name}:master"] = fp32_copy.detach()
+            for key, value in self.inner.state.get(fp32_copy, {}).items():
                 flat[f"{name}:{key}"] = value
         return flat
 
     def load_state_dict(self, flat: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        by_name = dict(zip(self.names, zip(self.parameters, self.images, strict=True), strict=True))
+        by_name = dict(
+            zip(self.names, zip(self.parameters, self.fp32_copies, strict=True), strict=True)
+        )
         for key, value in flat.items():
             name, _, part = key.rpartition(":")
-            parameter, image = by_name[name]
+            parameter, fp32_copy = by_name[name]
             if part == "master":
-                image.data.copy_(value)
+                fp32_copy.data.copy_(value)
             else:
                 is_count = part == "step" and isinstance(value, Tensor)
                 place = torch.device("cpu") if is_count else parameter.device
                 stored = value.to(place) if isinstance(value, Tensor) else value
-                if self.is_paged and isinstance(stored, Tensor) and stored.shape == image.shape:
-                    stored = self.inner.get_state_buffer(image, stored.dtype).copy_(stored)  # type: ignore[attr-defined]
-                self.inner.state[image][part] = stored
+                if self.is_paged and isinstance(stored, Tensor) and stored.shape == fp32_copy.shape:
+                    stored = self.inner.get_state_buffer(fp32_copy, stored.dtype).copy_(stored)  # type: ignore[attr-defined]
+                self.inner.state[fp32_copy][part] = stored
 
 
 def round_stochastically(value: Tensor, generator: torch.Generator) -> Tensor:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_lite.adapters.attach import Attached
-from qlora_lite.adapters.method import Method, Need, OutputChunk, StepInfo
+from qlora_lite.adapters.attach import AttachedAdapter
+from qlora_lite.adapters.method import Method, OutputChunk, Requirement, StepInfo
 from qlora_lite.data.batches import Batch
 from qlora_lite.kernels.cross_entropy import linear_cross_entropy
 from qlora_lite.model.causal import CausalModel
@@ -38,7 +38,7 @@ class StepResult:
 def optimizer_step(
     model: CausalModel,
     batches: Sequence[Batch],
-    attached: Attached,
+    attached: AttachedAdapter,
     engine: TorchEngine,
     step: StepInfo,
     max_grad_norm: float,
@@ -96,12 +96,12 @@ class BatchLoss:
     """The method's part of it."""
 
 
-def summed_loss(model: CausalModel, batch: Batch, attached: Attached) -> BatchLoss:
+def summed_loss(model: CausalModel, batch: Batch, attached: AttachedAdapter) -> BatchLoss:
     """Forward through the model, then the loss a chunk of trained tokens at a time."""
     method = attached.method
     batch = batch.to(model.device)
     teacher: Tensor | None = None
-    if Need.TEACHER_OUTPUT in method.needs:
+    if Requirement.TEACHER_OUTPUT in method.requires:
         with torch.no_grad(), attached.disabled():
             teacher = model.hidden(batch.input_ids, batch.position_ids)
     added = 0.0

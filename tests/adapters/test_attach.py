@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from qlora_lite.adapters.attach import attach, choose
-from qlora_lite.adapters.catalogue import method_for
-from qlora_lite.adapters.lora import LoRA, LoRALayer
 from qlora_lite.foundation import device
 from qlora_lite.foundation.errors import AdapterError
+from qlora_lite.methods.catalogue import method_for
+from qlora_lite.methods.lora import LoRA, LoRALayer
 from qlora_lite.model.causal import CausalModel
 from qlora_lite.model.load import Base, load_base
 from qlora_lite.model.targets import linear_specs

@@ -1,7 +1,7 @@
 """What every method gets from its parent."""
 
-from qlora_lite.adapters.dora import DoRA
-from qlora_lite.adapters.sora import SoRA
+from qlora_lite.methods.dora import DoRA
+from qlora_lite.methods.sora import SoRA
 from tests.workbench import Bench
 
 

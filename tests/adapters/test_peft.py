@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_lite.adapters.lora import LoRA
 from qlora_lite.adapters.peft import read_peft
-from qlora_lite.adapters.rslora import RsLoRA
 from qlora_lite.foundation.errors import AdapterError
+from qlora_lite.methods.lora import LoRA
+from qlora_lite.methods.rslora import RsLoRA
 from tests.dense_twin import bare_twin
 from tests.tiny import save_tiny
-from tests.workbench import CLOSE, Bench, plain_logits, stirred
+from tests.workbench import CLOSE, Bench, perturbed, plain_logits
 
 SETTINGS = [
     LoRA(rank=4, alpha=8),
@@ -34,14 +34,14 @@ def directory(request, tmp_path_factory):
 def test_peft_loads_it_untouched_and_gives_the_same_logits(tmp_path, directory, settings):
     bare = Bench(directory, LoRA(rank=1))
     twin = bare_twin(directory)
-    ours = stirred(directory, settings)
+    ours = perturbed(directory, settings)
     theirs = peft.PeftModel.from_pretrained(twin, ours.save(tmp_path / "adapter"))
     assert not torch.allclose(ours.logits(), bare.logits(), atol=1e-2)
     torch.testing.assert_close(plain_logits(theirs), ours.logits(), **CLOSE)
 
 
 def test_what_is_saved_is_normalised_for_every_consumer(tmp_path, directory):
-    ours = stirred(directory, RsLoRA(rank=4, alpha=3, ranks={"0": 8, "1": 4}))
+    ours = perturbed(directory, RsLoRA(rank=4, alpha=3, ranks={"0": 8, "1": 4}))
     folder = ours.save(tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 8
@@ -57,14 +57,14 @@ def test_what_is_saved_is_normalised_for_every_consumer(tmp_path, directory):
 
 
 def test_layers_of_rank_0_are_left_out(tmp_path, directory):
-    folder = stirred(directory, LoRA(rank=4, ranks={"1": 0})).save(tmp_path / "adapter")
+    folder = perturbed(directory, LoRA(rank=4, ranks={"1": 0})).save(tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
     assert not any(".1." in name for name in config["target_modules"])
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"])
 def test_an_adapter_of_a_changed_base_is_refused(tmp_path, start):
-    folder = stirred(save_tiny(tmp_path / "llama"), LoRA(rank=4)).save(tmp_path / "adapter")
+    folder = perturbed(save_tiny(tmp_path / "llama"), LoRA(rank=4)).save(tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
     for harmless in ("gaussian", "eva", False):
         (folder / "adapter_config.json").write_text(

@@ -2,11 +2,11 @@
 
 import pytest
 
-from qlora_lite.adapters.lora import LoRA, LoRAMethod
 from qlora_lite.adapters.ranks import LayerPlan, rank_of, scale_of
-from qlora_lite.adapters.rslora import RsLoRA
 from qlora_lite.foundation.errors import RecipeError
 from qlora_lite.foundation.overrides import check
+from qlora_lite.methods.lora import LoRA, LoRAMethod
+from qlora_lite.methods.rslora import RsLoRA
 from qlora_lite.model.targets import LinearSpec
 
 SPECS = [

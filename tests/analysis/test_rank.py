@@ -9,7 +9,6 @@ from torch import nn
 from torch.testing import assert_close
 
 from qlora_lite.adapters.layer import AdapterLayer, Role
-from qlora_lite.adapters.lora import LoRA
 from qlora_lite.analysis.rank import (
     effective_rank,
     gate_values,
@@ -17,6 +16,7 @@ from qlora_lite.analysis.rank import (
     svd_of_dense,
     svd_of_pair,
 )
+from qlora_lite.methods.lora import LoRA
 from tests.workbench import one_layer
 
 FP64 = {"atol": 1e-12, "rtol": 1e-12}

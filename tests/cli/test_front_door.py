@@ -7,7 +7,7 @@ import time
 import pytest
 
 import qlora_lite
-from qlora_lite.recipe import load_recipe
+from qlora_lite.recipe_files import load_recipe
 from tests.cli.workplace import run_command
 
 HELP = """

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from qlora_lite.analysis.findings import LayerRow
 from qlora_lite.cli.inspect import amplification_table, layer_table, phi_table
-from qlora_lite.run import inspecting
+from qlora_lite.inspection import inspect as inspecting
 from tests.cli.workplace import run_command, write_recipe
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"

@@ -9,7 +9,7 @@ import torch
 from qlora_lite.demo import BASE
 from qlora_lite.foundation.device import DeviceRule, choose
 from qlora_lite.foundation.units import parse_bytes
-from qlora_lite.recipe import load_recipe
+from qlora_lite.recipe_files import load_recipe
 from qlora_lite.run.planning import plan_recipe
 from tests.cli.workplace import run_command, run_file
 

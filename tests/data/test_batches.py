@@ -164,21 +164,21 @@ def test_no_batch_is_larger_than_allowed_nor_than_the_worst(packing, micro_batch
     run = batches(
         random_examples(num_rows), packing=packing, micro_batch_tokens=micro_batch_tokens, epochs=30
     )
-    worst = run.worst().input_ids
+    largest_batch = run.largest_batch().input_ids
     for i in range(run.steps):
         for batch in run.step(i):
             width = batch.input_ids.shape[1]
             assert batch.input_ids.numel() <= max(micro_batch_tokens, width)
-            assert batch.input_ids.numel() <= worst.numel()
-            assert width <= worst.shape[1]
-    assert worst.numel() <= max(micro_batch_tokens, 64) + worst.shape[1]
+            assert batch.input_ids.numel() <= largest_batch.numel()
+            assert width <= largest_batch.shape[1]
+    assert largest_batch.numel() <= max(micro_batch_tokens, 64) + largest_batch.shape[1]
 
 
 def test_a_bin_longer_than_the_micro_batch_is_a_batch_of_its_own():
     assert split_micro_batches([5, 100, 10, 10], 20) == [[1], [2, 3], [0]]
     run = batches(random_examples(50), micro_batch_tokens=1)
     assert all(len(batch.input_ids) == 1 for batch in run.step(0))
-    assert len(run.worst().input_ids) == 1
+    assert len(run.largest_batch().input_ids) == 1
 
 
 def test_tokens_per_step_are_rounded_to_whole_bins():

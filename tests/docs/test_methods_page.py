@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lite.adapters.catalogue import METHODS
 from qlora_lite.demo import BASE, TRAIN
+from qlora_lite.methods.catalogue import METHODS
 from qlora_lite.recipe import Recipe
 
 PAGE = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")

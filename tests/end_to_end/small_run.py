@@ -63,7 +63,7 @@ def recipe_in(folder: Path, name: str, *changes: str, base: str = "base") -> Rec
 
 def run_in_child(recipe: Recipe, moment: str | None = None, extend: bool = False) -> Any:
     """Start a run in a child process; `moment` is where it kills itself. Returns the process."""
-    child = processes.Process(target=_child, args=(recipe.as_values(), moment, extend))
+    child = processes.Process(target=_child, args=(recipe.to_dict(), moment, extend))
     child.start()
     return child
 

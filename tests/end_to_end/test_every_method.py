@@ -64,7 +64,7 @@ def test_a_run_survives_and_leaves_as_merged_weights(folder, name):
     result = merge(whole.directory, folder / f"{key}-merged", base="trained", dtype="fp32")
     assert result.written.is_exact
     rows = score_targets([str(whole.directory)])
-    kinds = ["bare base", "adapter"] if loaded.attached.keeps_base else ["adapter"]
+    kinds = ["bare base", "adapter"] if loaded.attached.is_base_unchanged else ["adapter"]
     assert [row.what for row in rows] == kinds
 
     begun = recipe_of(

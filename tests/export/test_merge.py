@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_lite.adapters.catalogue import METHODS
-from qlora_lite.adapters.lora import LoRA, LoRALayer, LoRAMethod
-from qlora_lite.adapters.rslora import RsLoRA
 from qlora_lite.export import merge as merging
 from qlora_lite.export.directory import write_companions
 from qlora_lite.export.merge import MergedWeights, write
 from qlora_lite.export.verify import candidate, compare, read_back, sample_logits
 from qlora_lite.foundation.errors import AdapterError, ExportError, RunError
+from qlora_lite.methods.catalogue import METHODS
+from qlora_lite.methods.lora import LoRA, LoRALayer, LoRAMethod
+from qlora_lite.methods.rslora import RsLoRA
 from qlora_lite.model.quant import BF16, FP4, FP32, NF4, Int8
 from tests.export.trained import Trained, batches, stored, train_a_little
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from qlora_lite.adapters.lora import LoRA
 from qlora_lite.export.merge import MergedWeights, MergeSource, write
 from qlora_lite.foundation.device import choose
+from qlora_lite.methods.lora import LoRA
 from qlora_lite.model.load import Base
 from qlora_lite.model.shape import parameter_shapes
 from qlora_lite.shards.writer import ShardWriter, TensorSpec

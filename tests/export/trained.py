@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_lite.adapters.attach import Attached, attach
-from qlora_lite.adapters.catalogue import method_for
-from qlora_lite.adapters.lora import LoRA
+from qlora_lite.adapters.attach import AttachedAdapter, attach
 from qlora_lite.adapters.method import AdapterSettings
 from qlora_lite.data.batches import Batch, make_batch, make_bin
 from qlora_lite.data.examples import Example
 from qlora_lite.export.merge import MergeSource
 from qlora_lite.foundation.device import choose
+from qlora_lite.methods.catalogue import method_for
+from qlora_lite.methods.lora import LoRA
 from qlora_lite.model.causal import CausalModel
 from qlora_lite.model.load import Base, load_base
 from qlora_lite.model.quant import NF4, Quant
@@ -29,7 +29,7 @@ class Trained:
     """A trained model in memory, and what a merge is told about it."""
 
     causal: CausalModel
-    attached: Attached
+    attached: AttachedAdapter
     source: MergeSource
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from bitsandbytes import functional as bnb
+from live_bytes import LiveBytes
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -15,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_lite.kernels.cross_entropy import linear_cross_entropy
 from qlora_lite.memory import formulas
-from qlora_lite.memory.live import Live
 from qlora_lite.model.shape import ModelShape, model_shape
 
 SHAPES = [(64, 64), (48, 80), (7, 9), (1000, 96)]
@@ -244,7 +244,7 @@ def test_the_loss_takes_what_its_operators_hold(dtype):
     tokens, hidden, vocab, chunk = 1024, 32, 4000, 128
     head = torch.randn(vocab, hidden, dtype=dtype)
     targets = torch.randint(0, vocab, (1, tokens))
-    with Live([head, targets]) as live:
+    with LiveBytes([head, targets]) as live:
         states = torch.randn(1, tokens, hidden, dtype=dtype).requires_grad_()
         loss = linear_cross_entropy(states, targets, lambda h: h @ head.T, chunk_tokens=chunk)
     assert loss.isfinite()

@@ -4,15 +4,15 @@ import dataclasses
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 
 from qlora_lite.adapters.attach import attach
-from qlora_lite.adapters.catalogue import method_for
-from qlora_lite.adapters.lora import LoRA
 from qlora_lite.adapters.method import lora_footprint
 from qlora_lite.foundation.device import choose
 from qlora_lite.kernels.cross_entropy import linear_cross_entropy
 from qlora_lite.memory.ledger import Ledger, RunShape, make_ledger, num_trained
-from qlora_lite.memory.live import Live
+from qlora_lite.methods.catalogue import method_for
+from qlora_lite.methods.lora import LoRA
 from qlora_lite.model.causal import CausalModel
 from qlora_lite.model.checkpointing import enable_checkpointing
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear
@@ -129,11 +129,11 @@ def test_the_peak_is_at_most_a_little_above_that_of_a_real_step(tmp_path, family
 
     ids = torch.randint(0, shape.vocab, (rows, tokens))
     positions = torch.arange(tokens).remainder(tokens // 2).repeat(rows, 1)
-    held = [*loaded.model.parameters(), *loaded.model.buffers(), *optimizer.images]
-    with Live([*held, ids, positions]) as live:
+    held = [*loaded.model.parameters(), *loaded.model.buffers(), *optimizer.fp32_copies]
+    with LiveBytes([*held, ids, positions]) as live:
         hidden = model.hidden(ids, positions)
         engine.backward(linear_cross_entropy(hidden, ids, model.logits), last=True)
-    assert all(image.grad is not None for image in optimizer.images)
+    assert all(fp32_copy.grad is not None for fp32_copy in optimizer.fp32_copies)
     names = ("one dequantised", "adapters: g", "inputs", "activations", "work", "batch")
     assert 1.0 <= bytes_of(ledger, *names) / live.peak < 1.12
 

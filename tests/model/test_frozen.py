@@ -10,9 +10,9 @@ from torch.testing import assert_close
 
 from qlora_lite.foundation.device import DeviceRule, choose
 from qlora_lite.model import frozen as module
-from qlora_lite.model.freeze import freeze
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear, Scratch, piece_rows
 from qlora_lite.model.quant import BF16, FP4, FP32, NF4, Int8
+from qlora_lite.model.quantise import quantise
 
 CPU = choose("cpu")
 QUANTS = [NF4(), NF4(double_quant=False, block_size=128), FP4(), Int8(), BF16(), FP32()]
@@ -21,7 +21,7 @@ QUANTS = [NF4(), NF4(double_quant=False, block_size=128), FP4(), Int8(), BF16(),
 def frozen_linear(quant, d_out=48, d_in=100, rule: DeviceRule = CPU) -> FrozenLinear:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(d_out, d_in, generator=generator) / d_in**0.5
-    return freeze(weight, quant, rule, bias=torch.randn(d_out, generator=generator))
+    return quantise(weight, quant, rule, bias=torch.randn(d_out, generator=generator))
 
 
 def reference(layer: FrozenLinear) -> nn.Linear:
@@ -66,7 +66,7 @@ def test_dense_is_a_copy_that_outlives_the_scratch(quant):
 def test_layers_share_one_scratch_without_harm():
     scratch = Scratch()
     weights = [torch.randn(32, 64), torch.randn(96, 64)]
-    small, large = (freeze(w, NF4(), CPU, scratch=scratch) for w in weights)
+    small, large = (quantise(w, NF4(), CPU, scratch=scratch) for w in weights)
     x = torch.randn(5, 64, requires_grad=True)
     y = large(x)
     small(x)
@@ -103,12 +103,22 @@ def same(tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
         return False  # sparse tensors and the like have no storage
 
 
-def test_bytes_are_the_bits_of_the_quant():
-    for quant in QUANTS:
-        layer = freeze(torch.randn(256, 256), quant, CPU)
-        assert layer.num_bytes * 8 == quant.bits_per_weight(256) * 256 * 256 + (
-            32 if getattr(quant, "double_quant", False) else 0  # the offset
-        )
+@pytest.mark.parametrize(
+    ("quant", "num_bits"),
+    [
+        # 256 x 256 weights: codes of 4 bits, and one scale for each block of 64
+        (NF4(double_quant=False), 65_536 * 4 + 1024 * 32),
+        # the 1,024 scales as codes of 8 bits, 4 scales of theirs, and their mean
+        (NF4(), 65_536 * 4 + 1024 * 8 + 4 * 32 + 32),
+        (FP4(block_size=128, double_quant=False), 65_536 * 4 + 512 * 32),
+        (Int8(), 65_536 * 8 + 256 * 32),
+        (BF16(), 65_536 * 16),
+        (FP32(), 65_536 * 32),
+    ],
+    ids=str,
+)
+def test_a_layer_holds_exactly_its_codes_and_scales(quant, num_bits):
+    assert quantise(torch.randn(256, 256), quant, CPU).num_bytes * 8 == num_bits
 
 
 def test_pieces_are_whole_rows_of_whole_blocks():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from qlora_lite.adapters.adalora import AdaLoRA
+from qlora_lite.methods.adalora import AdaLoRA
 from qlora_lite.model.load import Base, load_base
 from tests.dense_twin import dense_twin
 from tests.tiny import save_tiny

@@ -15,15 +15,15 @@ from peft.optimizers import create_loraplus_optimizer
 from peft.utils.loftq_utils import _low_rank_decomposition
 from torch.nn import functional as F
 
-from qlora_lite.adapters.dora import DoRA
-from qlora_lite.adapters.loftq import LoftQ, LoftQMethod
-from qlora_lite.adapters.lora import LoRA
-from qlora_lite.adapters.lora_plus import LoRAPlus
 from qlora_lite.adapters.method import AdapterSettings
-from qlora_lite.adapters.offset import original
-from qlora_lite.adapters.olora import OLoRA
-from qlora_lite.adapters.pissa import PiSSA
-from qlora_lite.adapters.rslora import RsLoRA
+from qlora_lite.methods.dora import DoRA
+from qlora_lite.methods.loftq import LoftQ, LoftQMethod
+from qlora_lite.methods.lora import LoRA
+from qlora_lite.methods.lora_plus import LoRAPlus
+from qlora_lite.methods.offset import original
+from qlora_lite.methods.olora import OLoRA
+from qlora_lite.methods.pissa import PiSSA
+from qlora_lite.methods.rslora import RsLoRA
 from qlora_lite.model.load import Base, load_base
 from qlora_lite.model.quant import FP32, NF4, Quant
 from tests.dense_twin import dense_twin

@@ -3,25 +3,25 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from qlora_lite.adapters.adalora import AdaLoRA
-from qlora_lite.adapters.ba_lora import BALoRA
-from qlora_lite.adapters.cola import COLA
-from qlora_lite.adapters.dora import DoRA
-from qlora_lite.adapters.dylora import DyLoRA
-from qlora_lite.adapters.loftq import LoftQ
-from qlora_lite.adapters.lora import LoRA
-from qlora_lite.adapters.lora_mini import LoRAMini
-from qlora_lite.adapters.lora_plus import LoRAPlus
-from qlora_lite.adapters.melora import MELoRA
 from qlora_lite.adapters.method import AdapterSettings
-from qlora_lite.adapters.mora import MoRA
-from qlora_lite.adapters.olora import OLoRA
-from qlora_lite.adapters.pissa import PiSSA
-from qlora_lite.adapters.prilora import PRILoRA
-from qlora_lite.adapters.rm_lora import RMLoRA
-from qlora_lite.adapters.rslora import RsLoRA
-from qlora_lite.adapters.sora import SoRA
-from qlora_lite.adapters.xgblora import XGBLoRA
+from qlora_lite.methods.adalora import AdaLoRA
+from qlora_lite.methods.ba_lora import BALoRA
+from qlora_lite.methods.cola import COLA
+from qlora_lite.methods.dora import DoRA
+from qlora_lite.methods.dylora import DyLoRA
+from qlora_lite.methods.loftq import LoftQ
+from qlora_lite.methods.lora import LoRA
+from qlora_lite.methods.lora_mini import LoRAMini
+from qlora_lite.methods.lora_plus import LoRAPlus
+from qlora_lite.methods.melora import MELoRA
+from qlora_lite.methods.mora import MoRA
+from qlora_lite.methods.olora import OLoRA
+from qlora_lite.methods.pissa import PiSSA
+from qlora_lite.methods.prilora import PRILoRA
+from qlora_lite.methods.rm_lora import RMLoRA
+from qlora_lite.methods.rslora import RsLoRA
+from qlora_lite.methods.sora import SoRA
+from qlora_lite.methods.xgblora import XGBLoRA
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from qlora_lite.adapters.dylora import DyLoRALayer
 from qlora_lite.adapters.layer import AdapterLayer
-from qlora_lite.adapters.loftq import LoftQ
-from qlora_lite.adapters.offset import original
+from qlora_lite.methods.dylora import DyLoRALayer
+from qlora_lite.methods.loftq import LoftQ
+from qlora_lite.methods.offset import original
 from qlora_lite.model.quant import BF16, FP4, FP32, NF4, Int8
 from tests.properties.cases import CASES
-from tests.workbench import one_layer, stir
+from tests.workbench import one_layer, perturb
 
 FP32_SUMS = {"rtol": 1e-5, "atol": 1e-5}
 """fp32 sums of up to 130 numbers of size 1, in another order."""
@@ -78,7 +78,7 @@ def test_it_starts_at_the_base_in_bf16_as_well(name, quant, shape):
 
 @every
 def test_output_and_input_gradient_are_those_of_the_merged_weight(name, quant, shape):
-    layer = stir(made(name, quant, shape))
+    layer = perturb(made(name, quant, shape))
     x = inputs(layer).requires_grad_()
     weight = layer.merged(layer.base.dense())
     expected = F.linear(x, weight)
@@ -94,7 +94,7 @@ def test_output_and_input_gradient_are_those_of_the_merged_weight(name, quant, s
 @every
 def test_parameter_gradients_are_those_of_the_delta(name, quant, shape):
     """Where the update is a pair: the gradient of <G, x delta^T> through autograd's own product."""
-    layer = stir(made(name, quant, shape))
+    layer = perturb(made(name, quant, shape))
     if layer.live_factors() is None:
         return  # DoRA holds its norm constant, MoRA has no pair: formulas in their own tests
     x = inputs(layer)
@@ -119,7 +119,7 @@ def test_dropout_acts_in_training_and_on_the_adapter_alone(name, quant, shape):
     torch.manual_seed(0)
     if CASES[name].start != "own base":
         torch.testing.assert_close(layer.train()(x), layer.base(x), **FP32_SUMS)
-    stir(layer)
+    perturb(layer)
     first, second = layer(x), layer(x)
     assert not torch.allclose(first, second, **FP32_SUMS)
     layer.eval()
@@ -128,7 +128,7 @@ def test_dropout_acts_in_training_and_on_the_adapter_alone(name, quant, shape):
 
 @every
 def test_without_dropout_training_and_evaluation_agree(name, quant, shape):
-    layer = stir(made(name, quant, shape))
+    layer = perturb(made(name, quant, shape))
     if isinstance(layer, DyLoRALayer):
         layer.drawn = layer.eval_rank
     x = inputs(layer)
@@ -137,7 +137,7 @@ def test_without_dropout_training_and_evaluation_agree(name, quant, shape):
 
 @every
 def test_the_pair_for_export_is_the_delta(name, quant, shape):
-    layer = stir(made(name, quant, shape))
+    layer = perturb(made(name, quant, shape))
     pair = layer.factors()
     if pair is None:
         assert not CASES[name].peft
@@ -169,7 +169,7 @@ def test_what_is_trained_is_counted_by_the_formula_and_nothing_else_is(name, qua
 
 @every
 def test_switched_off_it_is_the_bare_base(name, quant, shape):
-    layer = stir(made(name, quant, shape))
+    layer = perturb(made(name, quant, shape))
     x = inputs(layer)
     expected = layer.base(x)
     layer.enabled = False
@@ -178,7 +178,7 @@ def test_switched_off_it_is_the_bare_base(name, quant, shape):
 
 @every
 def test_its_state_comes_back_to_the_bit(name, quant, shape):
-    layer = stir(made(name, quant, shape))
+    layer = perturb(made(name, quant, shape))
     other = made(name, quant, shape)
     saved = {key: value.clone() for key, value in layer.state().items()}
     assert other.state().keys() == saved.keys()

@@ -2,17 +2,17 @@
 
 import pytest
 
-from qlora_lite.adapters.ba_lora import BALoRA
-from qlora_lite.adapters.cola import COLA
-from qlora_lite.adapters.dylora import DyLoRA
-from qlora_lite.adapters.lora import LoRA
-from qlora_lite.adapters.lora_plus import LoRAPlus
-from qlora_lite.adapters.melora import MELoRA
-from qlora_lite.adapters.pissa import PiSSA
-from qlora_lite.adapters.prilora import PRILoRA
-from qlora_lite.adapters.rm_lora import RMLoRA
-from qlora_lite.adapters.rslora import RsLoRA
-from qlora_lite.adapters.xgblora import XGBLoRA
+from qlora_lite.methods.ba_lora import BALoRA
+from qlora_lite.methods.cola import COLA
+from qlora_lite.methods.dylora import DyLoRA
+from qlora_lite.methods.lora import LoRA
+from qlora_lite.methods.lora_plus import LoRAPlus
+from qlora_lite.methods.melora import MELoRA
+from qlora_lite.methods.pissa import PiSSA
+from qlora_lite.methods.prilora import PRILoRA
+from qlora_lite.methods.rm_lora import RMLoRA
+from qlora_lite.methods.rslora import RsLoRA
+from qlora_lite.methods.xgblora import XGBLoRA
 from tests.tiny import save_tiny
 from tests.workbench import Bench
 

@@ -10,9 +10,9 @@ import peft
 import pytest
 import torch
 
-from qlora_lite.adapters.loftq import LoftQ
 from qlora_lite.export.merge import MergedWeights, MergeSource
 from qlora_lite.export.verify import candidate
+from qlora_lite.methods.loftq import LoftQ
 from qlora_lite.model.load import Base, load_base
 from qlora_lite.training import checkpoint
 from qlora_lite.training.engine import TorchEngine

@@ -6,13 +6,13 @@ import peft
 import pytest
 import torch
 
-from qlora_lite.adapters.attach import Attached
-from qlora_lite.adapters.dylora import DyLoRA
-from qlora_lite.adapters.loftq import LoftQ
-from qlora_lite.adapters.lora import LoRA
-from qlora_lite.adapters.mora import MoRA
-from qlora_lite.adapters.pissa import PiSSA
+from qlora_lite.adapters.attach import AttachedAdapter
 from qlora_lite.foundation.errors import AdapterError, RunError
+from qlora_lite.methods.dylora import DyLoRA
+from qlora_lite.methods.loftq import LoftQ
+from qlora_lite.methods.lora import LoRA
+from qlora_lite.methods.mora import MoRA
+from qlora_lite.methods.pissa import PiSSA
 from qlora_lite.model.load import Base, load_base
 from qlora_lite.run.extracting import extract
 from qlora_lite.run.loading import load_run
@@ -62,7 +62,7 @@ def test_mora_is_approximated_and_the_error_is_said(folder):
     errors = [extract(run, folder / f"mora-{rank}", rank) for rank in (4, 16)]
     assert 0 < errors[1] < errors[0] < 1
     run = load_run(run).attached
-    assert isinstance(run, Attached)
+    assert isinstance(run, AttachedAdapter)
     lost = [layer.factors(4).relative_error for layer in run.layers.values()]
     assert errors[0] == pytest.approx(max(lost))
     assert max(lost) > min(lost)

@@ -8,7 +8,7 @@ import pytest
 
 from qlora_lite.foundation.errors import BaseModelError, RecipeError
 from qlora_lite.memory.known import known_models
-from qlora_lite.recipe import load_recipe
+from qlora_lite.recipe_files import load_recipe
 from qlora_lite.run.initialising import PLACEHOLDER, recipe_text, settings_for, write_recipe
 from tests.tiny import save_tiny
 

@@ -10,10 +10,10 @@ import torch
 from huggingface_hub import metadata_load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_lite import report
 from qlora_lite.export.merge import MergedWeights
 from qlora_lite.foundation.errors import ExportError, RunError
-from qlora_lite.run import merging, proving
+from qlora_lite.report import page as report
+from qlora_lite.run import merge_check, merging
 from qlora_lite.run.loading import load_run
 from qlora_lite.run.merging import merge
 from qlora_lite.run.training import run_recipe
@@ -54,7 +54,7 @@ def test_the_better_base_is_written_and_the_table_says_so(merged):
     written = [row for row in merged.table if row.written]
     assert len(written) == 1
     assert written[0].loss == min(row.loss for row in merged.table[1:])
-    assert written[0].candidate == proving.LABELS[merged.base]
+    assert written[0].candidate == merge_check.LABELS[merged.base]
     assert merged.table[0].agreement is None
     # the rest is what NF4 costs a model of random weights, and the rounding to bf16
     assert merged.table[1].agreement > 0.95
@@ -123,7 +123,7 @@ def test_a_named_base_that_is_not_verified_is_written_without_loading_a_model(
     folder, tmp_path, monkeypatch
 ):
     for loader in ("load_run", "read_back", "candidate"):
-        monkeypatch.delattr(proving, loader)
+        monkeypatch.delattr(merge_check, loader)
     for base in ("trained", "original"):
         result = merge(
             folder / "run", tmp_path / base, base=base, dtype="fp32", shard="20kB", verify=False
@@ -146,7 +146,7 @@ def test_a_merge_stopped_while_it_is_checked_goes_on_without_writing_again(
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(proving, "read_back", stop)
+        patch.setattr(merge_check, "read_back", stop)
         with pytest.raises(KeyboardInterrupt):
             merge(folder / "run", tmp_path / "out", base="trained", verify=True)
     assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ from qlora_lite.foundation.errors import AdapterError, BudgetError, RecipeError,
 from qlora_lite.foundation.watch import Watcher
 from qlora_lite.model.config import read_config
 from qlora_lite.model.load import Base, skeleton
-from qlora_lite.report import read as read_report
+from qlora_lite.report.page import read as read_report
 from qlora_lite.run import planning
 from qlora_lite.run.loading import load_run
 from qlora_lite.run.training import run_recipe
@@ -262,7 +262,7 @@ def test_a_tracker_that_is_not_installed_is_named(folder):
 
 
 def test_a_run_can_be_repeated_from_its_record(folder, plain):
-    from qlora_lite.recipe import load_recipe
+    from qlora_lite.recipe_files import load_recipe
 
     again = load_recipe(plain.directory).but(f"output={folder / 'again'}")
     run_recipe(again)

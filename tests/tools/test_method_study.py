@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qlora_lite.adapters.lora import LoRA
 from qlora_lite.foundation.errors import RecipeError, RunError
-from tests.workbench import one_layer, stir
+from qlora_lite.methods.lora import LoRA
+from tests.workbench import one_layer, perturb
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = (
@@ -182,7 +182,7 @@ def test_only_what_is_asked_for_and_lora(study):
 
 
 def test_a_truncated_lora_keeps_its_first_components(study):
-    layer = stir(one_layer(LoRA(rank=4, alpha=8), d_out=6, d_in=5))
+    layer = perturb(one_layer(LoRA(rank=4, alpha=8), d_out=6, d_in=5))
     down, up = study.ranks.cut(layer, 2)
     torch.testing.assert_close(up @ down, 2.0 * layer.b[:, :2] @ layer.a[:2])
 

@@ -24,11 +24,11 @@ def group(*parameters, **options):
 
 
 def move(optimizer, parameters, gradients, lr=1e-2):
-    optimizer.take_gradients(
+    optimizer.set_gradients(
         {p: g.clone().float() for p, g in zip(parameters, gradients, strict=True)}
     )
     optimizer.step(lr, draw())
-    optimizer.drop_gradients()
+    optimizer.clear_gradients()
 
 
 def test_fp32_parameters_follow_torchs_adamw():
@@ -71,9 +71,9 @@ def test_a_thousand_small_updates_add_up_in_bf16(rounding):
     )
     generator = draw()
     for _ in range(1000):
-        optimizer.take_gradients({parameter: torch.ones(2000)})
+        optimizer.set_gradients({parameter: torch.ones(2000)})
         optimizer.step(2e-5, generator)
-        optimizer.drop_gradients()
+        optimizer.clear_gradients()
     assert parameter.float().mean().item() == pytest.approx(0.48, abs=5e-4)
 
 
@@ -142,9 +142,9 @@ def test_forgetting_clears_all_or_a_part_of_the_moments():
     p = nn.Parameter(torch.ones(2, 2))
     optimizer = adamw([group(p)])
     move(optimizer, [p], [torch.ones(2, 2)])
-    optimizer.forget(p, torch.tensor([[True, True], [False, False]]))
+    optimizer.reset_optimizer_state(p, torch.tensor([[True, True], [False, False]]))
     moment = optimizer.inner.state[p]["exp_avg"]
     assert not moment[0].any()
     assert moment[1].all()
-    optimizer.forget(p)
+    optimizer.reset_optimizer_state(p)
     assert p not in optimizer.inner.state

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from qlora_lite.adapters.attach import attach
-from qlora_lite.adapters.lora import LoRA, LoRAMethod
 from qlora_lite.adapters.method import StepInfo
 from qlora_lite.data.batches import make_batch, make_bin
 from qlora_lite.data.examples import Example
 from qlora_lite.foundation import device
+from qlora_lite.methods.lora import LoRA, LoRAMethod
 from qlora_lite.model.causal import CausalModel
 from qlora_lite.model.load import Base, load_base
 from qlora_lite.model.targets import linear_specs

@@ -6,9 +6,9 @@ from typing import Any
 
 from method_study.contenders import RANK, Contender
 from method_study.material import Material
-from qlora_lite.adapters.lora import LoRA
 from qlora_lite.data.settings import Data
 from qlora_lite.demo import BASE, HELDOUT, TRAIN
+from qlora_lite.methods.lora import LoRA
 from qlora_lite.model.load import Base
 from qlora_lite.model.quant import NF4
 from qlora_lite.recipe import Recipe
@@ -64,7 +64,7 @@ def recipe_of(
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
     """What a measurement depends on, beside its key and the place of its files."""
-    values = recipe.as_values()
+    values = recipe.to_dict()
     data = {name: value for name, value in values["data"].items() if name not in FILES}
     return {
         "adapter": values["adapter"],

@@ -8,8 +8,8 @@ rank otherwise, its line says how it comes to about as much.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qlora_lite.adapters.catalogue import METHODS
 from qlora_lite.foundation.errors import RecipeError
+from qlora_lite.methods.catalogue import METHODS
 
 REFERENCE = "lora"
 RANK = 8

@@ -4,14 +4,14 @@ import gc
 import time
 
 import torch
+from live_bytes import LiveBytes
 from torch import Tensor
 
 from method_study.results import Values
 from qlora_lite.adapters.method import StepInfo
-from qlora_lite.data.load import Prepared, load_data
+from qlora_lite.data.load import PreparedData, load_data
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.seeds import generator
-from qlora_lite.memory.live import Live
 from qlora_lite.model.checkpointing import enable_checkpointing
 from qlora_lite.model.load import load_tokenizer
 from qlora_lite.recipe import Recipe
@@ -28,7 +28,7 @@ PAIRS = 12
 class Stepper:
     """A method on the base, ready for real optimizer steps. Its schedule runs once over them."""
 
-    def __init__(self, recipe: Recipe, data: Prepared) -> None:
+    def __init__(self, recipe: Recipe, data: PreparedData) -> None:
         optim = recipe.optim
         loaded = load_for_training(recipe)
         assert loaded.attached is not None
@@ -69,7 +69,7 @@ def cost(recipe: Recipe, reference: Recipe) -> Values:
     return step_bytes(recipe, data) | {"ratios": time_ratios(recipe, reference, data)}
 
 
-def time_ratios(recipe: Recipe, reference: Recipe, data: Prepared) -> list[float]:
+def time_ratios(recipe: Recipe, reference: Recipe, data: PreparedData) -> list[float]:
     """Seconds of a step relative to the reference's on the same batch, pair by pair.
 
     The two take turns, and turns at being first, so that a busy machine slows both alike.
@@ -87,14 +87,14 @@ def time_ratios(recipe: Recipe, reference: Recipe, data: Prepared) -> list[float
     return ratios
 
 
-def step_bytes(recipe: Recipe, data: Prepared) -> Values:
+def step_bytes(recipe: Recipe, data: PreparedData) -> Values:
     """Bytes of the base, adapter, optimizer and method between two steps, and the most that the
     second step (Adam's state exists by then) holds beyond them."""
     before = storages()
     stepper = Stepper(recipe, data)
     stepper.step()
     at_rest = storages()
-    with Live(living_tensors()) as live:
+    with LiveBytes(living_tensors()) as live:
         stepper.step()
     parameters = stepper.attached.parameters().values()
     return {

@@ -8,9 +8,9 @@ from method_study.contenders import RANK
 from method_study.results import Values
 from qlora_lite.adapters.attach import replace
 from qlora_lite.adapters.layer import AdapterLayer
-from qlora_lite.adapters.lora import LoRALayer
 from qlora_lite.data.load import load_data
 from qlora_lite.evaluation.perplexity import score
+from qlora_lite.methods.lora import LoRALayer
 from qlora_lite.run.loading import load_run
 from qlora_lite.run.training import held_out_batches
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from method_study.results import Values
-from qlora_lite.adapters.attach import Attached
+from qlora_lite.adapters.attach import AttachedAdapter
+from qlora_lite.adapters.files import NATIVE
 from qlora_lite.adapters.peft import WEIGHTS
-from qlora_lite.adapters.state import NATIVE
 from qlora_lite.foundation.errors import TrainingError
 from qlora_lite.recipe import Recipe
 from qlora_lite.run.folder import RunFolder
@@ -53,7 +53,7 @@ def _steps(events: list[dict[str, Any]]) -> Values:
     }
 
 
-def components(attached: Attached) -> int | None:
+def components(attached: AttachedAdapter) -> int | None:
     """Rank-one parts that the adapter leaves with, over all layers; None if it has no pair."""
     pairs = [layer.factors() for layer in attached.layers.values()]
     if any(pair is None for pair in pairs):

@@ -1,0 +1,130 @@
+"""An adapter's directory: all that its layers are, and PEFT's form beside it where there is one.
+
+native.safetensors                               all that the layers are, in its own dtype
+qlora_lite.json                                  what the others do not record
+adapter_config.json, adapter_model.safetensors   the PEFT form (`peft.py`)
+README.md                                        where there is none: why, what to do
+"""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qlora_lite.adapters.attach import AttachedAdapter
+from qlora_lite.adapters.layer import Factors
+from qlora_lite.adapters.peft import CONFIG, WEIGHTS, to_peft
+from qlora_lite.foundation.errors import AdapterError
+from qlora_lite.foundation.files import write_json, write_text
+from qlora_lite.shards.writer import save_tensors
+
+NATIVE = "native.safetensors"
+SIDECAR = "qlora_lite.json"
+
+
+def save_adapter(
+    directory: Path,
+    attached: AttachedAdapter,
+    *,
+    base: str,
+    revision: str | None,
+    sidecar: dict[str, Any],
+) -> None:
+    """Write all files of an adapter into an existing, empty directory.
+
+    Args:
+        base: the base's hub id or absolute path, for the consumers.
+        sidecar: what the PEFT format does not record.
+    """
+    save_tensors(attached.state(), directory / NATIVE)
+    tensors, config = to_peft(attached) if attached.is_base_unchanged else ({}, {})
+    if config:
+        config |= {"base_model_name_or_path": base, "revision": revision}
+        save_tensors(tensors, directory / WEIGHTS)
+        write_json(directory / CONFIG, config)
+    else:
+        write_text(directory / "README.md", _without_peft(attached))
+    write_json(directory / SIDECAR, sidecar | {"peft": bool(config)})
+
+
+def save_at_rank(
+    directory: Path,
+    attached: AttachedAdapter,
+    rank: int,
+    *,
+    base: str,
+    revision: str | None,
+) -> float:
+    """Write the PEFT form of an adapter cut to `rank`, and return the largest relative error.
+
+    It is 0 for a method that trained every rank (DyLoRA), and that of the best approximation for
+    one that has it (MoRA).
+
+    Raises:
+        AdapterError: if the method has no pair of this rank, or is right on its own base only.
+    """
+    if not attached.is_base_unchanged:
+        raise AdapterError(
+            f"adapter={attached.method.settings.kind} with these settings changed the base's own "
+            "weights before it quantised them, so no adapter of it is right on another base. "
+            "Merge the run"
+        )
+    pairs = {p: _cut(p, layer.factors(rank), rank) for p, layer in attached.layers.items()}
+    largest = max(pair.rank for pair in pairs.values())
+    if largest < rank:
+        raise AdapterError(
+            f"there is no adapter of rank {rank} here: {largest} is the largest that was trained"
+        )
+    tensors, config = to_peft(attached, pairs)
+    error = max(pair.relative_error for pair in pairs.values())
+    config |= {"base_model_name_or_path": base, "revision": revision}
+    save_tensors(tensors, directory / WEIGHTS)
+    write_json(directory / CONFIG, config)
+    recorded = attached.method.settings.model_dump(mode="json")
+    write_json(directory / SIDECAR, {"adapter": recorded, "rank": rank, "relative_error": error})
+    return error
+
+
+def _cut(path: str, pair: Factors | None, rank: int) -> Factors:
+    if pair is None or pair.magnitude is not None:
+        raise AdapterError(
+            f"{path} has no adapter of rank {rank}: its method trained one rank, or this is above "
+            "it. DyLoRA can be cut to any rank up to its own, MoRA approximated"
+        )
+    return pair
+
+
+def _without_peft(attached: AttachedAdapter) -> str:
+    """What somebody who looks for a PEFT adapter has to know."""
+    kind = attached.method.settings.kind
+    why = (
+        f"What `{kind}` with these settings learned has no form as a PEFT adapter without loss."
+        if attached.is_base_unchanged
+        else f"`{kind}` with these settings changed the base's own weights before it quantised "
+        "them: the adapter is right on that base only, and wrong on any other."
+    )
+    return (
+        f"There is no PEFT adapter here. {why}\n\nMerge it: `qlora-lite merge RUN OUT` makes the "
+        f"base again from `{NATIVE}` and writes plain merged weights.\n"
+    )
+
+
+def read_native(directory: Path) -> dict[str, Tensor]:
+    """Our own state of a run's `adapter/`.
+
+    Raises:
+        AdapterError: if the file is damaged or missing.
+    """
+    try:
+        return load_file(directory / NATIVE)
+    except (OSError, SafetensorError) as error:
+        can_go_on = any((directory.parent / "checkpoints").glob("step-*"))
+        otherwise = (
+            f", or delete {directory} and train the run again: it goes on from its last checkpoint"
+        )
+        raise AdapterError(
+            f"{directory / NATIVE} cannot be read ({error}). Restore it"
+            f"{otherwise if can_go_on else ''}"
+        ) from error

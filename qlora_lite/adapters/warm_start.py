@@ -1,0 +1,202 @@
+"""Beginning from an adapter that exists (`adapter.start=PATH`): our own state, or PEFT's pairs.
+
+An adapter of the same method and settings goes on as it is, with all that its layers remember. Any
+other leaves as pairs, and the method of the recipe begins from those.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qlora_lite.adapters.attach import AttachedAdapter
+from qlora_lite.adapters.files import NATIVE, SIDECAR, read_native
+from qlora_lite.adapters.layer import Factors, Role
+from qlora_lite.adapters.method import AdapterSettings
+from qlora_lite.adapters.peft import (
+    CONFIG,
+    WEIGHTS,
+    PeftAdapter,
+    is_transposed,
+    read_peft,
+    read_peft_config,
+)
+from qlora_lite.adapters.split_state import by_layer
+from qlora_lite.foundation.errors import AdapterError
+from qlora_lite.foundation.files import read_object
+
+FREE_TO_CHANGE = ("start", "dropout", "dtype", "lr_ratio")
+"""Settings that may differ from those of an adapter whose own state is taken as it is."""
+
+_COPY = ".base_layer.weight"
+
+
+def require_adapter(directory: Path) -> None:
+    """A quick look, before anything large is read.
+
+    Raises:
+        AdapterError: if the directory holds no adapter.
+    """
+    has_peft = (directory / CONFIG).is_file() and (directory / WEIGHTS).is_file()
+    if not has_peft and not (directory / NATIVE).is_file():
+        raise AdapterError(
+            f"{directory} is not an adapter directory: {CONFIG} and {WEIGHTS} are needed there. "
+            "Give the folder that PEFT's save_pretrained wrote, or a run's adapter/"
+        )
+
+
+def describe_warm_start(directory: Path, settings: AdapterSettings, base: str) -> list[str]:
+    """What is taken of an adapter to begin from, and whether it names another base."""
+    is_own = (directory / NATIVE).is_file() and _was_trained_with(directory, settings)
+    notes = [f"beginning from {directory / (NATIVE if is_own else WEIGHTS)}"]
+    if (directory / CONFIG).is_file():
+        named = read_peft_config(directory).get("base_model_name_or_path")
+        if isinstance(named, str) and named and Path(named).name != Path(base).name:
+            notes.append(f"{directory} was made for the base {named}, and this one is {base}")
+    return notes
+
+
+def warm_start(attached: AttachedAdapter, directory: Path) -> None:
+    """Start from an existing adapter: our own state of the same method, or PEFT factors.
+
+    Raises:
+        AdapterError: if a tensor of the adapter finds no place, or a shape differs.
+    """
+    require_adapter(directory)
+    saved = saved_state(directory, attached.method.settings)
+    if saved is not None:
+        fresh = {name: tensor.clone() for name, tensor in attached.state().items()}
+        attached.load_state(saved)
+        for path, own in by_layer(fresh, attached.layers).items():
+            attached.layers[path].restart_chain(own)
+        return
+    if not attached.is_base_unchanged:
+        raise AdapterError(
+            f"adapter={attached.method.settings.kind} with these settings begins at a part of the "
+            f"base's own weights, so it cannot begin at {directory}. Leave out adapter.start, or "
+            "give a run with the same adapter settings"
+        )
+    if not (directory / CONFIG).is_file():
+        raise AdapterError(
+            f"{directory} has no PEFT form ({CONFIG}): its method leaves as merged weights, and "
+            "only a recipe with the same method and settings can begin from it. Merge its run and "
+            "take the merged model as base.model, or take the adapter settings of its recipe.json"
+        )
+    adapter = read_peft(directory)
+    _drop_copies_of_the_base(attached, adapter)
+    for pairs in (adapter.layers, adapter.embeddings):
+        pairs.update({path: _without_padding(pair) for path, pair in pairs.items()})
+    _check_places(attached, adapter)
+    for path, factors in adapter.layers.items():
+        attached.layers[path].warm_start(factors)
+    with torch.no_grad():
+        for path, factors in adapter.embeddings.items():
+            embedding = attached.embeddings[path]
+            embedding.a[: factors.rank] = factors.down
+            embedding.b[:, : factors.rank] = factors.up / embedding.scale
+        _copy_whole_modules(attached, adapter)
+
+
+def _copy_whole_modules(attached: AttachedAdapter, adapter: PeftAdapter) -> None:
+    parameters = attached.parameters()
+    for name, tensor in adapter.whole.items():
+        path = name.rpartition(".")[0]
+        value = tensor.T if is_transposed(attached, path, tensor) else tensor
+        if value.shape != parameters[name].shape:
+            raise AdapterError(
+                f"{name} has shape {tuple(value.shape)} in {adapter.directory} and "
+                f"{tuple(parameters[name].shape)} here. It was trained on another base model"
+            )
+        parameters[name].copy_(value)
+
+
+def _drop_copies_of_the_base(attached: AttachedAdapter, adapter: PeftAdapter) -> None:
+    """PEFT saves the base's own head or embedding beside its LoRA: `X.base_layer.weight`.
+
+    Raises:
+        AdapterError: if that is not the weight of this base.
+    """
+    bases = {p: layer.base for p, layer in (attached.layers | attached.embeddings).items()}
+    for name in [name for name in adapter.whole if name.endswith(_COPY)]:
+        path = name.removesuffix(_COPY)
+        if path not in bases:
+            continue  # `_check_places` tells of it
+        copy, weight = adapter.whole.pop(name), bases[path].original()
+        if weight is None or weight.shape != copy.shape or not _is_near(weight, copy):
+            raise AdapterError(
+                f"{adapter.directory} holds another weight for {path} than this base has: it was "
+                "resized, or trained on another base model. Merge it with PEFT and use the merged "
+                "model as the base"
+            )
+
+
+def _is_near(weight: Tensor, copy: Tensor) -> bool:
+    """The same but for the dtype that it was saved in."""
+    return torch.allclose(weight.float(), copy, rtol=1e-2, atol=1e-3)
+
+
+def _without_padding(pair: Factors) -> Factors:
+    """Without the zeros that make all pairs of a file equally long: a component whose factors are
+    both zero has no gradient, and would never learn."""
+    used = pair.down.any(dim=1) & pair.up.any(dim=0)
+    return Factors(pair.down[used], pair.up[:, used], magnitude=pair.magnitude)
+
+
+def saved_state(directory: Path, settings: AdapterSettings) -> dict[str, Tensor] | None:
+    """Our own state of an adapter to begin from, where it fits these settings as it is."""
+    if not (directory / NATIVE).is_file():
+        return None
+    return read_native(directory) if _was_trained_with(directory, settings) else None
+
+
+def _was_trained_with(directory: Path, settings: AdapterSettings) -> bool:
+    """Our own state fits when everything is the same but how it is trained."""
+    try:
+        recorded = read_object(directory / SIDECAR, "adapter")["adapter"]
+    except (OSError, ValueError) as error:
+        raise AdapterError(
+            f"{directory / SIDECAR} says how {NATIVE} was trained, and cannot be read ({error}). "
+            "Copy the adapter again"
+        ) from error
+    now = settings.model_dump(mode="json")
+    return all(
+        recorded.get(name) == value for name, value in now.items() if name not in FREE_TO_CHANGE
+    )
+
+
+def _check_places(attached: AttachedAdapter, adapter: PeftAdapter) -> None:
+    """Every tensor of the adapter is used exactly once, or the command fails."""
+    known = set(attached.layers) | set(attached.embeddings)
+    lost = [path for path in (*adapter.layers, *adapter.embeddings) if path not in known]
+    lost += [name for name in adapter.whole if name not in attached.parameters()]
+    if lost:
+        raise AdapterError(
+            f"{adapter.directory} holds {len(lost)} tensors that this recipe does not train "
+            f"(such as {lost[0]}). Widen adapter.targets, or set adapter.train_modules, "
+            "adapter.train_norms or adapter.embedding_rank as the adapter had them"
+        )
+    for path, factors in adapter.layers.items():
+        layer = attached.layers[path]
+        _check_shape(path, factors, (layer.base.d_in, layer.base.d_out))
+        if factors.magnitude is not None and Role.MAGNITUDE not in layer.roles.values():
+            raise AdapterError(
+                f"{adapter.directory} is a DoRA, and adapter={attached.method.settings.kind} has "
+                "no magnitudes to begin from. Take adapter=dora"
+            )
+    for path, factors in adapter.embeddings.items():
+        vocabulary, hidden = attached.embeddings[path].base.weight.shape
+        _check_shape(path, factors, (vocabulary, hidden))
+        if factors.rank > attached.embeddings[path].a.shape[0]:
+            raise AdapterError(
+                f"the adapter to start from has embedding rank {factors.rank}. "
+                f"Set adapter.embedding_rank={factors.rank}"
+            )
+
+
+def _check_shape(path: str, factors: Factors, shape: tuple[int, int]) -> None:
+    got = (factors.down.shape[1], factors.up.shape[0])
+    if got != shape:
+        raise AdapterError(
+            f"{path}: the adapter maps {got[0]} to {got[1]} features, the base {shape[0]} to "
+            f"{shape[1]}. It was trained on another base model"
+        )

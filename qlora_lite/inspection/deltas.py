@@ -1,0 +1,189 @@
+"""What an adapter adds to each weight, one layer at a time, whoever trained it.
+
+A run's layers are rebuilt from its files and its base as a merge does, so that a delta of any
+method is there, and the weight as training held it. Adapters of other trainers are in `pairs`.
+
+An embedding counts as a linear layer from tokens to features: its delta is (hidden, vocabulary).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qlora_lite.adapters.layer import Factors
+from qlora_lite.adapters.method import Requirement
+from qlora_lite.analysis.findings import Shape
+from qlora_lite.analysis.rank import SVD, gate_values, svd_of_dense, svd_of_pair
+from qlora_lite.export.merge import MergedTensor, MergedWeights
+from qlora_lite.foundation.device import DeviceRule
+from qlora_lite.foundation.errors import AdapterError, RunError
+from qlora_lite.recipe_files import load_recipe
+from qlora_lite.run.folder import RunFolder
+from qlora_lite.run.merging import merge_source
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What is added to one weight, and what is known beside it."""
+
+    shape: Shape
+    rank: int
+    """That the layer was given."""
+    pair: Factors | None
+    """A folded LoRA pair."""
+    dense: Tensor | None
+    """(d_out, d_in), where the pair is not all of the delta; otherwise None."""
+    weight: Tensor | None
+    """(d_out, d_in) in fp32, if the base is at hand."""
+    gates: Tensor | None = None
+
+    @property
+    def is_pair_trained(self) -> bool:
+        """The pair is what was trained, not a larger one that it was folded into."""
+        return self.pair is not None and self.pair.rank == self.rank
+
+    def svd(self) -> SVD:
+        """Of a pair all its directions; of a dense delta as well."""
+        if self.dense is not None:
+            return svd_of_dense(self.dense)
+        assert self.pair is not None
+        return svd_of_pair(self.pair.down, self.pair.up)
+
+
+@dataclass(frozen=True)
+class BaseId:
+    """What is known of the base that an adapter belongs to."""
+
+    name: str | None
+    """As it was recorded: a hub id or a directory."""
+    fingerprint: str | None
+    """Of its files, if they are or were at hand."""
+
+    def is_other_than(self, other: "BaseId") -> bool:
+        """By their files if both are known, else by their names; not if neither says anything."""
+        if self.fingerprint and other.fingerprint:
+            return self.fingerprint != other.fingerprint
+        return bool(self.name and other.name) and self.name != other.name
+
+
+class Deltas(Protocol):
+    """The deltas of one target, each made when it is asked for."""
+
+    target: str
+    """As it was given."""
+    what: str
+    """A word or two on what it is."""
+    base: BaseId
+    notes: list[str]
+    is_scaled: bool
+    """False where the scale of the deltas is not known."""
+    shapes: dict[str, Shape]
+    """By the layer's path, in the order of the model or file."""
+
+    def read(self, path: str) -> Delta: ...
+
+    def num_bytes(self, path: str) -> int:
+        """That are read from the base for this layer."""
+
+
+def require_finite(target: str, path: str, delta: Delta) -> Delta:
+    """Numbers that singular values exist of.
+
+    Raises:
+        AdapterError: if a tensor holds NaN or infinity.
+    """
+    pair = () if delta.pair is None else (delta.pair.down, delta.pair.up)
+    for tensor in (*pair, delta.dense, delta.weight):
+        if tensor is not None and not tensor.isfinite().all():
+            raise AdapterError(
+                f"{path} of {target} holds numbers that are not finite: its training failed, or "
+                "the file or its base is damaged. Take a checkpoint from before, or copy it again"
+            )
+    return delta
+
+
+class RunDeltas:
+    """The layers of a finished run."""
+
+    is_scaled = True
+
+    def __init__(self, target: str, rule: DeviceRule, notes: list[str]) -> None:
+        folder = RunFolder(Path(target))
+        folder.read_record()
+        recipe = load_recipe(folder.recipe)
+        try:
+            source = merge_source(folder, recipe, rule)
+        except json.JSONDecodeError as error:
+            raise RunError(
+                f"{folder.adapter}: its record is damaged ({error}). Restore it, or delete the "
+                "folder and train the run again: it goes on from its last checkpoint"
+            ) from error
+        self._layers = TrainedLayers(source, "trained")
+        self.target = target
+        self.what = f"run, adapter={recipe.adapter.kind}"
+        self.base = BaseId(recipe.base.model, self._layers.checkpoint.fingerprint)
+        self.shapes = self._layers.shapes
+        self.notes = notes + self._layers.notes
+
+    def read(self, path: str) -> Delta:
+        return require_finite(self.target, path, self._layers.read(path))
+
+    def num_bytes(self, path: str) -> int:
+        return self._layers.num_bytes(path)
+
+
+class TrainedLayers(MergedWeights):
+    """The layers of a run, made of the files that its merged weights are made of."""
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        tables = {
+            path: (len(saved["b"]), saved["a"].shape[1])
+            for path, saved in self._learned.embeddings.items()
+        }
+        return tables | {p: (spec.d_out, spec.d_in) for p, spec in self._learned.specs.items()}
+
+    @property
+    def notes(self) -> list[str]:
+        notes = []
+        if Requirement.ORIGINAL_WEIGHTS in self._learned.method.requires:
+            notes.append(
+                "its method took a start out of the weights before they were quantised. The delta "
+                "is what was added to the rest, the weight is that rest"
+            )
+        if whole := len(self._learned.whole):
+            notes.append(f"tensors that were trained whole are not shown: {whole}")
+        return notes
+
+    def read(self, path: str) -> Delta:
+        if path in self._learned.embeddings:
+            return self._embedding(path)
+        layer = self._layer(self._entry_of(path))
+        pair = layer.factors()
+        is_all = pair is not None and pair.magnitude is None and pair.relative_error == 0
+        return Delta(
+            shape=(layer.base.d_out, layer.base.d_in),
+            rank=self._learned.method.plans[path].rank,
+            pair=pair,
+            dense=None if is_all else layer.delta().detach(),
+            weight=layer.base.dense().float(),
+            gates=gate_values(layer),
+        )
+
+    def _embedding(self, path: str) -> Delta:
+        """A merge has tokens as rows; here they are columns."""
+        rows = self._embedding_pair(path)
+        pair = Factors(down=rows.up.T, up=rows.down.T)
+        table = torch.cat(list(self._held(self._entry_of(path))))
+        return Delta((len(pair.up), pair.down.shape[1]), pair.rank, pair, None, table.T)
+
+    def num_bytes(self, path: str) -> int:
+        return self.checkpoint.info(self._entry_of(path).stored).num_bytes
+
+    def _entry_of(self, path: str) -> MergedTensor:
+        """Of the weight at `path`."""
+        return next(e for e in self._entries.values() if e.ours == f"{path}.weight")

@@ -1,0 +1,177 @@
+"""Adapters of other trainers, PEFT's and loralib's: pairs in memory, and the weights of their base.
+
+| target                    | alpha          | the base                                            |
+|---------------------------|----------------|-----------------------------------------------------|
+| a PEFT adapter directory  | recorded       | the one given, else the local one that is recorded  |
+| a loralib checkpoint      | may be given   | the one given                                       |
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from qlora_lite.adapters.files import NATIVE
+from qlora_lite.adapters.layer import Factors
+from qlora_lite.adapters.peft import CONFIG, PeftAdapter, read_peft, read_peft_config
+from qlora_lite.analysis.findings import Shape
+from qlora_lite.analysis.loralib import read_loralib
+from qlora_lite.analysis.weights import BaseWeights, Part
+from qlora_lite.foundation.device import DeviceRule
+from qlora_lite.foundation.errors import AdapterError, BaseModelError
+from qlora_lite.inspection.deltas import BaseId, Delta, require_finite
+from qlora_lite.methods.dora import at_length
+
+
+class PairDeltas:
+    """Pairs in memory, with weights where a base is at hand.
+
+    Args:
+        parts: where the weight of a pair is, if that is known.
+        base: what it is called, if that is known.
+
+    Raises:
+        AdapterError: if something is no pair, or the base has no such weight.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        what: str,
+        pairs: Mapping[str, Factors],
+        parts: Mapping[str, Part],
+        weights: BaseWeights | None,
+        base: str | None,
+        notes: list[str],
+        is_scaled: bool = True,
+    ) -> None:
+        self.target, self.what, self.notes, self.is_scaled = target, what, notes, is_scaled
+        self.base = BaseId(base, weights.checkpoint.fingerprint if weights else None)
+        self.shapes = {path: _shape(target, path, pair) for path, pair in pairs.items()}
+        self._pairs, self._weights = pairs, weights
+        self._parts = {}
+        if weights is not None:
+            self._parts = {
+                name: part
+                for name, part in parts.items()
+                if _has_place(target, self.shapes[name], part, weights)
+            }
+            if lost := len(pairs) - len(self._parts):
+                notes.append(
+                    "nothing is said of the weights of pairs that belong to some parts of a fused "
+                    f"one, since the file does not tell to which: {lost}"
+                )
+
+    def read(self, path: str) -> Delta:
+        pair, weight = self._pairs[path], None
+        if self._weights is not None and path in self._parts:
+            weight = self._weights.read(self._parts[path])
+        dense = None
+        if pair.magnitude is not None:
+            if weight is None:
+                raise AdapterError(
+                    f"{self.target} is a DoRA: what it adds hangs on the weights of its base. Give "
+                    "that with --base MODEL"
+                )
+            direction = weight + (pair.up @ pair.down).to(weight.device)
+            dense = at_length(direction, pair.magnitude.to(weight.device)) - weight
+        delta = Delta(self.shapes[path], pair.rank, pair, dense, weight)
+        return require_finite(self.target, path, delta)
+
+    def num_bytes(self, path: str) -> int:
+        if self._weights is None or path not in self._parts:
+            return 0
+        return self._weights.num_bytes(self._parts[path])
+
+
+def _shape(target: str, path: str, pair: Factors) -> Shape:
+    """(d_out, d_in) of two matrices that fit each other."""
+    down, up = pair.down, pair.up
+    if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1]:
+        raise AdapterError(
+            f"{path} of {target} has factors of {tuple(down.shape)} and {tuple(up.shape)}; needed "
+            "are (rank, d_in) and (d_out, rank) of a linear layer. The file is damaged, or adapts "
+            "layers of another kind: save it again without them"
+        )
+    return up.shape[0], down.shape[1]
+
+
+def _has_place(target: str, shape: Shape, part: Part, weights: BaseWeights) -> bool:
+    """The base has this weight; False if it is not known which rows of it are meant."""
+    there, (d_out, d_in) = weights.shape(part.path), shape
+    if there == (part.num * d_out, d_in):
+        return True
+    if there is not None and part.num > 1 and there[1] == d_in and there[0] % d_out == 0:
+        return False
+    has = "has nothing there" if there is None else f"maps {there[1]} to {there[0]} there"
+    raise AdapterError(
+        f"{target} adapts {part.path}, from {d_in} to {part.num * d_out} features; the base "
+        f"{weights.model} {has}. It was trained on another base: give that one with --base"
+    )
+
+
+def open_peft(target: str, base: str | None, rule: DeviceRule, notes: list[str]) -> PairDeltas:
+    adapter = _read_peft(Path(target))
+    recorded = read_peft_config(Path(target)).get("base_model_name_or_path")
+    weights = None
+    if base is not None:
+        weights = BaseWeights(base, rule)
+    elif recorded and (Path(recorded) / "config.json").is_file():
+        try:
+            weights = BaseWeights(recorded, rule)
+        except BaseModelError as error:
+            notes.append(f"nothing is said of the weights of its base: {error}")
+    else:
+        named = f", which is {recorded}" if recorded else ""
+        notes.append(f"norms and amplification need the base{named}: --base MODEL")
+    if adapter.whole:
+        notes.append(f"tensors that were trained whole are not shown: {len(adapter.whole)}")
+    found = adapter.embeddings | adapter.layers
+    pairs = {path: found[path] for path in sorted(found, key=_in_order_of_depth)}
+    parts = {path: Part(path) for path in pairs}
+    return PairDeltas(target, "PEFT adapter", pairs, parts, weights, base or recorded, notes)
+
+
+def _in_order_of_depth(path: str) -> list[tuple[int, str]]:
+    """A file has them by letters, layer 10 before layer 2."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
+
+
+def _read_peft(directory: Path) -> PeftAdapter:
+    """Raises AdapterError in words of this command, where those of `read_peft` are of training."""
+    is_ours = (directory / NATIVE).is_file()
+    has_pairs = (directory / CONFIG).is_file()
+    if is_ours and not (has_pairs and not read_peft_config(directory).get("use_dora")):
+        raise AdapterError(
+            f"{directory} holds no plain LoRA pairs, and its deltas need the base and the recipe "
+            f"of its run. Give the run: {directory.resolve().parent}"
+        )
+    adapter = read_peft(directory)
+    if not adapter.layers and not adapter.embeddings:
+        raise AdapterError(
+            f"{directory} holds no LoRA pair: nothing has a rank there. Give an adapter that "
+            "adapts linear layers or an embedding"
+        )
+    return adapter
+
+
+def open_loralib(
+    target: str, base: str | None, alpha: float | None, rule: DeviceRule
+) -> PairDeltas:
+    found = {pair.name: pair for pair in read_loralib(Path(target), alpha)}
+    notes = []
+    if alpha is None:
+        notes.append(
+            "its scale alpha / r is not in the file: singular values are relative to the largest "
+            "of their layer, and there are no norms. Give --alpha"
+        )
+    elif base is None:
+        notes.append("norms and amplification need the base: --base MODEL")
+    return PairDeltas(
+        target,
+        "loralib checkpoint",
+        {name: pair.factors for name, pair in found.items()},
+        {name: Part(pair.path, pair.part, pair.num_parts) for name, pair in found.items()},
+        None if base is None else BaseWeights(base, rule),
+        base,
+        notes,
+        is_scaled=alpha is not None,
+    )

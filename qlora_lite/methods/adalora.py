@@ -1,0 +1,256 @@
+"""AdaLoRA: a shrinking budget of singular triplets, kept where they matter.
+
+    y = W x + c P diag(E) Q drop(x)          c = alpha / (r0 + 1e-5), r0 the first rank throughout
+    L = L_task + gamma (1 / 2N) sum over N layers of ||Q Q^T - I||_F + ||P^T P - I||_F
+
+Q (r0, d_in) and P (d_out, r0) are named `a` and `b`, E is `e`. Zhang et al. 2023,
+arXiv:2303.10512. Importance of a number w is smoothed sensitivity times its smoothed deviation,
+
+    I = |w dL/dw|,   I_ <- b1 I_ + (1 - b1) I,   U_ <- b2 U_ + (1 - b2) |I - I_|,   s(w) = I_ U_
+
+and a triplet's score is that of its E and the means of its row of Q and its column of P. After a
+warm-up the budget falls along a cubic curve from all triplets to `target_rank` a layer; those
+with the lowest scores over all layers have their E set to zero, and may come back until the budget
+is final.
+
+Where we deviate: I takes the gradient before clipping (PEFT and the release clip first), and, as
+they do, the value after the step. The selection is a stable top-b: the release's k-th value zeroes
+too many on ties and fails where nothing is to be cut. E rests in fp32 and does not decay.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qlora_lite.adapters.layer import AdapterLayer, Factors, Role
+from qlora_lite.adapters.method import AdapterSettings, Footprint, ParameterAccess, StepInfo
+from qlora_lite.methods.lora import LoRALayer, LoRAMethod
+from qlora_lite.methods.rm_lora import distance_from_orthonormal
+from qlora_lite.model.frozen import FrozenLinear
+from qlora_lite.model.targets import LinearSpec
+
+START_STD = 0.02
+"""Of the entries of P and Q."""
+
+
+class AdaLoRA(AdapterSettings):
+    """Adaptive budget: rank goes to the layers whose triplets matter most."""
+
+    kind: Literal["adalora"] = "adalora"
+
+    rank: int = Field(default=12, ge=1)
+    """Triplets of a layer at the start (r0); `ranks` may change it layer by layer."""
+
+    target_rank: int = Field(default=8, ge=1)
+    """Triplets a layer that are left at the end, on average."""
+
+    warmup: int | None = Field(default=None, ge=1)
+    """Steps with all triplets (t_i); a tenth of the run unless given."""
+
+    final: int | None = Field(default=None, ge=0)
+    """Steps with the final budget (t_f); three tenths of the run unless given."""
+
+    every: int | None = Field(default=None, ge=1)
+    """Steps between two cuts; a two-hundredth of the run unless given."""
+
+    sensitivity_decay: float = Field(default=0.85, gt=0, lt=1)
+    """Smoothing of the sensitivity (beta 1)."""
+
+    deviation_decay: float = Field(default=0.85, gt=0, lt=1)
+    """Smoothing of its deviation (beta 2)."""
+
+    orthogonality: float = Field(default=0.1, ge=0)
+    """Weight of the penalty on P and Q that are not orthonormal (gamma)."""
+
+    @model_validator(mode="after")
+    def _shrinks(self) -> "AdaLoRA":
+        if self.target_rank > self.rank:
+            raise ValueError(
+                f"target_rank={self.target_rank} is above rank={self.rank}. The budget can only "
+                f"shrink: take target_rank={self.rank} or less, or a higher rank"
+            )
+        return self
+
+
+class AdaLoRALayer(LoRALayer):
+    """y = W x + c P diag(E) Q drop(x)"""
+
+    roles: ClassVar[dict[str, Role]] = LoRALayer.roles | {"e": Role.GATE}
+
+    def __init__(
+        self, base: FrozenLinear, a: Tensor, b: Tensor, scale: float, dropout: float
+    ) -> None:
+        super().__init__(base, a, b, scale, dropout)
+        self.e = nn.Parameter(torch.zeros(a.shape[0]))
+
+    def update(self, x: Tensor) -> Tensor:
+        x = F.dropout(x, self.dropout, self.training)
+        low = F.linear(x, self.a.to(x.dtype)) * self.e.to(x.dtype)
+        return F.linear(low, self.b.to(x.dtype)) * self.scale
+
+    def live_factors(self) -> tuple[Tensor, Tensor] | None:
+        return self.a.float(), self.b.float() * (self.scale * self.e.float())
+
+    def factors(self, rank: int | None = None) -> Factors | None:
+        """Triplets whose E is zero are left out."""
+        kept = self.e.detach() != 0
+        if rank is not None and rank < int(kept.sum()):
+            return None
+        a, b, e = (t.detach().float() for t in (self.a, self.b, self.e))
+        return Factors(a[kept], b[:, kept] * (self.scale * e[kept]))
+
+    def warm_start(self, factors: Factors) -> None:
+        super().warm_start(factors)
+        self.e.data[: factors.rank] = 1.0
+
+    def trainable_count(self) -> int:
+        return super().trainable_count() + self.e.numel()
+
+
+class AdaLoRAMethod(LoRAMethod):
+    """Scores every triplet, and keeps as many as the budget of the step allows."""
+
+    settings: AdaLoRA
+
+    def __init__(self, settings: AdaLoRA) -> None:
+        super().__init__(settings)
+        self._gradients: dict[str, Tensor] = {}
+        self._sensitivity: dict[str, Tensor] = {}
+        self._deviation: dict[str, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}
+        """Masks of the triplets that the final budget keeps, by path; empty before."""
+
+    def footprint(self, spec: LinearSpec) -> Footprint:
+        lora = super().footprint(spec)
+        trained = lora.trained + lora.width
+        return Footprint(lora.width, trained, statistics=3 * trained)
+
+    def build(
+        self,
+        base: FrozenLinear,
+        spec: LinearSpec,
+        start: Mapping[str, Tensor] | None,
+        generator: torch.Generator,
+    ) -> AdapterLayer:
+        plan = self.plans[spec.path]
+        a = START_STD * torch.randn(plan.rank, spec.d_in, generator=generator)
+        b = START_STD * torch.randn(spec.d_out, plan.rank, generator=generator)
+        scale = plan.scale
+        if self.settings.scaling == "alpha/r":
+            scale = self.settings.alpha / (plan.rank + 1e-5)
+        return AdaLoRALayer(base, a, b, scale, self.settings.dropout)
+
+    def penalty(self) -> Tensor | None:
+        if not self.settings.orthogonality:
+            return None
+        errors = []
+        for layer in self._layers().values():
+            errors += [
+                distance_from_orthonormal(layer.a.float()),
+                distance_from_orthonormal(layer.b.float().T),
+            ]
+        return self.settings.orthogonality * torch.stack(errors).mean()
+
+    def before_step(self, access: ParameterAccess, step: StepInfo) -> None:
+        if self._kept and step.step + 1 >= self._phases(step.total)[1]:
+            return
+        for path, layer in self.layers.items():
+            for name, parameter in layer.trained().items():
+                gradient = access.gradient(parameter)
+                assert gradient is not None, f"{path}.{name} has no gradient"
+                self._gradients[f"{path}.{name}"] = gradient.clone()
+
+    def after_step(self, access: ParameterAccess, step: StepInfo) -> None:
+        gradients, self._gradients = self._gradients, {}
+        if step.skipped:
+            return
+        warm, fixed = self._phases(step.total)
+        done = step.step + 1
+        if done < fixed:
+            self._kept = {}  # of a run that was extended since: its budget is open again
+        if not self._kept:
+            self._observe(access, gradients)
+        every = self.settings.every or max(1, step.total // 200)
+        if done >= fixed and not self._kept:  # late, where that step was skipped
+            self._kept = self._select(budget(done, warm, fixed, *self._budgets()))
+            self._sensitivity, self._deviation = {}, {}
+        if done >= fixed:
+            self._mask(access, self._kept)
+        elif done > warm and done % every == 0:
+            self._mask(access, self._select(budget(done, warm, fixed, *self._budgets())))
+
+    def is_settled(self, done: int, total: int) -> bool:
+        return done >= self._phases(total)[1] and bool(self._kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = {"sensitivity": self._sensitivity, "deviation": self._deviation, "kept": self._kept}
+        return {f"{part}:{name}": t for part, held in parts.items() for name, t in held.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        device = next(iter(self._layers().values())).e.device
+        parts = {"sensitivity": self._sensitivity, "deviation": self._deviation, "kept": self._kept}
+        for key, tensor in state.items():
+            part, _, name = key.partition(":")
+            parts[part][name] = tensor.to(device)
+
+    def _layers(self) -> dict[str, AdaLoRALayer]:
+        return {p: layer for p, layer in self.layers.items() if isinstance(layer, AdaLoRALayer)}
+
+    def _phases(self, total: int) -> tuple[int, int]:
+        """Steps done when the cuts begin, and when the budget is final."""
+        warm = min(self.settings.warmup or max(total // 10, 1), total)
+        final = total * 3 // 10 if self.settings.final is None else self.settings.final
+        return warm, max(total - final, warm)
+
+    def _budgets(self) -> tuple[int, int]:
+        """Triplets at the start and at the end, over all layers."""
+        ranks = [plan.rank for path, plan in self.plans.items() if path in self.layers]
+        return sum(ranks), min(self.settings.target_rank * len(ranks), sum(ranks))
+
+    def _observe(self, access: ParameterAccess, gradients: Mapping[str, Tensor]) -> None:
+        """Smooth the sensitivity of every number and its deviation, in fp32."""
+        s = self.settings
+        for path, layer in self.layers.items():
+            for name, parameter in layer.trained().items():
+                key = f"{path}.{name}"
+                seen = (access.read(parameter).float() * gradients[key].float()).abs()
+                mean = self._sensitivity.setdefault(key, torch.zeros_like(seen))
+                mean.mul_(s.sensitivity_decay).add_(seen, alpha=1 - s.sensitivity_decay)
+                deviation = self._deviation.setdefault(key, torch.zeros_like(seen))
+                away = (seen - mean).abs()
+                deviation.mul_(s.deviation_decay).add_(away, alpha=1 - s.deviation_decay)
+
+    def _select(self, count: int) -> dict[str, Tensor]:
+        """Masks of the `count` triplets with the highest scores over all layers, by path."""
+        scores = {path: self._scores(path) for path in self.layers}
+        order = torch.cat(list(scores.values())).argsort(descending=True, stable=True)
+        kept = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+        kept[order[:count]] = True
+        parts = kept.split([len(score) for score in scores.values()])
+        return dict(zip(scores, parts, strict=True))
+
+    def _scores(self, path: str) -> Tensor:
+        """(r0,): of E, plus the means over the row of Q and the column of P."""
+        of = {
+            name: self._sensitivity[f"{path}.{name}"] * self._deviation[f"{path}.{name}"]
+            for name in ("e", "a", "b")
+        }
+        return of["e"] + of["a"].mean(1) + of["b"].mean(0)
+
+    def _mask(self, access: ParameterAccess, kept: Mapping[str, Tensor]) -> None:
+        for path, layer in self._layers().items():
+            access.write(layer.e, access.read(layer.e) * kept[path])
+
+
+def budget(done: int, warm: int, fixed: int, first: int, last: int) -> int:
+    """Triplets that are kept after `done` steps: all, along a cubic curve, the final number."""
+    if done >= fixed:
+        return last
+    if done <= warm:
+        return first
+    left = 1 - (done - warm) / (fixed - warm)
+    return int(last + (first - last) * left**3)

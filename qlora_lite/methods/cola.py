@@ -1,0 +1,171 @@
+"""COLA: a chain of LoRAs, each trained on what the ones before it left.
+
+    y = W x + sum over finished links of s_j B_j A_j x  +  s_k B_k A_k drop(x)      s = alpha / r
+
+    TUNE link k for its share of the steps -> TIE it into the bank -> EXTEND: A drawn anew, B zero,
+    the optimizer's state cleared, the learning rate's schedule from its beginning
+
+Xia, Qin and Hazan 2024, arXiv:2401.04151. With one link it is LoRA. No code of the authors was
+found; chain length and learning rates are recalled, not checked.
+
+Where we deviate: a finished link is not merged into the weight but kept in a bank (`bank.py`),
+since a quantised weight would round it away; all leave as one LoRA of their ranks together. The
+links share the run equally, and an extended run anew. A link of a smaller rank keeps the
+parameters' shape, with rows of A that are zero and, with B zero too, never move.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from qlora_lite.adapters.layer import AdapterLayer
+from qlora_lite.adapters.method import AdapterSettings, Footprint, ParameterAccess, StepInfo
+from qlora_lite.adapters.ranks import LayerPlan, scale_of
+from qlora_lite.methods.bank import BankedLayer
+from qlora_lite.methods.lora import LoRALayer, LoRAMethod
+from qlora_lite.model.frozen import FrozenLinear
+from qlora_lite.model.targets import LinearSpec
+
+
+class COLA(AdapterSettings):
+    """Chain of LoRA: train a LoRA, keep it, and train another on the rest."""
+
+    kind: Literal["cola"] = "cola"
+
+    rank: int = Field(default=8, ge=1)
+    """Rank of every link; `ranks` may change it layer by layer."""
+
+    alpha: float = Field(default=16.0, gt=0)
+    """Numerator of the scale of every link."""
+
+    num_links: int = Field(default=3, ge=1)
+    """Links of the chain; they share the steps of the run equally."""
+
+    link_ranks: list[int] = Field(default_factory=list)
+    """Ranks of the links, none larger than the one before or than `rank`: `[8, 4, 2]`. All have
+    `rank` unless given."""
+
+    @model_validator(mode="after")
+    def _one_rank_a_link(self) -> "COLA":
+        ranks = self.link_ranks
+        if ranks and len(ranks) != self.num_links:
+            raise ValueError(
+                f"link_ranks={ranks} has {len(ranks)} ranks for num_links={self.num_links} links. "
+                "Give one for each, or none"
+            )
+        if any(r < 1 for r in ranks) or [self.rank, *ranks] != sorted(
+            [self.rank, *ranks], reverse=True
+        ):
+            raise ValueError(
+                f"link_ranks={ranks} must be 1 or more, and fall from rank={self.rank} at most"
+            )
+        return self
+
+    def rank_of_link(self, link: int, rank: int) -> int:
+        """Of a layer whose own rank is `rank`."""
+        return min(self.link_ranks[link], rank) if self.link_ranks else rank
+
+
+class COLALayer(BankedLayer):
+    """The live link, the finished ones, and how many those are."""
+
+    links: Tensor
+    """(): number of the live link. A layer that was loaded knows its scale by it."""
+
+    def __init__(self, base: FrozenLinear, a: Tensor, b: Tensor, settings: COLA) -> None:
+        self.settings = settings
+        super().__init__(base, a, b, 1.0, settings.dropout)
+        self.register_buffer("links", torch.zeros((), dtype=torch.int64))
+        self._rescale()
+
+    def load_state(self, saved: Mapping[str, Tensor]) -> None:
+        super().load_state(saved)
+        self._rescale()
+
+    def restart_chain(self, fresh: Mapping[str, Tensor]) -> None:
+        super().restart_chain(fresh)
+        self.links.zero_()
+        self._rescale()
+
+    def extend(self, access: ParameterAccess, link: int, generator: torch.Generator) -> None:
+        """Tie the live link and begin number `link`."""
+        rank = self.settings.rank_of_link(link, self.a.shape[0])
+        self.finish_link(access, self.fresh_down(generator, rank), cap=None)
+        self.links.fill_(link)
+        self._rescale()
+
+    def _rescale(self) -> None:
+        rank = self.settings.rank_of_link(int(self.links), self.a.shape[0])
+        self.scale = scale_of(self.settings.alpha, rank, self.settings.scaling)
+
+
+class COLAMethod(LoRAMethod):
+    """Ends a link and begins the next where its share of the run ends."""
+
+    settings: COLA
+
+    def __init__(self, settings: COLA) -> None:
+        super().__init__(settings)
+        self._tied = 0
+        """Steps that were done when a link was last tied."""
+
+    def plan(self, specs: Sequence[LinearSpec]) -> dict[str, LayerPlan]:
+        """Every layer has the rank of its first link: none that follows is larger."""
+        settings = self.settings
+        plans = {}
+        for path, plan in super().plan(specs).items():
+            rank = settings.rank_of_link(0, plan.rank)
+            plans[path] = LayerPlan(rank, scale_of(settings.alpha, rank, settings.scaling))
+        return plans
+
+    def footprint(self, spec: LinearSpec) -> Footprint:
+        rank = self.plans[spec.path].rank
+        links = range(self.settings.num_links - 1)
+        finished = sum(self.settings.rank_of_link(link, rank) for link in links)
+        size = spec.d_in + spec.d_out
+        return Footprint(rank + finished, rank * size, frozen=finished * size)
+
+    def build(
+        self,
+        base: FrozenLinear,
+        spec: LinearSpec,
+        start: Mapping[str, Tensor] | None,
+        generator: torch.Generator,
+    ) -> AdapterLayer:
+        lora = super().build(base, spec, start, generator)
+        assert isinstance(lora, LoRALayer)
+        return COLALayer(base, lora.a.data, lora.b.data, self.settings)
+
+    def schedule_position(self, step: int, total: int) -> tuple[int, int]:
+        link = self._link(step, total)
+        first, last = (self._first_step(k, total) for k in (link, link + 1))
+        return step - first, last - first
+
+    def after_step(self, access: ParameterAccess, step: StepInfo) -> None:
+        done = step.step + 1
+        if step.skipped or done >= step.total:
+            return
+        link = self._link(done, step.total)
+        if self._first_step(link, step.total) <= self._tied:
+            return
+        self._tied = done  # late, where that step was skipped or ended a run that was extended
+        for layer in self.layers.values():
+            assert isinstance(layer, COLALayer)
+            layer.extend(access, link, step.generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tied": self._tied}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._tied = state["tied"]
+
+    def _link(self, step: int, total: int) -> int:
+        """Which link a step trains."""
+        links = range(self.settings.num_links)
+        return max(link for link in links if self._first_step(link, total) <= step)
+
+    def _first_step(self, link: int, total: int) -> int:
+        return link * total // self.settings.num_links

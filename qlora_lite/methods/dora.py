@@ -1,0 +1,142 @@
+"""DoRA: weight-decomposed low-rank adaptation.
+
+    y = (m / c) (W + s B A) x,   c = ||W + s B A||        one norm and one m per output
+
+Liu et al. 2024, arXiv:2402.09353, eq. 5; c is treated as a constant in the backward (their section
+4.3), which saves one (d_out, d_in) gradient. It starts at the base to rounding, because m = ||W||.
+The paper writes column norms of a (d_in, d_out) weight; in torch's layout they are row norms.
+
+The norm needs no dense W + s B A, and no second dequantisation:
+
+    c_i^2 = ||w_i||^2 + 2 s b_i (A w_i) + s^2 b_i (A A^T) b_i
+
+where ||w_i|| is kept and A W^T comes out of the same product as W x, the rows of A behind those
+of x.
+
+Where we deviate: with dropout the base's part always sees the whole x, and only B A the dropped
+one; PEFT drops in both. Magnitudes rest in fp32, since rounding them to bf16 would move the start
+by 0.2 %. It leaves as a PEFT DoRA adapter; there is no plain LoRA without loss.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from qlora_lite.adapters.layer import AdapterLayer, Factors, Role
+from qlora_lite.adapters.method import AdapterSettings, Footprint
+from qlora_lite.methods.lora import LoRALayer, LoRAMethod
+from qlora_lite.model.frozen import FrozenLinear
+from qlora_lite.model.targets import LinearSpec
+
+SMALLEST_NORM = 1e-6
+"""Below it a row counts as this long, so that a row of zeros divides nothing by zero."""
+
+
+def at_length(direction: Tensor, magnitude: Tensor) -> Tensor:
+    """The rows of `direction` (d_out, d_in), given the lengths `magnitude` (d_out,); in fp32."""
+    norms = direction.norm(dim=1).clamp(min=SMALLEST_NORM)
+    return (magnitude.float() / norms)[:, None] * direction
+
+
+class DoRA(AdapterSettings):
+    """Weight-decomposed adaptation: LoRA gives the direction, a magnitude is trained beside."""
+
+    kind: Literal["dora"] = "dora"
+
+    rank: int = Field(default=32, ge=1)
+    """Rank of the update of the direction; `ranks` may change it layer by layer."""
+
+    alpha: float = Field(default=64.0, gt=0)
+    """Numerator of the scale of the update."""
+
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+
+
+class DoRALayer(LoRALayer):
+    """y = (m / c) (W x + s B A drop(x))"""
+
+    roles: ClassVar[dict[str, Role]] = LoRALayer.roles | {"m": Role.MAGNITUDE}
+
+    squares: Tensor
+
+    def __init__(
+        self, base: FrozenLinear, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0
+    ) -> None:
+        super().__init__(base, a, b, scale, dropout)
+        squares = torch.cat([w.float().square().sum(1) for _, _, w in base.pieces()])
+        self.register_buffer("squares", squares, persistent=False)
+        self.m = nn.Parameter(squares.sqrt())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) -> (..., d_out)"""
+        if not self.enabled:
+            return super().forward(x)
+        rows = x.reshape(-1, x.shape[-1])
+        product = self.base.matmul(torch.cat([rows, self.a.detach().to(x.dtype)]))
+        y, a_w = product[: len(rows)], product[len(rows) :].detach()
+        gain = (self.m / self._norms(a_w.float())).to(y.dtype)
+        y = gain * (y.view(*x.shape[:-1], -1) + self.update(x))
+        return y if self.base.bias is None else y + self.base.bias.to(y.dtype)
+
+    @torch.no_grad()
+    def _norms(self, a_w: Tensor) -> Tensor:
+        """c (d_out,) from A W^T (rank, d_out), in fp32."""
+        a, b = self.a.float(), self.scale * self.b.float()
+        squares = self.squares + 2 * (b * a_w.T).sum(1) + ((b @ (a @ a.T)) * b).sum(1)
+        return squares.clamp(min=SMALLEST_NORM**2).sqrt()
+
+    def live_factors(self) -> tuple[Tensor, Tensor] | None:
+        return None
+
+    def delta(self) -> Tensor:
+        dense = self.base.dense().float()
+        return self.merged(dense) - dense
+
+    @torch.no_grad()
+    def merged(self, dense: Tensor) -> Tensor:
+        direction = dense.float() + self.scale * (self.b.float() @ self.a.float())
+        return at_length(direction, self.m)
+
+    def factors(self, rank: int | None = None) -> Factors | None:
+        if rank is not None and rank < self.a.shape[0]:
+            return None
+        up = self.scale * self.b.detach().float()
+        return Factors(self.a.detach().float(), up, magnitude=self.m.detach().float())
+
+    def warm_start(self, factors: Factors) -> None:
+        """The same function: without magnitudes they are the norms of the adapted weight."""
+        super().warm_start(factors)
+        if factors.magnitude is not None:
+            self.m.data.copy_(factors.magnitude)
+            return
+        learned = (factors.up @ factors.down).to(self.m.device)
+        direction = self.base.dense().float() + learned
+        self.m.data.copy_(direction.norm(dim=1))
+
+    def trainable_count(self) -> int:
+        return super().trainable_count() + self.base.d_out
+
+
+class DoRAMethod(LoRAMethod):
+    """Nothing happens around a step."""
+
+    def footprint(self, spec: LinearSpec) -> Footprint:
+        lora = super().footprint(spec)
+        # the output before the gain is kept as well
+        width = lora.width + spec.d_out
+        return Footprint(width, lora.trained + spec.d_out, statistics=spec.d_out)
+
+    def build(
+        self,
+        base: FrozenLinear,
+        spec: LinearSpec,
+        start: Mapping[str, Tensor] | None,
+        generator: torch.Generator,
+    ) -> AdapterLayer:
+        lora = super().build(base, spec, start, generator)
+        assert isinstance(lora, LoRALayer)
+        return DoRALayer(base, lora.a.data, lora.b.data, lora.scale, lora.dropout)

@@ -1,0 +1,218 @@
+"""DyLoRA: one LoRA whose first b components are a good LoRA of rank b, for every b.
+
+    y = W x + s_b B[:, :b] A[:b] drop(x)          s_b = alpha / b
+
+    in every step      b drawn from min_rank .. rank, one for the whole model
+    in evaluation      b = eval_rank
+
+Valipour et al. 2022, arXiv:2210.07558. A (rank, d_in) and B (d_out, rank) start as LoRA's do. One
+run gives an adapter of every rank: `factors(b)` is the rank-b output without loss. Two variants:
+
+    standard    A[:b] and B[:, :b] are trained
+    frozen      all b components take part, only the last one is trained: row b of A, column b of B
+
+The released code (huawei-noah/Efficient-NLP) counts ranks from 0 and multiplies each truncated
+factor by sqrt(r / b), the product by alpha / r: the same alpha / b. Its GLUE script trains the
+frozen variant with rank 8 and alpha 16, whose numbers are the defaults here. In its prediction loop
+over the ranks the rank is never set, so all its test files are of the last one.
+
+Where we deviate: in the frozen variant the release only detaches the earlier components, so that
+momentum and weight decay still move them (and the later ones); here every component but the drawn
+one is put back after the step, to the bit. Adam's moments stay shared in time: those of a component
+fade while others are drawn. In the standard variant components above b move on by their momentum,
+as in the release. Of the paper's ablation over distributions the geometric one was not found in
+code: ours is cut to the range, its p is chosen.
+
+A layer whose own rank (`ranks`) is below the drawn one takes all that it has.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qlora_lite.adapters.layer import Factors
+from qlora_lite.adapters.method import AdapterSettings, ParameterAccess, StepInfo
+from qlora_lite.adapters.ranks import scale_of
+from qlora_lite.foundation.errors import AdapterError
+from qlora_lite.methods.lora import LoRALayer, LoRAMethod, kaiming_uniform
+from qlora_lite.model.frozen import FrozenLinear
+from qlora_lite.model.targets import LinearSpec
+
+Distribution = Literal["uniform", "geometric"]
+
+
+class DyLoRA(AdapterSettings):
+    """Dynamic LoRA: one training, an adapter of every rank up to the largest."""
+
+    kind: Literal["dylora"] = "dylora"
+
+    rank: int = Field(default=8, ge=1)
+    """Largest rank (r_max); `ranks` may change it layer by layer."""
+
+    alpha: float = Field(default=16.0, gt=0)
+    """Numerator of the scale of the update: alpha/b at rank b."""
+
+    min_rank: int = Field(default=1, ge=1)
+    """Smallest rank that is drawn in training."""
+
+    variant: Literal["standard", "frozen"] = "standard"
+    """What a step at rank b trains: the first b components, or the b-th alone."""
+
+    distribution: Distribution = "uniform"
+    """Of the drawn rank; the geometric one favours small ranks."""
+
+    p: float = Field(default=0.25, gt=0, lt=1)
+    """Of the geometric distribution: each rank is 1 - p times as likely as the one below."""
+
+    eval_rank: int | None = Field(default=None, ge=1)
+    """Rank at which it is evaluated, merged and exported; the largest unless given."""
+
+    @model_validator(mode="after")
+    def _ranks_are_in_range(self) -> Self:
+        largest = max(self.rank, *self.ranks.values(), 1)
+        for name, rank in (("min_rank", self.min_rank), ("eval_rank", self.eval_rank or 1)):
+            if rank > largest:
+                raise ValueError(
+                    f"{name}={rank} is above the largest rank, {largest}. Take {name}={largest} or "
+                    "less, or a larger rank"
+                )
+        return self
+
+
+# -- the maths -------------------------------------------------------------------------------------
+
+
+def rank_chances(low: int, high: int, distribution: Distribution, p: float) -> Tensor:
+    """How likely each of the ranks low..high is, (high - low + 1,), summing to 1."""
+    above = torch.arange(high - low + 1, dtype=torch.float64)
+    weights = torch.ones_like(above) if distribution == "uniform" else (1 - p) ** above
+    return weights / weights.sum()
+
+
+def last_component_live(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The same pair, (rank, d_in) and (d_out, rank), of which only the last component learns."""
+    return (
+        torch.cat([a[:-1].detach(), a[-1:]]),
+        torch.cat([b[:, :-1].detach(), b[:, -1:]], dim=1),
+    )
+
+
+# -- layer and method ------------------------------------------------------------------------------
+
+
+class DyLoRALayer(LoRALayer):
+    """y = W x + s_b B[:, :b] A[:b] drop(x), b being the drawn rank, or `eval_rank` in evaluation.
+
+    Args:
+        scales: s_b of every rank from 1 to the largest.
+        eval_rank: of everything but the forward in training.
+        last_only: a training step reaches the b-th component only.
+    """
+
+    def __init__(
+        self,
+        base: FrozenLinear,
+        a: Tensor,
+        b: Tensor,
+        scales: Sequence[float],
+        eval_rank: int,
+        last_only: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(base, a, b, scales[eval_rank - 1], dropout)
+        self.scales = tuple(scales)
+        self.eval_rank = eval_rank
+        self.last_only = last_only
+        self.drawn = len(a)
+        """Rank of the forward in training; before the first draw the one that needs most memory."""
+
+    def update(self, x: Tensor) -> Tensor:
+        rank = self.drawn if self.training else self.eval_rank
+        a, b = self.a[:rank], self.b[:, :rank]
+        if self.training and self.last_only:
+            a, b = last_component_live(a, b)
+        x = F.dropout(x, self.dropout, self.training)
+        return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * self.scales[rank - 1]
+
+    def live_factors(self) -> tuple[Tensor, Tensor]:
+        return self._pair(self.eval_rank)
+
+    def factors(self, rank: int | None = None) -> Factors:
+        """The rank-b output as a pair, for every b."""
+        down, up = self._pair(self.eval_rank if rank is None else min(rank, len(self.a)))
+        return Factors(down.detach(), up.detach())
+
+    def _pair(self, rank: int) -> tuple[Tensor, Tensor]:
+        return self.a[:rank].float(), self.b[:, :rank].float() * self.scales[rank - 1]
+
+    def warm_start(self, factors: Factors) -> None:
+        """The pair becomes the output at `eval_rank`; at lower ranks it is cut, and rescaled."""
+        if factors.rank > self.eval_rank:
+            raise AdapterError(
+                f"the adapter to start from has rank {factors.rank}, this layer is evaluated at "
+                f"rank {self.eval_rank}. Set adapter.rank={factors.rank} or more, and the same "
+                "adapter.eval_rank if one is given"
+            )
+        super().warm_start(factors)
+
+
+class DyLoRAMethod(LoRAMethod):
+    """Draws the rank of every step; in the frozen variant holds what was not drawn."""
+
+    settings: DyLoRA
+
+    def __init__(self, settings: AdapterSettings) -> None:
+        super().__init__(settings)
+        self.before: dict[nn.Parameter, Tensor] = {}
+        """In the frozen variant, while the optimizer moves: the values that it began from."""
+
+    def build(
+        self,
+        base: FrozenLinear,
+        spec: LinearSpec,
+        start: Mapping[str, Tensor] | None,
+        generator: torch.Generator,
+    ) -> DyLoRALayer:
+        settings, rank = self.settings, self.plans[spec.path].rank
+        return DyLoRALayer(
+            base,
+            kaiming_uniform(rank, spec.d_in, generator),
+            torch.zeros(spec.d_out, rank),
+            [scale_of(settings.alpha, b, settings.scaling) for b in range(1, rank + 1)],
+            min(settings.eval_rank or rank, rank),
+            settings.variant == "frozen",
+            settings.dropout,
+        )
+
+    def begin_step(self, step: StepInfo) -> None:
+        layers, settings = self._layers(), self.settings
+        high = max(len(layer.a) for layer in layers)
+        low = min(settings.min_rank, high)
+        chances = rank_chances(low, high, settings.distribution, settings.p)
+        rank = low + int(torch.multinomial(chances, 1, generator=step.generator))
+        for layer in layers:
+            layer.drawn = min(rank, len(layer.a))
+
+    def before_step(self, access: ParameterAccess, step: StepInfo) -> None:
+        if self.settings.variant == "frozen":
+            self.before = {
+                p: access.read(p) for layer in self._layers() for p in (layer.a, layer.b)
+            }
+
+    def after_step(self, access: ParameterAccess, step: StepInfo) -> None:
+        before, self.before = self.before, {}
+        if step.skipped or not before:
+            return
+        for layer in self._layers():
+            a, b, drawn = before[layer.a], before[layer.b], layer.drawn - 1
+            a[drawn] = access.read(layer.a)[drawn]
+            b[:, drawn] = access.read(layer.b)[:, drawn]
+            access.write(layer.a, a)
+            access.write(layer.b, b)
+
+    def _layers(self) -> list[DyLoRALayer]:
+        return [layer for layer in self.layers.values() if isinstance(layer, DyLoRALayer)]

@@ -1,0 +1,177 @@
+"""LoRA-Mini: each factor is split in two, and only the inner halves are trained.
+
+    y = W x + s B_aux B_in A_in A_aux drop(x)          s = alpha / r
+
+    frozen     A_aux (a, d_in) with variance 1/d_in,  B_aux (d_out, b) with variance 1/b
+    trained    A_in (r, a),  B_in (b, r):  r (a + b) numbers, whatever the width of the layer
+
+Singh, Aher and Garg 2024, arXiv:2411.15804. Take a higher rate than for LoRA, such as 1e-3. The
+outer matrices cost the memory and time of a frozen LoRA of rank a: at the default sizes a tenth as
+many numbers as a square weight has. Smaller ones (a = b = 64) are the way to save those too.
+
+Not found: the paper's start, its sizes a and b, and its tables. The start of a public
+implementation in its notation, with both inner matrices zero, is a dead point: each of the two
+gradients has the other matrix as a factor, so neither ever moves. So, chosen here: only B_in starts
+at zero, A_in is Kaiming over a, which gives A_in A_aux the variance of LoRA's A; the default sizes
+train a twentieth of what LoRA trains, the best case that the abstract claims.
+
+Where we deviate: the outer matrices are saved with the adapter. A seed would do, but what it gives
+depends on torch's generator, and a reload must not. The file is the larger for it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qlora_lite.adapters.layer import AdapterLayer, Role
+from qlora_lite.adapters.method import AdapterSettings, Footprint, Method
+from qlora_lite.adapters.ranks import LayerPlan, cut_to_weight
+from qlora_lite.foundation.errors import AdapterError
+from qlora_lite.methods.lora import kaiming_uniform
+from qlora_lite.model.frozen import FrozenLinear
+from qlora_lite.model.targets import LinearSpec
+
+Aux = Literal["gaussian", "orthogonal"]
+
+
+class LoRAMini(AdapterSettings):
+    """LoRA between frozen random matrices: what is trained does not grow with the model's width."""
+
+    kind: Literal["lora_mini"] = "lora_mini"
+
+    alpha: float = Field(default=16.0, gt=0)
+    """Numerator of the scale of the update."""
+
+    inner_down: int | None = Field(default=None, ge=1)
+    """Features between A_aux and A_in (a), at most d_in; max(2 r, (d_in + d_out) / 40) unless
+    given."""
+
+    inner_up: int | None = Field(default=None, ge=1)
+    """Features between B_in and B_aux (b), at most d_out; the same default."""
+
+    aux: Aux = "gaussian"
+    """The frozen outer matrices: independent entries, or orthogonal directions of the same size."""
+
+
+def inner_sizes(
+    rank: int, d_in: int, d_out: int, down: int | None, up: int | None
+) -> tuple[int, int]:
+    """a and b of one layer. By default r (a + b) is a twentieth of LoRA's r (d_in + d_out)."""
+    default = max(2 * rank, (d_in + d_out) // 40)
+    return min(down or default, d_in), min(up or default, d_out)
+
+
+def outer_matrices(
+    d_in: int, d_out: int, a: int, b: int, aux: Aux, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """A_aux (a, d_in) and B_aux (d_out, b) in fp32, of mean square 1/d_in and 1/b."""
+    a_aux = torch.randn(d_in, a, generator=generator)
+    b_aux = torch.randn(d_out, b, generator=generator)
+    if aux == "orthogonal":
+        a_aux, b_aux = orthogonal_columns(a_aux), orthogonal_columns(b_aux)
+    return a_aux.T.contiguous() / math.sqrt(d_in), b_aux / math.sqrt(b)
+
+
+def orthogonal_columns(gaussian: Tensor) -> Tensor:
+    """The columns made orthogonal, each as long as a Gaussian one is in the mean."""
+    q, r = torch.linalg.qr(gaussian)
+    # signs of a QR depend on the LAPACK build; with these it is unique
+    return q * r.diagonal().sign() * math.sqrt(len(gaussian))
+
+
+class LoRAMiniLayer(AdapterLayer):
+    """y = W x + s B_aux B_in A_in A_aux drop(x)"""
+
+    roles: ClassVar[dict[str, Role]] = {"a_in": Role.DOWN, "b_in": Role.UP}
+    frozen: ClassVar[tuple[str, ...]] = ("a_aux", "b_aux")
+
+    a_aux: Tensor
+    b_aux: Tensor
+
+    def __init__(
+        self,
+        base: FrozenLinear,
+        a_aux: Tensor,
+        a_in: Tensor,
+        b_aux: Tensor,
+        scale: float,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(base)
+        self.register_buffer("a_aux", a_aux)
+        self.register_buffer("b_aux", b_aux)
+        self.a_in = nn.Parameter(a_in)
+        self.b_in = nn.Parameter(torch.zeros(b_aux.shape[1], a_in.shape[0]))
+        self.scale = scale
+        self.dropout = dropout
+
+    def update(self, x: Tensor) -> Tensor:
+        x = F.dropout(x, self.dropout, self.training)
+        for matrix in (self.a_aux, self.a_in, self.b_in, self.b_aux):
+            x = F.linear(x, matrix.to(x.dtype))
+        return x * self.scale
+
+    def live_factors(self) -> tuple[Tensor, Tensor] | None:
+        down = self.a_in.float() @ self.a_aux.float()
+        return down, self.b_aux.float() @ self.b_in.float() * self.scale
+
+    def trainable_count(self) -> int:
+        return self.a_in.shape[0] * (self.a_aux.shape[0] + self.b_aux.shape[1])
+
+
+class LoRAMiniMethod(Method):
+    """Nothing happens around a step."""
+
+    settings: LoRAMini
+
+    def plan(self, specs: Sequence[LinearSpec]) -> dict[str, LayerPlan]:
+        """As every method, but no rank is above what the weight itself has.
+
+        Raises:
+            AdapterError: if an inner size that was given is smaller than a layer's rank.
+        """
+        plans = cut_to_weight(
+            super().plan(specs), specs, self.settings.alpha, self.settings.scaling
+        )
+        given = {"inner_down": self.settings.inner_down, "inner_up": self.settings.inner_up}
+        for path, plan in plans.items():
+            for name, size in given.items():
+                if size is not None and size < plan.rank:
+                    raise AdapterError(
+                        f"adapter.{name}={size} is below the rank {plan.rank} of {path}, which "
+                        f"would be cut to it. Set adapter.{name}={plan.rank} or more, or a lower "
+                        "rank"
+                    )
+        return plans
+
+    def footprint(self, spec: LinearSpec) -> Footprint:
+        """Of the activations those before A_in and B_in are kept; the outer ones are not needed."""
+        rank = self.plans[spec.path].rank
+        a, b = self._inner_sizes(spec)
+        return Footprint(a + rank, rank * (a + b), frozen=a * spec.d_in + b * spec.d_out)
+
+    def build(
+        self,
+        base: FrozenLinear,
+        spec: LinearSpec,
+        start: Mapping[str, Tensor] | None,
+        generator: torch.Generator,
+    ) -> AdapterLayer:
+        plan = self.plans[spec.path]
+        a, b = self._inner_sizes(spec)
+        if start is None:
+            aux = self.settings.aux
+            a_aux, b_aux = outer_matrices(spec.d_in, spec.d_out, a, b, aux, generator)
+        else:
+            a_aux, b_aux = start["a_aux"].clone(), start["b_aux"].clone()
+        a_in = kaiming_uniform(plan.rank, a, generator)
+        return LoRAMiniLayer(base, a_aux, a_in, b_aux, plan.scale, self.settings.dropout)
+
+    def _inner_sizes(self, spec: LinearSpec) -> tuple[int, int]:
+        rank, settings = self.plans[spec.path].rank, self.settings
+        return inner_sizes(rank, spec.d_in, spec.d_out, settings.inner_down, settings.inner_up)

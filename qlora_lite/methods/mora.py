@@ -1,0 +1,382 @@
+"""MoRA: the numbers of a low-rank pair spent on one square matrix, for an update of high rank.
+
+    y = W x + f_dec(M f_comp(drop(x)))          M (r_hat, r_hat),  r_hat^2 = r (d_in + d_out)
+
+Jiang et al. 2024, arXiv:2405.12130. f_comp and f_dec have no parameters; their types are those of
+the released code (kongds/MoRA):
+
+    type              f_comp                                       f_dec
+    1  sharing        sum the inputs of equal index mod r_hat      all outputs, again and again
+    2  sharing        sum r_hat groups of neighbours               each output for its whole group
+    6  rotation       cut x into blocks of r_hat, turn block i     the outputs of all blocks, one
+                      as RoPE turns position i; M sees each        behind the other, again and again
+
+Type 1 is the paper's eq. 6, type 6 its eq. 9. Both read x round in a circle to fill the last block.
+There is no alpha: the scale is 1, and M starts at zero. Type 6 is for small r and has no low rank,
+so it leaves as merged weights; type 1 is for large r and leaves as a LoRA of rank r_hat (32 times
+as many numbers as M has, at r = 8 on a 4096 x 4096 weight). In type 6 an output block sees the
+input block of its own number only: in a layer with more inputs than outputs, inputs behind the
+first d_out take no part. The authors' rates are 3e-4 for type 6 at r = 8, and 3e-5 to 7e-5 for
+type 1 at r = 256.
+
+ReMoRA (`restart_every`): the finished M is kept frozen, a new one starts at zero with the other
+type and a fresh optimizer state, and the rate rises again over 50 steps. Matrices of one type add
+up without loss, (M1 + M2) f_comp(x), so one sum per type is all there is to keep; types 1 and 2
+together leave as a LoRA of rank 2 r_hat.
+
+Where we deviate: r_hat is rounded to nearest as in the released code (the paper rounds down; type 6
+needs an even one), and is at most d_in and d_out: with a single block the released merge fails.
+The finished M goes into its sum and not into the base, which would round it away if quantised; only
+M's optimizer state is dropped; and the new rise multiplies the run's schedule, where the release
+begins a new one at the present rate. Type 6 has no other type to change to in the release (its
+restart fails): here it takes turns with type 1, whose sums reach across the blocks. Not here: types
+3 and 4, the mixtures of 1 and 2.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qlora_lite.adapters.layer import AdapterLayer, Factors, Role
+from qlora_lite.adapters.method import AdapterSettings, Footprint, Method, ParameterAccess, StepInfo
+from qlora_lite.adapters.ranks import LayerPlan
+from qlora_lite.foundation.errors import AdapterError
+from qlora_lite.model.frozen import FrozenLinear
+from qlora_lite.model.targets import LinearSpec
+
+Type = Literal[1, 2, 6]
+
+OTHER: dict[Type, Type] = {1: 2, 6: 1}
+"""The type that takes turns with the first one when M is restarted."""
+
+
+class MoRA(AdapterSettings):
+    """High-rank adaptation: one square matrix instead of two thin ones, of as many numbers."""
+
+    kind: Literal["mora"] = "mora"
+
+    rank: int = Field(default=8, ge=1)
+    """Rank of the LoRA that has as many numbers; `ranks` may change it layer by layer."""
+
+    type: Literal[1, 6] = 6
+    """How M is reached: 1 shares it between inputs (for large ranks), 6 rotates them (for small
+    ones)."""
+
+    restart_every: int | None = Field(default=None, ge=1)
+    """Steps after which M is kept and a new one starts with another type (ReMoRA; 2000 in the
+    paper); never unless given."""
+
+    restart_warmup: int = Field(default=50, ge=0)
+    """Steps over which the learning rate rises again after a restart."""
+
+    alpha: float = Field(default=32.0, gt=0)
+    """Of the embedding's LoRA only (`embedding_rank`): MoRA's own scale is 1."""
+
+    scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
+    """Of the embedding's LoRA only."""
+
+    lr_ratio: float = Field(default=1.0, gt=0)
+    """Has no effect: M is neither an up nor a down factor."""
+
+    @model_validator(mode="after")
+    def _rise_ends(self) -> Self:
+        if self.restart_every is not None and self.restart_warmup >= self.restart_every:
+            raise ValueError(
+                f"restart_warmup={self.restart_warmup} does not end before the next restart, "
+                f"restart_every={self.restart_every} steps later. Take a restart_warmup below "
+                f"{self.restart_every}"
+            )
+        return self
+
+
+# -- the maths: what lies before and behind M ------------------------------------------------------
+
+
+def side_of_square(rank: int, d_in: int, d_out: int, kind: Type) -> int:
+    """r_hat: M has about as many numbers as a LoRA of this rank. Even for type 6."""
+    r_hat = min(round(math.sqrt(rank * (d_in + d_out))), d_in, d_out)
+    return r_hat // 2 * 2 if kind == 6 else r_hat
+
+
+def num_blocks(d_in: int, d_out: int, r_hat: int) -> int:
+    """Blocks of type 6: as many as the inputs fill, less those that reach no output."""
+    return math.ceil(min(d_in, d_out) / r_hat)
+
+
+def wrap(x: Tensor, width: int) -> Tensor:
+    """The first `width` features of x, read round in a circle."""
+    missing = width - x.shape[-1]
+    return torch.cat([x, x[..., :missing]], -1) if missing > 0 else x[..., :width]
+
+
+def unwrap(columns: Tensor, d_in: int) -> Tensor:
+    """The transpose of `wrap`: (..., width) -> (..., d_in), what was read twice is added up."""
+    surplus = columns.shape[-1] - d_in
+    if surplus <= 0:
+        return F.pad(columns, (0, -surplus))
+    first = columns[..., :surplus] + columns[..., d_in:]
+    return torch.cat([first, columns[..., surplus:d_in]], -1)
+
+
+def tile(y: Tensor, width: int) -> Tensor:
+    """y again and again, cut to `width` features."""
+    return torch.cat([y] * math.ceil(width / y.shape[-1]), -1)[..., :width]
+
+
+def sum_groups(x: Tensor, num: int) -> Tensor:
+    """Sums of `num` groups of neighbours; where they cannot be equal the first have one more."""
+    size, longer = divmod(x.shape[-1], num)
+    cut = longer * (size + 1)
+    first = x[..., :cut].unflatten(-1, (longer, size + 1)).sum(-1)
+    return torch.cat([first, x[..., cut:].unflatten(-1, (num - longer, size)).sum(-1)], -1)
+
+
+def repeat_groups(y: Tensor, width: int) -> Tensor:
+    """The transpose of `sum_groups`: every feature for its whole group, `width` in all."""
+    size, longer = divmod(width, y.shape[-1])
+    first = y[..., :longer].repeat_interleave(size + 1, -1)
+    return torch.cat([first, y[..., longer:].repeat_interleave(size, -1)], -1)
+
+
+def angles(blocks: int, r_hat: int) -> Tensor:
+    """RoPE's angles, (blocks, r_hat / 2): i 10000^(-2k / r_hat) for pair k of block i."""
+    frequencies = 1 / 10000 ** (torch.arange(0, r_hat, 2, dtype=torch.float32) / r_hat)
+    return torch.outer(torch.arange(blocks, dtype=torch.float32), frequencies)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (k, k + r_hat / 2) of every block, (..., blocks, r_hat)."""
+    left, right = x.chunk(2, -1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
+
+
+def best_pair(delta: Tensor, rank: int) -> Factors:
+    """The pair of this rank that is nearest to `delta` in the Frobenius norm."""
+    u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+    missed, whole = s[rank:].norm().item(), s.norm().item()
+    return Factors(vh[:rank], u[:, :rank] * s[:rank], missed / whole if missed else 0.0)
+
+
+# -- layers ----------------------------------------------------------------------------------------
+
+
+class MoRALayer(AdapterLayer):
+    """y = W x + f_dec(M f_comp(drop(x)))"""
+
+    roles: ClassVar[dict[str, Role]] = {"m": Role.CORE}
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, base: FrozenLinear, r_hat: int, kind: Type, dropout: float = 0.0) -> None:
+        super().__init__(base)
+        self.m = nn.Parameter(torch.zeros(r_hat, r_hat))
+        self.kind = kind
+        self.dropout = dropout
+        if kind == 6:
+            turns = angles(num_blocks(base.d_in, base.d_out, r_hat), r_hat)
+            self.register_buffer("cos", turns.cos(), persistent=False)
+            self.register_buffer("sin", turns.sin(), persistent=False)
+
+    def matrices(self) -> dict[Type, list[Tensor]]:
+        """Of every type in use, the square matrices that act as their sum."""
+        return {self.kind: [self.m]}
+
+    def update(self, x: Tensor) -> Tensor:
+        x = F.dropout(x, self.dropout, self.training)
+        parts = []
+        for kind, matrices in self.matrices().items():
+            z = self.compress(x, kind)
+            # one product each: in bf16 the sum of the weights would round a small M away
+            y = reduce(torch.add, [F.linear(z, m.to(x.dtype)) for m in matrices])
+            parts.append(self.decompress(y, kind))
+        return reduce(torch.add, parts)
+
+    def compress(self, x: Tensor, kind: Type) -> Tensor:
+        """f_comp, (..., d_in) -> (..., r_hat), or (..., blocks, r_hat) for type 6."""
+        r_hat = len(self.m)
+        match kind:
+            case 1:
+                whole = math.ceil(x.shape[-1] / r_hat) * r_hat
+                return wrap(x, whole).unflatten(-1, (-1, r_hat)).sum(-2)
+            case 2:
+                return sum_groups(x, r_hat)
+            case 6:
+                blocks = wrap(x, len(self.cos) * r_hat).unflatten(-1, (-1, r_hat))
+                return rotate(blocks, self.cos.to(x.dtype), self.sin.to(x.dtype))
+
+    def decompress(self, y: Tensor, kind: Type) -> Tensor:
+        """f_dec, the way back to (..., d_out)."""
+        match kind:
+            case 1:
+                return tile(y, self.base.d_out)
+            case 2:
+                return repeat_groups(y, self.base.d_out)
+            case 6:
+                return tile(y.flatten(-2), self.base.d_out)
+
+    def delta(self) -> Tensor:
+        sums = _sums(self.matrices())
+        return reduce(torch.add, [self._dense(m, kind) for kind, m in sums.items()])
+
+    def factors(self, rank: int | None = None) -> Factors | None:
+        """Types 1 and 2 are pairs, of rank r_hat each. Below that, and for type 6, there is the
+        nearest pair of a given rank, with its error."""
+        sums = _sums(self.matrices())
+        if 6 not in sums and (rank is None or rank >= len(sums) * len(self.m)):
+            one = torch.eye(len(self.m), device=self.m.device)
+            down = torch.cat([self._down(m, kind) for kind, m in sums.items()])
+            up = torch.cat([self.decompress(one, kind).T for kind in sums], 1)
+            return Factors(down, up)
+        return None if rank is None else best_pair(self.delta(), rank)
+
+    def _down(self, m: Tensor, kind: Type) -> Tensor:
+        """M f_comp as a matrix (r_hat, d_in), for the types that share."""
+        d_in, r_hat = self.base.d_in, len(m)
+        if kind == 2:
+            return repeat_groups(m, d_in)
+        return unwrap(tile(m, math.ceil(d_in / r_hat) * r_hat), d_in)
+
+    def _dense(self, m: Tensor, kind: Type) -> Tensor:
+        """f_dec M f_comp as a matrix (d_out, d_in)."""
+        if kind != 6:
+            return self.decompress(self._down(m, kind).T, kind).T
+        turned = rotate(m[:, None].expand(-1, len(self.cos), -1), self.cos, -self.sin)
+        blocks = torch.block_diag(*turned.unbind(1))
+        return tile(unwrap(blocks, self.base.d_in).T, self.base.d_out).T
+
+    def trainable_count(self) -> int:
+        return len(self.m) ** 2
+
+
+def _sums(matrices: Mapping[Type, Sequence[Tensor]]) -> dict[Type, Tensor]:
+    """One matrix per type, in fp32."""
+    return {
+        kind: reduce(torch.add, [m.detach().float() for m in parts])
+        for kind, parts in matrices.items()
+    }
+
+
+class ReMoRALayer(MoRALayer):
+    """The finished matrices beside the one that is trained, whose type follows from their number.
+
+    Attributes:
+        sums: (2, r_hat, r_hat) in fp32, the finished matrices of the first type and of the other.
+        finished: (number of finished matrices,), their types. Its length is known without asking
+            the device.
+    """
+
+    sums: Tensor
+    finished: Tensor
+
+    def __init__(self, base: FrozenLinear, r_hat: int, kind: Type, dropout: float = 0.0) -> None:
+        super().__init__(base, r_hat, kind, dropout)
+        self.cycle = (kind, OTHER[kind])
+        self.register_buffer("sums", torch.zeros(2, r_hat, r_hat))
+        self.register_buffer("finished", torch.zeros(0, dtype=torch.int64))
+
+    @property
+    def turn(self) -> int:
+        """Which of the two types M has now."""
+        return len(self.finished) % 2
+
+    def matrices(self) -> dict[Type, list[Tensor]]:
+        kept = list(zip(self.cycle, self.sums, strict=True))[: len(self.finished)]
+        found = {kind: [total] for kind, total in kept}
+        found.setdefault(self.cycle[self.turn], []).append(self.m)
+        return found
+
+    @torch.no_grad()
+    def finish(self, m: Tensor) -> None:
+        """Keep `m`, the value that M has; the next M, to be set to zero, has the other type."""
+        self.sums[self.turn] += m.float()
+        kind = self.finished.new_tensor([self.cycle[self.turn]])
+        self.finished = torch.cat([self.finished, kind])
+
+
+# -- method ----------------------------------------------------------------------------------------
+
+
+class MoRAMethod(Method):
+    """Around a step nothing happens but ReMoRA's restarts, of all layers at once."""
+
+    settings: MoRA
+
+    def __init__(self, settings: AdapterSettings) -> None:
+        super().__init__(settings)
+        self.num_restarts = 0
+
+    def plan(self, specs: Sequence[LinearSpec]) -> dict[str, LayerPlan]:
+        """The rank of a plan is the side of M, its scale 1.
+
+        Raises:
+            AdapterError: if a layer is too narrow for type 6.
+        """
+        plans, kind = super().plan(specs), self.settings.type
+        for spec in specs:
+            if spec.path in plans:
+                r_hat = side_of_square(plans[spec.path].rank, spec.d_in, spec.d_out, kind)
+                if r_hat == 0:
+                    raise AdapterError(
+                        f"adapter.type={kind} turns pairs of features, and {spec.path} maps "
+                        f"{spec.d_in} to {spec.d_out}. Take adapter.type=1, or leave that layer "
+                        f'out: adapter.ranks={{"{spec.path}": 0}}'
+                    )
+                plans[spec.path] = LayerPlan(r_hat, 1.0)
+        return plans
+
+    def footprint(self, spec: LinearSpec) -> Footprint:
+        r_hat, settings = self.plans[spec.path].rank, self.settings
+        blocks = num_blocks(spec.d_in, spec.d_out, r_hat) if settings.type == 6 else 1
+        sums = 0 if settings.restart_every is None else 2 * r_hat**2
+        return Footprint(blocks * r_hat, r_hat**2, statistics=sums)
+
+    def build(
+        self,
+        base: FrozenLinear,
+        spec: LinearSpec,
+        start: Mapping[str, Tensor] | None,
+        generator: torch.Generator,
+    ) -> AdapterLayer:
+        settings = self.settings
+        layer = MoRALayer if settings.restart_every is None else ReMoRALayer
+        return layer(base, self.plans[spec.path].rank, settings.type, settings.dropout)
+
+    def lr_scale(self, step: int, total: int) -> float:
+        """Rises to 1 after every restart."""
+        every, warmup = self.settings.restart_every, self.settings.restart_warmup
+        if every is None or step < every:
+            return 1.0
+        return min(1.0, (step % every + 1) / (warmup + 1))
+
+    def after_step(self, access: ParameterAccess, step: StepInfo) -> None:
+        every = self.settings.restart_every
+        if every is None or step.skipped:
+            return
+        due = (step.step + 1) // every  # counted, so that a skipped step only puts it off
+        if due > self.num_restarts:
+            self.num_restarts = due
+            for layer in self.layers.values():
+                assert isinstance(layer, ReMoRALayer)
+                restart(layer, access)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_restarts": self.num_restarts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.num_restarts = state["num_restarts"]
+
+
+def restart(layer: ReMoRALayer, access: ParameterAccess) -> None:
+    """Hand M over to the sums and begin a new one; the layer's function stays as it is."""
+    # a master in fp32 is rounded to what the forward has seen of it
+    finished = access.read(layer.m).to(layer.m.dtype)
+    layer.finish(finished)
+    access.write(layer.m, torch.zeros_like(finished))
+    access.reset_optimizer_state(layer.m)

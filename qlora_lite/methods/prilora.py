@@ -1,0 +1,277 @@
+"""PRILoRA: more rank in the higher layers, and half of A pruned again and again in training.
+
+    y = W x + s B A drop(x)          s = alpha / r,  r of block l of L blocks, l from 0:
+
+    r = first_rank + (last_rank - first_rank) l / (L - 1)          rounded, halves up
+
+    every step             v = beta v + (1 - beta) u,  u_j = sqrt(mean over the tokens of x_j^2)
+    every `prune_every`    in each row i of A the share rho with the lowest |A_ij| v_j becomes zero
+
+Benedek and Wolf 2024, arXiv:2401.11316. Pruned entries still get gradients and may come back; each
+event chooses anew. From 4 to 12 over twelve blocks is 4 5 5 6 7 8 8 9 10 11 11 12, the budget of
+rank 8 everywhere.
+
+Known from the abstract and from summaries: the line of ranks and the form of the score. From
+memory, not checked: 4 to 12, half of A, 40 steps. Not found: beta, the scale, the end of the
+pruning, and any public repository (there is a software archive beside the paper at the ACL
+Anthology, not read). So, chosen here: beta = 0.9; alpha is the same in all layers; u is divided by
+the root of the number of tokens, so that steps of different size mix fairly; the last event is at
+90 % of the run. v starts at zero, without the usual correction: that is one factor on all of v, and
+a row's order does not see it.
+
+Where we deviate: Adam's moments of what is pruned are cleared, or it would jump back
+(`reset_momentum`). `freeze_mask` keeps what the last event pruned at zero to the end. An event that
+falls on a step that is skipped for an overflow is left out. Every position of a forward counts as
+a token, padding too: a layer cannot tell it.
+
+All linear layers of a block have its rank. A layer outside the blocks, or in a model of one block,
+gets the middle of the line. `ranks` still wins where a pattern matches.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from qlora_lite.adapters.layer import Factors
+from qlora_lite.adapters.method import (
+    AdapterSettings,
+    Footprint,
+    ParameterAccess,
+    StepInfo,
+    lora_footprint,
+)
+from qlora_lite.adapters.ranks import LayerPlan, rank_of, scale_of
+from qlora_lite.foundation.errors import AdapterError
+from qlora_lite.methods.lora import LoRALayer, LoRAMethod, kaiming_uniform
+from qlora_lite.model.checkpointing import is_recomputing
+from qlora_lite.model.frozen import FrozenLinear
+from qlora_lite.model.targets import LinearSpec
+
+ACTIVITY = ".activity"
+"""Ending, in the method's state, of a layer's v."""
+
+
+class PRILoRA(AdapterSettings):
+    """Pruned and rank-increasing LoRA: a line of ranks over the layers, and a sparse A."""
+
+    kind: Literal["prilora"] = "prilora"
+
+    rank: int = Field(default=8, ge=1)
+    """Mean of the ranks: they rise from half of it to one and a half times it, unless `first_rank`
+    or `last_rank` say else. If both do it has no effect."""
+
+    first_rank: int | None = Field(default=None, ge=1)
+    """Rank of the first block (r_s)."""
+
+    last_rank: int | None = Field(default=None, ge=1)
+    """Rank of the last block (r_f)."""
+
+    alpha: float = Field(default=16.0, gt=0)
+    """Numerator of the scale of the update, the same in all layers."""
+
+    prune_share: float = Field(default=0.5, ge=0, lt=1)
+    """Share of each row of A that an event sets to zero (rho)."""
+
+    prune_every: int = Field(default=40, ge=1)
+    """Optimizer steps between two events."""
+
+    prune_until: float = Field(default=0.9, ge=0, le=1)
+    """Share of the run after which there are no more events."""
+
+    beta: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the average of the inputs' sizes."""
+
+    freeze_mask: bool = False
+    """Keep at zero what the last event pruned; otherwise it grows again."""
+
+    reset_momentum: bool = True
+    """Clear Adam's moments of what is pruned."""
+
+    @property
+    def line(self) -> tuple[int, int]:
+        """The ranks of the first and of the last block, with `rank` in their middle."""
+        first, last = self.first_rank, self.last_rank
+        if first is None:
+            first = (self.rank + 1) // 2 if last is None else 2 * self.rank - last
+        return first, 2 * self.rank - first if last is None else last
+
+    @model_validator(mode="after")
+    def _line_is_above_zero(self) -> Self:
+        if min(self.line) < 1:
+            raise ValueError(
+                f"rank={self.rank} as the mean makes a line from {self.line[0]} to "
+                f"{self.line[1]}; ranks begin at 1. Give first_rank and last_rank, or a larger rank"
+            )
+        return self
+
+
+# -- the maths -------------------------------------------------------------------------------------
+
+
+def rank_on_line(first: int, last: int, block: int | None, num_blocks: int) -> int:
+    """The rank of a block, rounded half up; the middle where there is no block, or only one."""
+    is_alone = block is None or num_blocks == 1
+    at, length = (1, 2) if is_alone else (block or 0, num_blocks - 1)
+    return (2 * (first * length + (last - first) * at) + length) // (2 * length)
+
+
+def least_important(a: Tensor, activity: Tensor, share: float) -> Tensor:
+    """A mask (rank, d_in), in each row true at the floor(share d_in) lowest |a_ij| activity_j."""
+    scores = a.abs() * activity
+    lowest = scores.topk(int(share * a.shape[1]), dim=1, largest=False).indices
+    return torch.zeros_like(a, dtype=torch.bool).scatter_(1, lowest, True)
+
+
+def is_event(done: int, total: int, every: int, until: float) -> bool:
+    """Whether A is pruned after `done` of `total` steps."""
+    return done % every == 0 and done / total <= until
+
+
+def events_are_over(done: int, total: int, every: int, until: float) -> bool:
+    """Whether there was an event in the first `done` steps, and will be none after them."""
+    following = (done // every + 1) * every
+    return every / total <= until < following / total
+
+
+# -- layer and method ------------------------------------------------------------------------------
+
+
+class PRILoRALayer(LoRALayer):
+    """LoRA that measures its input.
+
+    Attributes:
+        squares: (d_in,) in fp32, of every input feature over the tokens since the step began; None
+            before the first one.
+        num_tokens: that they are summed over.
+    """
+
+    squares: Tensor | None = None
+    num_tokens: int = 0
+
+    def update(self, x: Tensor) -> Tensor:
+        if self.training and not is_recomputing():
+            self.observe(x.detach())
+        return super().update(x)
+
+    def observe(self, x: Tensor) -> None:
+        """Count in some tokens, (..., d_in)."""
+        rows = x.reshape(-1, x.shape[-1])
+        squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()
+        self.squares = squares if self.squares is None else self.squares + squares
+        self.num_tokens += len(rows)
+
+    def warm_start(self, factors: Factors) -> None:
+        if factors.rank > len(self.a):
+            raise AdapterError(
+                f"the adapter to start from has rank {factors.rank}, this layer has rank "
+                f"{len(self.a)}. Set adapter.first_rank={factors.rank} or more"
+            )
+        super().warm_start(factors)
+
+    def forget_inputs(self) -> None:
+        """Begin to count anew."""
+        self.squares, self.num_tokens = None, 0
+
+
+class PRILoRAMethod(LoRAMethod):
+    """Ranks by block; an average of every layer's inputs; events that prune A."""
+
+    settings: PRILoRA
+
+    def __init__(self, settings: AdapterSettings) -> None:
+        super().__init__(settings)
+        self.activity: dict[str, Tensor] = {}
+        """v of every layer that has seen a token, (d_in,) in fp32."""
+        self.held: dict[nn.Parameter, Tensor] = {}
+        """Under `freeze_mask`, while the optimizer moves: where A stays at zero."""
+
+    def plan(self, specs: Sequence[LinearSpec]) -> dict[str, LayerPlan]:
+        settings = self.settings
+        plans = {}
+        for spec in specs:
+            on_line = rank_on_line(*settings.line, spec.block, spec.num_blocks)
+            rank = rank_of(spec, on_line, settings.ranks)
+            if rank > 0:
+                scale = scale_of(settings.alpha, rank, settings.scaling)
+                plans[spec.path] = LayerPlan(rank, scale)
+        return plans
+
+    def footprint(self, spec: LinearSpec) -> Footprint:
+        """LoRA's, and of the inputs the average and the sums of a step."""
+        lora = lora_footprint(spec.d_in, spec.d_out, self.plans[spec.path].rank)
+        return Footprint(lora.width, lora.trained, statistics=2 * spec.d_in)
+
+    def build(
+        self,
+        base: FrozenLinear,
+        spec: LinearSpec,
+        start: Mapping[str, Tensor] | None,
+        generator: torch.Generator,
+    ) -> PRILoRALayer:
+        plan = self.plans[spec.path]
+        a = kaiming_uniform(plan.rank, spec.d_in, generator)
+        b = torch.zeros(spec.d_out, plan.rank)
+        return PRILoRALayer(base, a, b, plan.scale, self.settings.dropout)
+
+    def begin_step(self, step: StepInfo) -> None:
+        for layer in self._layers().values():
+            layer.forget_inputs()  # a rehearsal before the first step is not of the run
+
+    def before_step(self, access: ParameterAccess, step: StepInfo) -> None:
+        s = self.settings
+        if not s.freeze_mask:
+            return
+        if not events_are_over(step.step, step.total, s.prune_every, s.prune_until):
+            return
+        for layer in self._layers().values():
+            pruned = access.read(layer.a) == 0  # pure in A: a resumed run finds the same mask
+            self.held[layer.a] = pruned
+            gradient = access.gradient(layer.a)
+            if gradient is not None:  # an expert that no token reached
+                access.set_gradient(layer.a, gradient.masked_fill(pruned, 0))
+
+    def is_settled(self, done: int, total: int) -> bool:
+        s = self.settings
+        prunes = s.prune_share and is_event(s.prune_every, total, s.prune_every, s.prune_until)
+        return done >= s.prune_every or not prunes
+
+    def after_step(self, access: ParameterAccess, step: StepInfo) -> None:
+        s = self.settings
+        held, self.held = self.held, {}
+        if step.skipped:
+            return
+        for a, pruned in held.items():
+            access.write(a, access.read(a).masked_fill(pruned, 0))
+        layers = self._layers()
+        for path, layer in layers.items():
+            self._average(path, layer)
+        if s.prune_share and is_event(step.step + 1, step.total, s.prune_every, s.prune_until):
+            for path, activity in self.activity.items():
+                self._prune(layers[path].a, activity, access)
+
+    def _average(self, path: str, layer: PRILoRALayer) -> None:
+        if layer.squares is None or not layer.num_tokens:  # an expert that no token reached
+            return
+        size = (layer.squares / layer.num_tokens).sqrt()
+        before = self.activity.get(path, torch.zeros_like(size))
+        self.activity[path] = self.settings.beta * before + (1 - self.settings.beta) * size
+
+    def _prune(self, a: nn.Parameter, activity: Tensor, access: ParameterAccess) -> None:
+        value = access.read(a).float()
+        pruned = least_important(value, activity, self.settings.prune_share)
+        access.write(a, value.masked_fill(pruned, 0))
+        if self.settings.reset_momentum:
+            access.reset_optimizer_state(a, pruned)
+
+    def _layers(self) -> dict[str, PRILoRALayer]:
+        return {p: layer for p, layer in self.layers.items() if isinstance(layer, PRILoRALayer)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {path + ACTIVITY: activity for path, activity in self.activity.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        found = {name.removesuffix(ACTIVITY): activity for name, activity in state.items()}
+        self.activity = {p: v.to(self.layers[p].base.weight.device) for p, v in found.items()}

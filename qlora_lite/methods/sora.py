@@ -1,0 +1,158 @@
+"""SoRA: gates between the factors, driven to exact zeros.
+
+    y = W x + s B diag(g) A drop(x)          s = alpha / r_max
+    after each step   g <- sign(g) max(|g| - xi, 0)
+
+Ding et al. 2023, arXiv:2311.11696. A gate at zero is a component that export leaves out. It may
+come back: its own gradient does not vanish, and one update above xi revives it. g starts N(0, 1),
+B at zero.
+
+Where we deviate: the released proximal step (TsinghuaC3I/SoRA) applies its cases one after the
+other, so that a gate in (xi, 2 xi] is zeroed as well: `release_prox` does that, the default is the
+soft threshold of the paper. The paper's threshold is the learning rate times lambda, the release's
+is a constant: `threshold`, or `threshold_per_lr` times the rate at which gates move. Layer norms,
+which the release trains too, are a setting of every method (`train_norms`). Gates rest in fp32: the
+shrink of 3e-4 is below what bf16 can say of a number near 1.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qlora_lite.adapters.layer import AdapterLayer, Factors, Role
+from qlora_lite.adapters.method import AdapterSettings, Footprint, ParameterAccess, StepInfo
+from qlora_lite.methods.lora import LoRALayer, LoRAMethod
+from qlora_lite.model.frozen import FrozenLinear
+from qlora_lite.model.targets import LinearSpec
+
+
+class SoRA(AdapterSettings):
+    """Sparse low-rank adaptation: an L1 step on gates decides the rank of every layer."""
+
+    kind: Literal["sora"] = "sora"
+
+    rank: int = Field(default=8, ge=1)
+    """The largest rank; `ranks` may change it layer by layer."""
+
+    alpha: float = Field(default=16.0, gt=0)
+    """Numerator of the scale of the update; its denominator is the largest rank throughout."""
+
+    threshold: float | list[float] = 3e-4
+    """What a step takes off every gate (xi); several, growing, share the run between them (the
+    paper's sparsifying schedule)."""
+
+    threshold_per_lr: float | None = Field(default=None, ge=0)
+    """Threshold relative to the gates' own rate (the paper's lambda), in place of `threshold`."""
+
+    l1: float = Field(default=0.0, ge=0)
+    """Weight of the mean |g| in the loss, in place of the shrinking (with `threshold=0`)."""
+
+    release_prox: bool = False
+    """The proximal step of the released code: a hard threshold at twice xi, with a shrink of xi."""
+
+    @model_validator(mode="after")
+    def _thresholds_grow(self) -> "SoRA":
+        given = self.threshold if isinstance(self.threshold, list) else [self.threshold]
+        if not given or min(given) < 0 or given != sorted(given):
+            raise ValueError(
+                f"threshold={self.threshold}: a threshold is 0 or more, and several of them grow. "
+                "Take one such as 3e-4, or a list such as [1e-4, 3e-4, 7e-4]"
+            )
+        return self
+
+
+def soft_threshold(gate: Tensor, width: float) -> Tensor:
+    """Proximal step of the L1 norm: towards zero by `width`, stopping at zero."""
+    return gate.sign() * (gate.abs() - width).clamp(min=0)
+
+
+def released_threshold(gate: Tensor, width: float) -> Tensor:
+    """What the released code makes of it: up to twice `width` is zero, the rest shrinks."""
+    return torch.where(gate.abs() > 2 * width, soft_threshold(gate, width), 0.0)
+
+
+class SoRALayer(LoRALayer):
+    """y = W x + s B diag(g) A drop(x)"""
+
+    roles: ClassVar[dict[str, Role]] = LoRALayer.roles | {"g": Role.GATE}
+
+    def __init__(
+        self, base: FrozenLinear, a: Tensor, b: Tensor, g: Tensor, scale: float, dropout: float
+    ) -> None:
+        super().__init__(base, a, b, scale, dropout)
+        self.g = nn.Parameter(g)
+
+    def update(self, x: Tensor) -> Tensor:
+        x = F.dropout(x, self.dropout, self.training)
+        low = F.linear(x, self.a.to(x.dtype)) * self.g.to(x.dtype)
+        return F.linear(low, self.b.to(x.dtype)) * self.scale
+
+    def live_factors(self) -> tuple[Tensor, Tensor] | None:
+        return self.a.float(), self.b.float() * (self.scale * self.g.float())
+
+    def factors(self, rank: int | None = None) -> Factors | None:
+        """Components whose gate is zero are left out."""
+        kept = self.g.detach() != 0
+        if rank is not None and rank < int(kept.sum()):
+            return None
+        a, b, g = (t.detach().float() for t in (self.a, self.b, self.g))
+        return Factors(a[kept], b[:, kept] * (self.scale * g[kept]))
+
+    def warm_start(self, factors: Factors) -> None:
+        super().warm_start(factors)
+        self.g.data[: factors.rank] = 1.0
+
+    def trainable_count(self) -> int:
+        return super().trainable_count() + self.g.numel()
+
+
+class SoRAMethod(LoRAMethod):
+    """A proximal step on the gates behind every step of the optimizer."""
+
+    settings: SoRA
+
+    def footprint(self, spec: LinearSpec) -> Footprint:
+        lora = super().footprint(spec)
+        return Footprint(lora.width, lora.trained + lora.width)
+
+    def build(
+        self,
+        base: FrozenLinear,
+        spec: LinearSpec,
+        start: Mapping[str, Tensor] | None,
+        generator: torch.Generator,
+    ) -> AdapterLayer:
+        lora = super().build(base, spec, start, generator)
+        assert isinstance(lora, LoRALayer)
+        gate = torch.randn(lora.a.shape[0], generator=generator)
+        return SoRALayer(base, lora.a.data, lora.b.data, gate, lora.scale, lora.dropout)
+
+    def penalty(self) -> Tensor | None:
+        if not self.settings.l1:
+            return None
+        gates = torch.cat([layer.g for layer in self._layers()])
+        return self.settings.l1 * gates.abs().mean()
+
+    def after_step(self, access: ParameterAccess, step: StepInfo) -> None:
+        width = threshold_at(self.settings, step)
+        if step.skipped or not width:
+            return
+        shrink = released_threshold if self.settings.release_prox else soft_threshold
+        for layer in self._layers():
+            access.write(layer.g, shrink(access.read(layer.g), width))
+
+    def _layers(self) -> list[SoRALayer]:
+        return [layer for layer in self.layers.values() if isinstance(layer, SoRALayer)]
+
+
+def threshold_at(settings: SoRA, step: StepInfo) -> float:
+    """xi of a step: a constant, one of a list that shares the run evenly, or tied to the rate."""
+    if settings.threshold_per_lr is not None:
+        return settings.threshold_per_lr * step.lr * settings.lr_ratio
+    if isinstance(settings.threshold, list):
+        return settings.threshold[step.step * len(settings.threshold) // step.total]
+    return settings.threshold

@@ -1,0 +1,1 @@
+"""The page that a run leaves: what it shows (page.py), and its drawings (charts.py)."""

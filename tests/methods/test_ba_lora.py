@@ -1,0 +1,176 @@
+"""BA-LoRA's three regularisers, for language modelling and for classification."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from qlora_lite.adapters.method import OutputChunk, Requirement
+from qlora_lite.methods.ba_lora import (
+    BALoRA,
+    BALoRAMethod,
+    class_consistency,
+    class_covariance,
+    class_share,
+    frobenius_share,
+    singular_values,
+    token_consistency,
+    top_entropy,
+)
+from tests.tiny import save_tiny
+from tests.workbench import Bench
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+DRAW = torch.Generator().manual_seed(0)
+Z, TEACHER = torch.randn(9, 30, generator=DRAW), torch.randn(9, 30, generator=DRAW)
+
+
+def with_gradient(function, *arguments):
+    z = Z.clone().requires_grad_()
+    value = function(z, *arguments)
+    (gradient,) = torch.autograd.grad(value, z)
+    return value.detach(), gradient
+
+
+def naive_consistency(z, teacher):
+    total = 0.0
+    for row, other in zip(z, teacher, strict=True):
+        p, q = F.softmax(row, 0), F.softmax(other, 0)
+        total = total + sum(q[i] * (q[i].log() - p[i].log()) for i in range(len(q)))
+    return total / len(z)
+
+
+def naive_entropy(z, top_k):
+    total = 0.0
+    for row in z:
+        top = row.sort(descending=True).values[:top_k]
+        p = F.softmax(top, 0)
+        total = total - sum(p[i] * p[i].log() for i in range(top_k))
+    return total / len(z)
+
+
+def naive_frobenius_share(z, k):
+    centred = z - z.mean(0)
+    return torch.linalg.svdvals(centred)[:k].sum() / centred.norm()
+
+
+def naive_class_covariance(z):
+    rows, classes = z.shape
+    total = 0.0
+    for i in range(classes):
+        for j in range(classes):
+            if i != j:
+                c = sum(
+                    (z[r, i] - z[:, i].mean()) * (z[r, j] - z[:, j].mean()) for r in range(rows)
+                )
+                total = total + (c / (rows - 1)) ** 2
+    return total / classes
+
+
+def naive_class_consistency(z, teacher):
+    ours = torch.stack([row / row.norm() for row in z])
+    theirs = torch.stack([row / row.norm() for row in teacher])
+    return ((ours - theirs) ** 2).mean()
+
+
+def naive_class_share(z, k):
+    values = torch.linalg.svdvals(z)
+    return values[:k].sum() / values.sum()
+
+
+@pytest.mark.parametrize(
+    ("ours", "naive", "arguments"),
+    [
+        (token_consistency, naive_consistency, (TEACHER,)),
+        (top_entropy, naive_entropy, (5,)),
+        (frobenius_share, naive_frobenius_share, (3,)),
+        (class_consistency, naive_class_consistency, (TEACHER,)),
+        (class_covariance, naive_class_covariance, ()),
+        (class_share, naive_class_share, (3,)),
+    ],
+)
+def test_every_term_has_the_value_and_the_gradient_of_its_formula(ours, naive, arguments):
+    for found, expected in zip(
+        with_gradient(ours, *arguments), with_gradient(naive, *arguments), strict=True
+    ):
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("shape", [(9, 30), (30, 9)])
+def test_singular_values_come_from_the_smaller_gram_matrix(shape):
+    z = torch.randn(shape, generator=DRAW)
+    torch.testing.assert_close(singular_values(z), torch.linalg.svdvals(z), **CLOSE)
+
+
+def test_the_terms_are_within_their_bounds():
+    assert 0 <= top_entropy(Z, 30) <= math.log(30)
+    assert 0 < class_share(Z, 3) <= 1
+    assert 0 < frobenius_share(Z, 3) <= math.sqrt(3)
+    assert class_covariance(Z) >= 0
+    assert class_covariance(Z[:, :1]) == 0
+    assert token_consistency(Z, Z) == pytest.approx(0, abs=1e-6)
+    assert class_consistency(Z[:, :1], 2 * Z[:, :1]) > 0
+
+
+def test_equal_rows_have_finite_gradients():
+    z = torch.ones(4, 6, requires_grad=True)
+    for term in (frobenius_share(z, 3), class_share(z, 3), class_covariance(z)):
+        (gradient,) = torch.autograd.grad(term, z)
+        assert gradient.isfinite().all()
+
+
+def method_with(**settings):
+    return BALoRAMethod(BALoRA(**settings))
+
+
+def test_only_rows_whose_target_is_a_class_are_regularised():
+    method = method_with(classes=[3, 8], consistency=0, singular=0, diversity=1.0)
+    targets = torch.tensor([3, 8, 5, 3, 3, 8, 5, 5, 8])
+    is_label = targets != 5
+    expected = class_covariance(Z[is_label][:, [3, 8]]) * 6
+    found = method.output_loss(OutputChunk(Z, targets))
+    torch.testing.assert_close(found, expected)
+    nowhere = torch.full((9,), 5)
+    assert method.output_loss(OutputChunk(Z, nowhere)) is None
+
+
+def test_the_teacher_is_asked_for_only_when_it_is_needed():
+    assert method_with().requires is Requirement.TEACHER_OUTPUT
+    assert method_with(consistency=0).requires is Requirement.NONE
+    none = method_with(consistency=0, diversity=0, singular=0)
+    assert none.output_loss(OutputChunk(Z, torch.zeros(9))) is None
+
+
+def test_at_the_start_the_outputs_are_the_teachers_and_the_loss_says_so(tmp_path):
+    settings = BALoRA(rank=4, alpha=4, consistency=100.0, diversity=0, singular=0)
+    bench = Bench(save_tiny(tmp_path / "base"), settings)
+    bench.step()
+    assert bench.result.added == 0.0
+    bench.step()
+    assert bench.result.added > 0.0
+
+
+def test_a_strong_teacher_holds_the_model_near_the_base(tmp_path):
+    directory = save_tiny(tmp_path / "base")
+    away = []
+    for consistency in (0.0, 30.0):
+        settings = BALoRA(rank=4, alpha=4, consistency=consistency, diversity=0, singular=0)
+        bench = Bench(directory, settings, lr=3e-3)
+        start = bench.logits()
+        for _ in range(10):
+            bench.step()
+        away.append((bench.logits() - start).norm().item())
+    assert away[1] < 0.7 * away[0]
+
+
+def test_the_teachers_logits_carry_no_gradient(tmp_path):
+    seen = []
+
+    class Watching(BALoRAMethod):
+        def output_loss(self, chunk):
+            seen.append((chunk.logits.requires_grad, chunk.teacher_logits.requires_grad))
+            return super().output_loss(chunk)
+
+    Bench(save_tiny(tmp_path / "base"), BALoRA(rank=4), method=Watching).step()
+    assert set(seen) == {(True, False)}

@@ -1,0 +1,97 @@
+"""What DoRA adds to LoRA: a magnitude per output, and a norm that is a constant."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from qlora_lite.adapters.layer import Factors
+from qlora_lite.methods.dora import DoRA
+from qlora_lite.model.quant import FP32, NF4, Int8
+from tests.tiny import save_tiny
+from tests.workbench import CLOSE, Bench, one_layer, perturb
+
+SETTINGS = DoRA(rank=4, alpha=8, dropout=0.0)
+
+
+def layer_of(quant=None, **changed):
+    return one_layer(SETTINGS.model_copy(update=changed), 33, 57, quant)
+
+
+def naive(layer, x, m, a, b):
+    """Eq. 5 row by row, with the norm as a number that nothing flows through."""
+    weight = layer.base.dense()
+    rows = []
+    for i in range(layer.base.d_out):
+        direction = weight[i] + layer.scale * (b[i] @ a)
+        rows.append(m[i] / direction.detach().norm() * (x @ direction))
+    return torch.stack(rows, dim=-1)
+
+
+@pytest.mark.parametrize("quant", [NF4(), Int8(), FP32()])
+def test_output_and_gradients_are_those_of_equation_5_with_a_constant_norm(quant):
+    layer = perturb(layer_of(quant), size=0.3)
+    x = torch.randn(2, 7, 57, generator=torch.Generator().manual_seed(0))
+    copies = [p.detach().clone().requires_grad_() for p in (layer.m, layer.a, layer.b)]
+    expected = naive(layer, x, *copies)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    wanted = torch.autograd.grad((expected * weights).sum(), copies)
+    found = layer(x)
+    got = torch.autograd.grad((found * weights).sum(), [layer.m, layer.a, layer.b])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for gradient, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gain_is_one_at_the_start():
+    layer = layer_of()
+    gain = layer.m / layer._norms(layer.base.matmul(layer.a))
+    torch.testing.assert_close(gain, torch.ones(33), rtol=1e-6, atol=1e-6)
+
+
+def test_rows_of_the_merged_weight_have_the_trained_magnitudes(tmp_path):
+    bench = Bench(save_tiny(tmp_path / "base"), SETTINGS)
+    for _ in range(5):
+        bench.step()
+    moved = 0
+    for layer in bench.attached.layers.values():
+        merged = layer.merged(layer.base.dense())
+        torch.testing.assert_close(merged.norm(dim=1), layer.m.detach(), **CLOSE)
+        moved += not torch.equal(layer.m.detach(), layer.squares.sqrt())
+    assert moved == len(bench.attached.layers)
+
+
+def test_magnitudes_rest_in_fp32_and_move_with_the_up_factors_without_decay(tmp_path):
+    settings = SETTINGS.model_copy(update={"lr_ratio": 4.0})
+    bench = Bench(save_tiny(tmp_path / "base"), settings, dtype=torch.bfloat16)
+    assert all(layer.m.dtype == torch.float32 for layer in bench.attached.layers.values())
+    assert all(layer.a.dtype == torch.bfloat16 for layer in bench.attached.layers.values())
+    groups = {name.rpartition(".")[2]: g for g in bench.attached.groups() for name in g.names}
+    assert (groups["m"].lr_factor, groups["m"].decays) == (4.0, False)
+    assert (groups["a"].lr_factor, groups["a"].decays) == (1.0, True)
+
+
+def test_dropout_falls_on_the_low_rank_part_only():
+    layer = perturb(layer_of(dropout=0.9)).train()
+    layer.b.data.zero_()
+    x = torch.randn(4, 57)
+    gain = layer.m / layer.squares.sqrt()
+    torch.testing.assert_close(layer(x), gain * layer.base(x), **CLOSE)
+
+
+def test_it_begins_at_a_plain_lora_with_the_same_function():
+    layer = layer_of()
+    draw = torch.Generator().manual_seed(3)
+    pair = Factors(torch.randn(2, 57, generator=draw), torch.randn(33, 2, generator=draw))
+    layer.warm_start(pair)
+    x = torch.randn(5, 57, generator=draw)
+    expected = F.linear(x, layer.base.dense() + pair.up @ pair.down)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_row_of_zeros_divides_nothing_by_zero():
+    layer = layer_of(FP32())
+    layer.base.weight.data[3] = 0.0
+    other = type(layer)(layer.base, layer.a.data, layer.b.data, layer.scale)
+    y = other(torch.randn(2, 57))
+    assert y.isfinite().all()
+    assert not y[:, 3].any()

@@ -1,0 +1,90 @@
+"""Recipes as files: Python, JSON, a run's folder, and what is reported about each mistake."""
+
+import json
+
+import pytest
+
+from qlora_lite.data.settings import Data
+from qlora_lite.foundation.errors import RecipeError
+from qlora_lite.model.load import Base
+from qlora_lite.recipe import Recipe
+from qlora_lite.recipe_files import load_recipe
+
+RECIPE = Recipe(base=Base(model="some/model"), data=Data(train="rows.jsonl"), output="runs/x")
+
+
+def test_a_run_record_is_a_recipe(tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps({"recipe": RECIPE.to_dict(), "threads": 2}))
+    assert load_recipe(tmp_path) == RECIPE.but(f"output={tmp_path}")
+    assert load_recipe(tmp_path / "recipe.json") == RECIPE
+
+
+def test_a_python_recipe_may_build_on_its_neighbour(tmp_path):
+    (tmp_path / "small_one.py").write_text(
+        "from qlora_lite import Base, Data, Recipe\n"
+        "recipe = Recipe(base=Base(model='a/b'), data=Data(train='t.jsonl'), output='o')\n"
+    )
+    (tmp_path / "large_one.py").write_text(
+        "from small_one import recipe as small\nrecipe = small.but('base.model=c/d')\n"
+    )
+    assert load_recipe(tmp_path / "large_one.py").base.model == "c/d"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("recipe = 3\n", r"defines no `recipe = Recipe"),
+        ("import nowhere_to_be_found\n", r"line 1: ModuleNotFoundError"),
+        ("x = 1\ny = 1 / 0\n", r"line 2: ZeroDivisionError"),
+        ("recipe = Recipe(\n", r"line 1: SyntaxError"),
+        (
+            "from qlora_lite import LoRA\nrecipe = LoRA(rnk=3)\n",
+            r"LoRA\(\.\.\.\): rnk: .*Did you mean 'rank'",
+        ),
+        ("import sys\nsys.exit(0)\n", r"line 2 ends the program while it is read"),
+    ],
+)
+def test_a_recipe_that_does_not_load_says_where(tmp_path, text, words):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("gone.py", None, "is not a file"),
+        ("recipe.yaml", "a: 1", "a .py file or"),
+        ("recipe.json", "{", "not readable JSON"),
+        ("recipe.json", "[]", "a recipe is an object"),
+        ("recipe.json", '{"base": {}}', "needed, and nothing was given"),
+    ],
+)
+def test_what_is_no_recipe_is_refused(tmp_path, name, content, words):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(tmp_path / name)
+
+
+def test_the_line_is_told_for_a_relative_path_too(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("x = 1\ny = 1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=r"mine\.py, line 2: ZeroDivisionError"):
+        load_recipe("mine.py")
+
+
+def test_a_model_is_no_recipe(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RecipeError, match=f"{tmp_path} is a model.*init {tmp_path}"):
+        load_recipe(tmp_path)
+    with pytest.raises(RecipeError, match=r"describes a model"):
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+        load_recipe(tmp_path / "config.json")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"is an adapter.*adapter\.start=.*adapter begins"):
+        load_recipe(tmp_path / "adapter")
+    with pytest.raises(RecipeError, match=r"gone\.py is not a file"):
+        load_recipe(tmp_path / "gone.py")
