@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from qlora_lite.cli.script import main
     from qlora_lite.data.settings import Data
     from qlora_lite.methods.lora import LoRA
-    from qlora_lite.model.load import Base
     from qlora_lite.model.quant import BF16, FP4, FP32, NF4, Int8
+    from qlora_lite.model.settings import Base
     from qlora_lite.recipe import Recipe
     from qlora_lite.recipe_files import load_recipe
     from qlora_lite.run.chat import load
@@ -38,8 +38,7 @@ if TYPE_CHECKING:
     from qlora_lite.run.merging import merge
     from qlora_lite.run.planning import plan_recipe as plan
     from qlora_lite.run.training import run_recipe as train
-    from qlora_lite.training.loop import Checkpoints, Evaluation
-    from qlora_lite.training.optimizer import Optim
+    from qlora_lite.training.settings import Checkpoints, Evaluation, Optim
 
     __version__: str
 
@@ -49,12 +48,12 @@ _HOMES = {
     "Int8": "qlora_lite.model.quant:Int8",
     "BF16": "qlora_lite.model.quant:BF16",
     "FP32": "qlora_lite.model.quant:FP32",
-    "Base": "qlora_lite.model.load:Base",
+    "Base": "qlora_lite.model.settings:Base",
     "Data": "qlora_lite.data.settings:Data",
     "LoRA": "qlora_lite.methods.lora:LoRA",
-    "Optim": "qlora_lite.training.optimizer:Optim",
-    "Evaluation": "qlora_lite.training.loop:Evaluation",
-    "Checkpoints": "qlora_lite.training.loop:Checkpoints",
+    "Optim": "qlora_lite.training.settings:Optim",
+    "Evaluation": "qlora_lite.training.settings:Evaluation",
+    "Checkpoints": "qlora_lite.training.settings:Checkpoints",
     "Recipe": "qlora_lite.recipe:Recipe",
     "load_recipe": "qlora_lite.recipe_files:load_recipe",
     "main": "qlora_lite.cli.script:main",

@@ -16,9 +16,8 @@ from qlora_lite.foundation.settings import Settings
 from qlora_lite.foundation.units import parse_bytes
 from qlora_lite.methods.catalogue import Adapter
 from qlora_lite.methods.lora import LoRA
-from qlora_lite.model.load import Base
-from qlora_lite.training.loop import Checkpoints, Evaluation
-from qlora_lite.training.optimizer import Optim
+from qlora_lite.model.settings import Base
+from qlora_lite.training.settings import Checkpoints, Evaluation, Optim
 
 FREE_SETTINGS = ("output", "budget", "tracking", "checkpoints", "evaluation.samples")
 """Settings that change no number of a run's result, so they may differ when it is continued."""

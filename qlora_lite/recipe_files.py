@@ -120,3 +120,19 @@ def _line_in(path: Path, error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         lines.append(error.lineno)
     return f", line {lines[-1]}" if lines else ""
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths where they exist, so that it can be read from anywhere."""
+
+    def absolute(name: str | None) -> str | None:
+        return str(Path(name).resolve()) if name and Path(name).exists() else name
+
+    data = {name: absolute(getattr(recipe.data, name)) for name in ("train", "heldout")}
+    return recipe.model_copy(
+        update={
+            "base": recipe.base.model_copy(update={"model": absolute(recipe.base.model)}),
+            "data": recipe.data.model_copy(update=data),
+            "adapter": recipe.adapter.model_copy(update={"start": absolute(recipe.adapter.start)}),
+        }
+    )

@@ -10,8 +10,9 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_lite.foundation import device
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear
-from qlora_lite.model.load import Base, load_base
+from qlora_lite.model.load import load_base
 from qlora_lite.model.quant import NF4
+from qlora_lite.model.settings import Base
 
 
 def bare_twin(directory: Path) -> nn.Module:

@@ -6,8 +6,8 @@ from qlora_lite.data.settings import Data
 from qlora_lite.foundation.errors import RecipeError
 from qlora_lite.methods.lora import LoRA
 from qlora_lite.methods.rslora import RsLoRA
-from qlora_lite.model.load import Base
 from qlora_lite.model.quant import NF4, Int8
+from qlora_lite.model.settings import Base
 from qlora_lite.recipe import Recipe, differences, vary
 
 RECIPE = Recipe(

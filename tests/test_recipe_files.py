@@ -6,7 +6,7 @@ import pytest
 
 from qlora_lite.data.settings import Data
 from qlora_lite.foundation.errors import RecipeError
-from qlora_lite.model.load import Base
+from qlora_lite.model.settings import Base
 from qlora_lite.recipe import Recipe
 from qlora_lite.recipe_files import load_recipe
 

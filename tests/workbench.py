@@ -12,26 +12,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlora_lite.adapters.attach import attach, build_layer, choose
+from qlora_lite.adapters.attach import attach, build_layer
 from qlora_lite.adapters.files import save_adapter
 from qlora_lite.adapters.layer import AdapterLayer
-from qlora_lite.adapters.method import AdapterSettings, Method, StepInfo
+from qlora_lite.adapters.method import AdapterSettings, Method
+from qlora_lite.adapters.plan import plan_adapter, plan_layers
 from qlora_lite.adapters.split_state import SplitState
 from qlora_lite.data.batches import Batch, make_batch, make_bin
 from qlora_lite.data.examples import Example
 from qlora_lite.foundation import device
-from qlora_lite.foundation.seeds import generator
 from qlora_lite.methods.catalogue import METHODS
 from qlora_lite.model.causal import CausalModel
 from qlora_lite.model.checkpointing import enable_checkpointing
-from qlora_lite.model.config import read_config
-from qlora_lite.model.load import Base, load_base, skeleton
+from qlora_lite.model.facts import BaseFacts, read_facts
+from qlora_lite.model.load import load_base
 from qlora_lite.model.quant import NF4, Quant
 from qlora_lite.model.quantise import quantise
-from qlora_lite.model.targets import LinearSpec, linear_specs
+from qlora_lite.model.settings import Base
+from qlora_lite.model.targets import LinearSpec
 from qlora_lite.training.engine import TorchEngine
 from qlora_lite.training.optimizer import AdamW
-from qlora_lite.training.step import StepResult, optimizer_step
+from qlora_lite.training.settings import Optim
+from qlora_lite.training.step import StepResult, optimizer_step, prepare_step
 from tests.tiny import VOCABULARY
 
 CPU = device.choose("cpu")
@@ -59,9 +61,9 @@ def one_layer(
     dense = torch.randn(d_out, d_in, generator=draw) / d_in**0.5
     spec = LinearSpec("blocks.0.linear", d_in, d_out, 0, 1, "other")
     made = (method or METHODS[type(settings)])(settings)
-    starts = SplitState(made, choose([spec], made), seed)
-    base = quantise(dense, quant or NF4(), CPU, split=starts.split(spec.path))
-    layer = build_layer(base, spec, starts, dtype)
+    splits = SplitState(made, plan_layers(made, [spec]), seed)
+    base = quantise(dense, quant or NF4(), CPU, split=splits.split(spec.path))
+    layer = build_layer(base, spec, splits, dtype)
     made.set_layers({spec.path: layer})
     object.__setattr__(layer, "method", made)
     return layer
@@ -99,15 +101,17 @@ class Bench:
         engine: Callable[[AdamW, torch.dtype], TorchEngine] = TorchEngine,
     ) -> None:
         self.repeats_data = repeats_data
-        self.total, self.lr, self.rows, self.max_grad_norm = total, lr, rows, max_grad_norm
+        self.total, self.rows, self.max_grad_norm = total, rows, max_grad_norm
+        self.optim = Optim(lr=lr, schedule="constant", warmup=0)
         self.seed = seed
         self.number = 0
         self.method = (method or METHODS[type(settings)])(settings)
         base = Base(model=str(directory), quant=quant or NF4())
-        specs = _specs_of(str(directory))
-        starts = SplitState(self.method, choose(specs, self.method), seed, saved)
-        self.base = load_base(base, CPU, split=starts.split)
-        self.attached = attach(self.base.model, self.method, specs, seed, dtype, starts)
+        facts = _facts_of(str(directory))
+        plan = plan_adapter(self.method, facts)
+        splits = SplitState(self.method, plan.specs, seed, saved)
+        self.base = load_base(base, CPU, facts=facts, split=splits.split)
+        self.attached = attach(self.base.model, self.method, plan, seed, dtype, splits)
         if saved is not None:
             self.attached.load_state(saved)
         if checkpointing:
@@ -127,13 +131,7 @@ class Bench:
     def step(self) -> float:
         """The next optimizer step, over two micro-batches; its mean loss."""
         self.attached.train()
-        torch.manual_seed(self.seed * 1000 + self.number)
-        info = StepInfo(
-            self.number,
-            self.total,
-            self.lr * self.method.lr_scale(self.number, self.total),
-            generator(self.seed, "method", self.number),
-        )
+        info = prepare_step(self.method, self.optim, self.seed, self.number, self.total)
         batches = list(batches_of(0 if self.repeats_data else self.number, self.rows))
         self.result = optimizer_step(
             self.model, batches, self.attached, self.engine, info, self.max_grad_norm, _no_check
@@ -188,8 +186,8 @@ def batches_of(step: int, rows: int) -> Iterator[Batch]:
 
 
 @cache
-def _specs_of(directory: str) -> list[LinearSpec]:
-    return linear_specs(skeleton(read_config(directory), Base(model=directory)))
+def _facts_of(directory: str) -> BaseFacts:
+    return read_facts(Base(model=directory))
 
 
 def _no_check(loss: float, batch: Batch) -> None:

@@ -1,13 +1,12 @@
 """Put a method's layers into a frozen model, and know afterwards what is trained.
 
-    attached = attach(model, method, specs, seed, dtype)
+    attached = attach(model, method, plan, seed, dtype)
 
 The layers that are adapted are replaced in place; the model's own code runs on, unaware.
 """
 
 import copy
-import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,13 +16,13 @@ from torch import Tensor, nn
 from qlora_lite.adapters.embedding import LoRAEmbedding
 from qlora_lite.adapters.layer import AdapterLayer, Role
 from qlora_lite.adapters.method import Method, ParameterGroup, Requirement
-from qlora_lite.adapters.ranks import check_ranks, scale_of
+from qlora_lite.adapters.plan import AdapterPlan
+from qlora_lite.adapters.ranks import scale_of
 from qlora_lite.adapters.split_state import SplitState, by_layer
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.foundation.seeds import generator
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear
-from qlora_lite.model.shape import is_norm
-from qlora_lite.model.targets import LinearSpec, select
+from qlora_lite.model.targets import LinearSpec
 
 ALWAYS_FP32 = (Role.GATE, Role.MAGNITUDE)
 """Roles whose updates, or whose start, would be lost in bf16."""
@@ -66,17 +65,17 @@ class AttachedAdapter:
     method: Method
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
     embeddings: dict[str, LoRAEmbedding] = field(default_factory=dict)
-    whole: dict[str, nn.Module] = field(default_factory=dict)
-    """Norms and modules that are trained whole, by path."""
-    bare: dict[str, nn.Module] = field(default_factory=dict)
-    """What the whole modules were before."""
+    full_modules: dict[str, nn.Module] = field(default_factory=dict)
+    """Norms and modules that are fully trained, by path."""
+    frozen_modules: dict[str, nn.Module] = field(default_factory=dict)
+    """The frozen modules that they replace."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every trained parameter by `path.name`, in the model's order."""
         found: dict[str, nn.Parameter] = {}
         for path, layer in (self.layers | self.embeddings).items():
             found |= {f"{path}.{name}": p for name, p in layer.trained().items()}
-        for path, module in self.whole.items():
+        for path, module in self.full_modules.items():
             found |= {f"{path}.{name}": p for name, p in module.named_parameters()}
         return found
 
@@ -141,97 +140,63 @@ class AttachedAdapter:
         switched = [*self.layers.values(), *self.embeddings.values()]
         for layer in switched:
             layer.enabled = False
-        for path, module in self.bare.items():
+        for path, module in self.frozen_modules.items():
             replace(self.model, path, module)
         try:
             yield
         finally:
             for layer in switched:
                 layer.enabled = True
-            for path, module in self.whole.items():
+            for path, module in self.full_modules.items():
                 replace(self.model, path, module)
-
-
-def choose(
-    specs: Sequence[LinearSpec], method: Method, whole: Sequence[str] = ()
-) -> list[LinearSpec]:
-    """The layers that a method adapts, planned: the targets less those of rank 0 and trained whole.
-
-    Raises:
-        AdapterError: if the targets or a rank pattern match nothing, no layer is left, or the
-            method cannot adapt one of them.
-    """
-    settings = method.settings
-    if not settings.targets:
-        raise AdapterError(
-            "adapter.targets is empty, so nothing would be trained. Take all-linear, attention, "
-            "mlp, or a list of names"
-        )
-    chosen = [s for s in select(specs, settings.targets) if s.path not in whole]
-    check_ranks(chosen, settings.ranks)
-    method.plans = method.plan(chosen)
-    planned = [s for s in chosen if s.path in method.plans]
-    if not planned:
-        raise AdapterError(
-            f"adapter.ranks={settings.ranks} gives every target rank 0, so nothing would be "
-            "trained. Give some layers a rank of 1 or more"
-        )
-    heads = [s.path for s in planned if s.kind == "head"]
-    if heads and Requirement.ORIGINAL_WEIGHTS in method.requires:
-        raise AdapterError(
-            f"adapter={settings.kind} with these settings begins before the base is quantised, and "
-            f"the head ({heads[0]}) is not quantised as the other layers are. Leave it out of "
-            "adapter.targets"
-        )
-    return planned
 
 
 def attach(
     model: nn.Module,
     method: Method,
-    specs: Sequence[LinearSpec],
+    plan: AdapterPlan,
     seed: int,
     dtype: torch.dtype,
-    starts: SplitState | None = None,
+    split_state: SplitState | None = None,
 ) -> AttachedAdapter:
     """Build the layers of `method` on `model`, in place.
 
     Args:
-        specs: all linear layers of the model.
-        seed: every layer draws from a stream of its own, by its path.
-        dtype: of the trained parameters at rest; gates and whole modules are fp32.
-        starts: what loading the base found out about the layers, and what was saved of them.
+        plan: what to train, from `plan_adapter`.
+        seed: every layer draws from its own stream, seeded by its path.
+        dtype: storage dtype of the trained parameters; gates and full modules are fp32.
+        split_state: what `Method.split` found while the base was loaded, and the saved state.
+
+    Raises:
+        AdapterError: if the input embedding gets a LoRA and is not a plain embedding.
     """
-    settings = method.settings
     attached = AttachedAdapter(model, method)
-    whole = find_modules(model, settings.train_modules)
-    planned = choose(specs, method, whole)
-    starts = starts or SplitState(method, planned, seed)
-    for spec in planned:
+    split_state = split_state or SplitState(method, plan.specs, seed)
+    for spec in plan.specs:
         base = model.get_submodule(spec.path)
         assert isinstance(base, FrozenLinear), spec.path
-        layer = build_layer(base, spec, starts, dtype)
+        layer = build_layer(base, spec, split_state, dtype)
         replace(model, spec.path, layer)
         attached.layers[spec.path] = layer
     method.set_layers(attached.layers)
-    if settings.embedding_rank:
-        _attach_embedding(model, attached, whole, seed, dtype)
-    _attach_whole(model, attached, whole)
+    if plan.embedding is not None:
+        _attach_embedding(model, attached, plan.embedding, seed, dtype)
+    _attach_full_modules(model, attached, plan.full_modules)
     return attached
 
 
 def build_layer(
-    base: FrozenLinear, spec: LinearSpec, starts: SplitState, dtype: torch.dtype
+    base: FrozenLinear, spec: LinearSpec, split_state: SplitState, dtype: torch.dtype
 ) -> AdapterLayer:
     """One planned layer at its start, on its base's device, at rest in `dtype`.
 
     Rows lie one after the other, as in a file: another order in memory would be another order of
     sums, and a run that was resumed would differ in its last bits.
     """
-    draws = generator(starts.seed, "adapter", spec.path)
-    layer = starts.method.build(base, spec, starts.build_from(spec.path), draws)
-    own = layer.state().keys()  # what it holds itself need not be kept twice
-    layer.start = {n: t for n, t in starts.replay(spec.path).items() if n not in own}
+    draws = generator(split_state.seed, "adapter", spec.path)
+    layer = split_state.method.build(base, spec, split_state.build_state(spec.path), draws)
+    own = layer.state().keys()  # a tensor that is also a parameter or buffer is kept once
+    layer.start = {n: t for n, t in split_state.start_of(spec.path).items() if n not in own}
     device = base.weight.device
     for name, parameter in layer.trained().items():
         rests_in = torch.float32 if layer.roles[name] in ALWAYS_FP32 else dtype
@@ -249,58 +214,15 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def find_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Paths of the modules called `names`, by path, last name or glob.
-
-    Raises:
-        AdapterError: if a name matches nothing that can be trained whole.
-    """
-    kinds = (FrozenLinear, FrozenEmbedding, nn.LayerNorm)
-    paths = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, kinds) or is_norm(module)
-    ]
-    return match_modules(paths, names)
-
-
-def match_modules(paths: Iterable[str], names: Sequence[str]) -> list[str]:
-    """The paths that `names` means: by path, last name or glob.
-
-    Raises:
-        AdapterError: if a name matches none of them.
-    """
-    there = list(dict.fromkeys(paths))
-    found: list[str] = []
-    for name in names:
-        matches = [p for p in there if fnmatch.fnmatch(p, name) or p.rpartition(".")[2] == name]
-        if not matches:
-            kinds_there = sorted({p.rpartition(".")[2] for p in there})
-            raise AdapterError(
-                f"adapter.train_modules: {name!r} matches no module. There are "
-                f"{', '.join(kinds_there)}; paths and globs work too"
-            )
-        found += [m for m in matches if m not in found]
-    return found
-
-
 def _attach_embedding(
-    model: nn.Module, attached: AttachedAdapter, whole: Sequence[str], seed: int, dtype: torch.dtype
+    model: nn.Module, attached: AttachedAdapter, path: str, seed: int, dtype: torch.dtype
 ) -> None:
-    path = next(
-        (p for p, m in model.named_modules() if m is model.get_input_embeddings()),  # type: ignore[operator]
-    )
     settings = attached.method.settings
     base = model.get_submodule(path)
-    if path in whole:
-        raise AdapterError(
-            f"adapter.embedding_rank={settings.embedding_rank} and adapter.train_modules both "
-            f"train {path}. Take one of the two"
-        )
     if not isinstance(base, FrozenEmbedding):
         raise AdapterError(
             f"adapter.embedding_rank={settings.embedding_rank}: {path} is a "
-            f"{type(base).__name__}, not a plain embedding. Take embedding_rank=0"
+            f"{type(base).__name__}, not a plain embedding. Set embedding_rank=0"
         )
     scale = scale_of(settings.alpha, settings.embedding_rank, settings.scaling)
     stream = generator(seed, "adapter", path)
@@ -312,16 +234,15 @@ def _attach_embedding(
     attached.embeddings[path] = layer
 
 
-def _attach_whole(model: nn.Module, attached: AttachedAdapter, paths: Sequence[str]) -> None:
-    norms = [path for path, module in model.named_modules() if is_norm(module)]
-    for path in [*paths, *(norms if attached.method.settings.train_norms else [])]:
+def _attach_full_modules(model: nn.Module, attached: AttachedAdapter, paths: Sequence[str]) -> None:
+    for path in paths:
         module = model.get_submodule(path)
-        attached.bare[path] = module
-        attached.whole[path] = _trainable_twin(module).requires_grad_(True)
-        replace(model, path, attached.whole[path])
+        attached.frozen_modules[path] = module
+        attached.full_modules[path] = _trainable_copy(module).requires_grad_(True)
+        replace(model, path, attached.full_modules[path])
 
 
-def _trainable_twin(module: nn.Module) -> nn.Module:
+def _trainable_copy(module: nn.Module) -> nn.Module:
     if isinstance(module, FrozenLinear):
         return TrainedLinear(module)
     if isinstance(module, FrozenEmbedding):

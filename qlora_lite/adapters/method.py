@@ -169,6 +169,9 @@ class ParameterAccess(Protocol):
     def reset_optimizer_state(self, parameter: nn.Parameter, where: Tensor | None = None) -> None:
         """Clear the optimizer's state of a parameter, or of the part where a mask is true."""
 
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all processes; the tensor itself in one process."""
+
 
 class Method:
     """One adapter method in one run. Every hook does nothing unless a paper needs it."""

@@ -69,7 +69,7 @@ def to_peft(
         down, up = _padded(pair, rank)
         tensors[f"{_PREFIX}{path}.lora_embedding_A"] = down
         tensors[f"{_PREFIX}{path}.lora_embedding_B"] = up
-    for path, module in attached.whole.items():
+    for path, module in attached.full_modules.items():
         for name, parameter in module.named_parameters():
             value = parameter.detach().cpu().float()
             value = value.T if is_transposed(attached, path, value) else value
@@ -80,7 +80,7 @@ def to_peft(
         "r": rank,
         "lora_alpha": rank,
         "target_modules": [*kept, *embeddings],
-        "modules_to_save": list(attached.whole) or None,
+        "modules_to_save": list(attached.full_modules) or None,
         "lora_dropout": attached.method.settings.dropout,
         "bias": "none",
         "inference_mode": True,
@@ -102,7 +102,7 @@ def _stores_transposed(attached: AttachedAdapter) -> bool:
 
 def is_transposed(attached: AttachedAdapter, path: str, tensor: Tensor) -> bool:
     """PEFT keeps this matrix as its base does, (d_in, d_out); a whole module as (d_out, d_in)."""
-    bare = attached.bare[path]
+    bare = attached.frozen_modules[path]
     source = bare.source if isinstance(bare, FrozenLinear) else None
     return tensor.dim() == 2 and isinstance(source, StoredWeight) and source.transposed
 
@@ -121,13 +121,13 @@ def _padded(pair: Factors, rank: int) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class PeftAdapter:
-    """A PEFT LoRA directory, read: folded pairs by path, whole modules' tensors by `path.name`."""
+    """A PEFT LoRA directory: folded pairs by path, tensors of full modules by `path.name`."""
 
     directory: Path
     layers: dict[str, Factors] = field(default_factory=dict)
     embeddings: dict[str, Factors] = field(default_factory=dict)
-    whole: dict[str, Tensor] = field(default_factory=dict)
-    """As the base stores them: GPT-2's matrices are (d_in, d_out)."""
+    full_tensors: dict[str, Tensor] = field(default_factory=dict)
+    """Laid out as the base stores them: GPT-2's matrices are (d_in, d_out)."""
 
 
 def read_peft(directory: Path) -> PeftAdapter:
@@ -153,7 +153,7 @@ def read_peft(directory: Path) -> PeftAdapter:
         if name.endswith(_MAGNITUDE):
             magnitudes[name.removesuffix(_MAGNITUDE)] = tensor.float()
         elif match is None:
-            adapter.whole[name] = tensor.float()
+            adapter.full_tensors[name] = tensor.float()
         else:
             halves.setdefault(f"{match[2] or ''}:{match[1]}", {})[match[3]] = tensor.float()
     for where, pair in halves.items():

@@ -1,8 +1,8 @@
-"""Where the layers of a run start: made once, saved with the adapter, replayed ever after.
+"""What `Method.split` took out of the weights before they were quantised.
 
-Some methods take something out of a weight before it is quantised (`Method.split`). What they took
-must be the same whenever that base is loaded again, to the bit: it is kept in the layer's state and
-handed back, never computed anew.
+Some methods (LoftQ, and PiSSA and OLoRA in requantise mode) change a weight before it is quantised
+and start from what they took out. That must be the same whenever the base is loaded again, to the
+last bit. So it is computed once, saved with the adapter, and reused on resume, load and merge.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,11 +18,11 @@ from qlora_lite.model.targets import LinearSpec
 
 
 class SplitState:
-    """The starts of the planned layers.
+    """The split results of all adapted layers, found now or saved earlier.
 
     Args:
-        specs: the planned layers.
-        seed: of the run; every layer draws from a stream of its own.
+        specs: the adapted layers.
+        seed: of the run; every layer draws from its own stream.
         saved: the adapter's whole state by `path.name`, on resume, load and merge.
     """
 
@@ -37,36 +37,36 @@ class SplitState:
         self.specs = {spec.path: spec for spec in specs}
         self.seed = seed
         self._saved = by_layer(saved or {}, self.specs)
-        self._made: dict[str, dict[str, Tensor]] = {}
+        self._found: dict[str, dict[str, Tensor]] = {}
 
     def split(self, path: str) -> Split | None:
-        """What to quantise in place of the weight at `path`; None: the weight itself."""
+        """The function that changes the weight at `path` before it is quantised, or None."""
         if path not in self.specs or Requirement.ORIGINAL_WEIGHTS not in self.method.requires:
             return None
 
         def split(dense: Tensor, round_trip: RoundTrip) -> Tensor:
             draws = generator(self.seed, "split", path)
-            saved = self.replay(path) if path in self._saved else None
-            left, made = self.method.split(self.specs[path], dense, round_trip, draws, saved)
+            saved = self.start_of(path) if path in self._saved else None
+            remainder, start = self.method.split(self.specs[path], dense, round_trip, draws, saved)
             if saved is None:
-                self._made[path] = {n: t.detach().cpu() for n, t in (made or {}).items()}
-            return left
+                self._found[path] = {n: t.detach().cpu() for n, t in (start or {}).items()}
+            return remainder
 
         return split
 
-    def build_from(self, path: str) -> Mapping[str, Tensor] | None:
-        """What `Method.build` is told: all that was saved, or what `split` found, or nothing."""
+    def build_state(self, path: str) -> Mapping[str, Tensor] | None:
+        """The `start` argument of `Method.build`: the saved state, else the split result."""
         if path in self._saved:
-            return self._saved[path] | self.replay(path)
-        return self._made.get(path)
+            return self._saved[path] | self.start_of(path)
+        return self._found.get(path)
 
-    def replay(self, path: str) -> dict[str, Tensor]:
-        """What `split` found for a layer, now or when it was first loaded."""
+    def start_of(self, path: str) -> dict[str, Tensor]:
+        """What `split` returned for a layer, now or when it was first loaded."""
         if path not in self._saved:
-            return self._made.get(path, {})
+            return self._found.get(path, {})
         saved = self._saved[path]
-        found = {name: tensor for name, tensor in saved.items() if name.startswith(START)}
-        return {name.removeprefix(START): tensor.clone() for name, tensor in found.items()}
+        start = {name: tensor for name, tensor in saved.items() if name.startswith(START)}
+        return {name.removeprefix(START): tensor.clone() for name, tensor in start.items()}
 
 
 def by_layer(state: Mapping[str, Tensor], paths: Iterable[str]) -> dict[str, dict[str, Tensor]]:
@@ -83,10 +83,10 @@ def by_layer(state: Mapping[str, Tensor], paths: Iterable[str]) -> dict[str, dic
 
 
 def require_fit(spec: LinearSpec, down: Tensor, up: Tensor) -> None:
-    """A saved pair must be one of this layer.
+    """Check that a saved pair has the shape of this layer.
 
     Raises:
-        AdapterError: if it maps other numbers of features.
+        AdapterError: if it has not.
     """
     got = (down.shape[1], up.shape[0])
     if got != (spec.d_in, spec.d_out):
@@ -97,14 +97,14 @@ def require_fit(spec: LinearSpec, down: Tensor, up: Tensor) -> None:
 
 
 def require_original(method: Method, *, is_packed: bool) -> None:
-    """Refuse a checkpoint that is quantised already, if the method begins before quantisation.
+    """Refuse an already quantised checkpoint if the method needs the original weights.
 
     Raises:
-        AdapterError: if the original weights are needed and gone.
+        AdapterError: if the original weights are needed and not available.
     """
     if is_packed and Requirement.ORIGINAL_WEIGHTS in method.requires:
         raise AdapterError(
-            f"adapter={method.settings.kind} with these settings begins at the weights before they "
-            "are quantised, and this checkpoint is quantised already. Take the unquantised model "
-            "as base.model and set base.quant, or another start"
+            f"adapter={method.settings.kind} with these settings needs the weights before "
+            "quantisation, and this checkpoint is already quantised. Use the unquantised model as "
+            "base.model and set base.quant, or use another adapter.start"
         )

@@ -99,7 +99,7 @@ def warm_start(attached: AttachedAdapter, directory: Path) -> None:
 
 def _copy_whole_modules(attached: AttachedAdapter, adapter: PeftAdapter) -> None:
     parameters = attached.parameters()
-    for name, tensor in adapter.whole.items():
+    for name, tensor in adapter.full_tensors.items():
         path = name.rpartition(".")[0]
         value = tensor.T if is_transposed(attached, path, tensor) else tensor
         if value.shape != parameters[name].shape:
@@ -117,11 +117,11 @@ def _drop_copies_of_the_base(attached: AttachedAdapter, adapter: PeftAdapter) ->
         AdapterError: if that is not the weight of this base.
     """
     bases = {p: layer.base for p, layer in (attached.layers | attached.embeddings).items()}
-    for name in [name for name in adapter.whole if name.endswith(_COPY)]:
+    for name in [name for name in adapter.full_tensors if name.endswith(_COPY)]:
         path = name.removesuffix(_COPY)
         if path not in bases:
             continue  # `_check_places` tells of it
-        copy, weight = adapter.whole.pop(name), bases[path].original()
+        copy, weight = adapter.full_tensors.pop(name), bases[path].original()
         if weight is None or weight.shape != copy.shape or not _is_near(weight, copy):
             raise AdapterError(
                 f"{adapter.directory} holds another weight for {path} than this base has: it was "
@@ -168,7 +168,7 @@ def _check_places(attached: AttachedAdapter, adapter: PeftAdapter) -> None:
     """Every tensor of the adapter is used exactly once, or the command fails."""
     known = set(attached.layers) | set(attached.embeddings)
     lost = [path for path in (*adapter.layers, *adapter.embeddings) if path not in known]
-    lost += [name for name in adapter.whole if name not in attached.parameters()]
+    lost += [name for name in adapter.full_tensors if name not in attached.parameters()]
     if lost:
         raise AdapterError(
             f"{adapter.directory} holds {len(lost)} tensors that this recipe does not train "

@@ -12,8 +12,9 @@ from qlora_lite.analysis.findings import Shape
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.model.config import read_config
 from qlora_lite.model.frozen import Scratch
-from qlora_lite.model.load import Base, locate
+from qlora_lite.model.load import locate
 from qlora_lite.model.prequantised import is_packed, read_packed
+from qlora_lite.model.settings import Base
 from qlora_lite.model.shape import ParameterShape, model_shape
 from qlora_lite.shards.reader import Checkpoint
 

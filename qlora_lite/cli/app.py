@@ -77,16 +77,18 @@ def plan(recipe: RecipeFile, settings: Assignments = None) -> None:
     from qlora_lite.memory.plan import require_fit
     from qlora_lite.recipe import vary
     from qlora_lite.recipe_files import load_recipe
-    from qlora_lite.run.planning import NO_BUDGET, check_settings, plan_recipe
+    from qlora_lite.run.planning import NO_BUDGET, check_settings, plan_memory
+    from qlora_lite.run.setup import set_up
 
     asked, notes = vary(load_recipe(recipe), settings or [])
     rule = devices.choose(asked.device, asked.base.compute, is_imagined=True)
     with Display() as display:
         for note in [*notes, rule.line]:
             display.note(note)
-        planned = plan_recipe(asked, rule)
+        setup = set_up(asked, rule, needs_config=False)
+        planned = plan_memory(setup)
         display.planned(planned)
-        for note in check_settings(asked):
+        for note in check_settings(setup):
             display.note(note)
         if not asked.budget and not planned.fits:
             display.say(f"{planned.verdict}; {NO_BUDGET}", "bold red")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qlora_lite.memory.plan import Plan
     from qlora_lite.report.page import MergeRow
     from qlora_lite.run.scoring import ScoreRow
-    from qlora_lite.training.optimizer import Optim
+    from qlora_lite.training.settings import Optim
 
 PIPE_WIDTH = 200
 """Columns of a table where no terminal says how many there are."""

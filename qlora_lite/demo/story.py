@@ -25,14 +25,13 @@ from qlora_lite.demo import BASE, HELDOUT, TRAIN
 from qlora_lite.foundation.files import write_json
 from qlora_lite.foundation.units import format_seconds
 from qlora_lite.methods.lora import LoRA
-from qlora_lite.model.load import Base
 from qlora_lite.model.quant import NF4
+from qlora_lite.model.settings import Base
 from qlora_lite.recipe import Recipe
 from qlora_lite.report.page import read as read_report
 from qlora_lite.run.merging import MergeResult, merge
 from qlora_lite.training import metrics
-from qlora_lite.training.loop import Checkpoints, Evaluation
-from qlora_lite.training.optimizer import Optim
+from qlora_lite.training.settings import Checkpoints, Evaluation, Optim
 
 STEPS = 60
 CHECKPOINT_EVERY = 15

@@ -7,6 +7,7 @@ The same exact arithmetic would give the same logits; floating-point sums differ
 digits, and 16-bit files in the rounding of every weight.
 """
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from qlora_lite.export.merge import MergedWeights
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.kernels.cross_entropy import IGNORED
 from qlora_lite.model.causal import CausalModel
-from qlora_lite.model.load import Base, skeleton
+from qlora_lite.model.load import build_empty
+from qlora_lite.model.settings import Base
 
 SAMPLED_TOKENS = 256
 """Tokens whose logits are kept: 128 MB for a vocabulary of 128k."""
@@ -72,10 +74,10 @@ def compare(reference: Tensor, other: Tensor) -> Agreement:
 
 def candidate(weights: MergedWeights, base: Base, rule: DeviceRule) -> CausalModel:
     """The model that `weights` would make once written, computing as training did."""
-    config = weights.model.config
+    config = copy.deepcopy(weights.layers.source.facts.config)
     if weights.untied:
         config.tie_word_embeddings = False
-    model = skeleton(config, base)
+    model = build_empty(config, base)
     for spec in weights.specs:
         path, _, leaf = weights.parameter_name(spec.name).rpartition(".")
         module = model.get_submodule(path)
@@ -84,8 +86,8 @@ def candidate(weights: MergedWeights, base: Base, rule: DeviceRule) -> CausalMod
             module._buffers[leaf] = tensor
         else:
             module._parameters[leaf] = nn.Parameter(tensor.to(rule.compute), requires_grad=False)
-    for copy, origin in model.all_tied_weights_keys.items():
-        path, _, leaf = copy.rpartition(".")
+    for tied, origin in model.all_tied_weights_keys.items():
+        path, _, leaf = tied.rpartition(".")
         setattr(model.get_submodule(path), leaf, model.get_parameter(origin))
     for module in model.modules():
         for name, buffer in module._buffers.items():

@@ -6,7 +6,6 @@ method is there, and the weight as training held it. Adapters of other trainers 
 An embedding counts as a linear layer from tokens to features: its delta is (hidden, vocabulary).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,9 +17,9 @@ from qlora_lite.adapters.layer import Factors
 from qlora_lite.adapters.method import Requirement
 from qlora_lite.analysis.findings import Shape
 from qlora_lite.analysis.rank import SVD, gate_values, svd_of_dense, svd_of_pair
-from qlora_lite.export.merge import MergedTensor, MergedWeights
+from qlora_lite.export.trained_layers import MergeSource, TrainedLayers
 from qlora_lite.foundation.device import DeviceRule
-from qlora_lite.foundation.errors import AdapterError, RunError
+from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.recipe_files import load_recipe
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.merging import merge_source
@@ -111,79 +110,68 @@ class RunDeltas:
 
     is_scaled = True
 
-    def __init__(self, target: str, rule: DeviceRule, notes: list[str]) -> None:
-        folder = RunFolder(Path(target))
-        folder.read_record()
-        recipe = load_recipe(folder.recipe)
-        try:
-            source = merge_source(folder, recipe, rule)
-        except json.JSONDecodeError as error:
-            raise RunError(
-                f"{folder.adapter}: its record is damaged ({error}). Restore it, or delete the "
-                "folder and train the run again: it goes on from its last checkpoint"
-            ) from error
-        self._layers = TrainedLayers(source, "trained")
+    def __init__(self, target: str, source: MergeSource, notes: list[str]) -> None:
+        self._trained = TrainedLayers(source, "trained")
         self.target = target
-        self.what = f"run, adapter={recipe.adapter.kind}"
-        self.base = BaseId(recipe.base.model, self._layers.checkpoint.fingerprint)
-        self.shapes = self._layers.shapes
-        self.notes = notes + self._layers.notes
+        self.what = f"run, adapter={source.adapter.kind}"
+        self.base = BaseId(source.base.model, self._trained.checkpoint.fingerprint)
+        self.shapes = _shapes(self._trained)
+        self.notes = notes + _notes(self._trained)
 
     def read(self, path: str) -> Delta:
-        return require_finite(self.target, path, self._layers.read(path))
+        is_embedding = path in self._trained.parts.embeddings
+        delta = (_embedding_delta if is_embedding else _layer_delta)(self._trained, path)
+        return require_finite(self.target, path, delta)
 
     def num_bytes(self, path: str) -> int:
-        return self._layers.num_bytes(path)
+        return self._trained.num_bytes(f"{path}.weight")
 
 
-class TrainedLayers(MergedWeights):
-    """The layers of a run, made of the files that its merged weights are made of."""
+def open_run(target: str, rule: DeviceRule, notes: list[str]) -> RunDeltas:
+    """Raises RunError if this is not a finished run, or its files are damaged."""
+    folder = RunFolder(Path(target))
+    folder.read_record()
+    recipe = load_recipe(folder.recipe)
+    return RunDeltas(target, merge_source(folder, recipe, rule), notes)
 
-    @property
-    def shapes(self) -> dict[str, Shape]:
-        tables = {
-            path: (len(saved["b"]), saved["a"].shape[1])
-            for path, saved in self._learned.embeddings.items()
-        }
-        return tables | {p: (spec.d_out, spec.d_in) for p, spec in self._learned.specs.items()}
 
-    @property
-    def notes(self) -> list[str]:
-        notes = []
-        if Requirement.ORIGINAL_WEIGHTS in self._learned.method.requires:
-            notes.append(
-                "its method took a start out of the weights before they were quantised. The delta "
-                "is what was added to the rest, the weight is that rest"
-            )
-        if whole := len(self._learned.whole):
-            notes.append(f"tensors that were trained whole are not shown: {whole}")
-        return notes
+def _shapes(trained: TrainedLayers) -> dict[str, Shape]:
+    tables = {
+        path: (len(saved["b"]), saved["a"].shape[1])
+        for path, saved in trained.parts.embeddings.items()
+    }
+    return tables | {path: (s.d_out, s.d_in) for path, s in trained.parts.specs.items()}
 
-    def read(self, path: str) -> Delta:
-        if path in self._learned.embeddings:
-            return self._embedding(path)
-        layer = self._layer(self._entry_of(path))
-        pair = layer.factors()
-        is_all = pair is not None and pair.magnitude is None and pair.relative_error == 0
-        return Delta(
-            shape=(layer.base.d_out, layer.base.d_in),
-            rank=self._learned.method.plans[path].rank,
-            pair=pair,
-            dense=None if is_all else layer.delta().detach(),
-            weight=layer.base.dense().float(),
-            gates=gate_values(layer),
+
+def _notes(trained: TrainedLayers) -> list[str]:
+    notes = []
+    if Requirement.ORIGINAL_WEIGHTS in trained.method.requires:
+        notes.append(
+            "its method took its start out of the weights before quantisation. The delta is what "
+            "is added to the remainder, and the weight is that remainder"
         )
+    if num_full := len(trained.parts.full_parameters):
+        notes.append(f"fully trained tensors are not shown: {num_full}")
+    return notes
 
-    def _embedding(self, path: str) -> Delta:
-        """A merge has tokens as rows; here they are columns."""
-        rows = self._embedding_pair(path)
-        pair = Factors(down=rows.up.T, up=rows.down.T)
-        table = torch.cat(list(self._held(self._entry_of(path))))
-        return Delta((len(pair.up), pair.down.shape[1]), pair.rank, pair, None, table.T)
 
-    def num_bytes(self, path: str) -> int:
-        return self.checkpoint.info(self._entry_of(path).stored).num_bytes
+def _layer_delta(trained: TrainedLayers, path: str) -> Delta:
+    layer = trained.layer(path)
+    pair = layer.factors()
+    is_complete = pair is not None and pair.magnitude is None and pair.relative_error == 0
+    return Delta(
+        shape=(layer.base.d_out, layer.base.d_in),
+        rank=trained.method.plans[path].rank,
+        pair=pair,
+        dense=None if is_complete else layer.delta().detach(),
+        weight=layer.base.dense().float(),
+        gates=gate_values(layer),
+    )
 
-    def _entry_of(self, path: str) -> MergedTensor:
-        """Of the weight at `path`."""
-        return next(e for e in self._entries.values() if e.ours == f"{path}.weight")
+
+def _embedding_delta(trained: TrainedLayers, path: str) -> Delta:
+    """As a layer from tokens to features: tokens are the columns."""
+    rows = trained.embedding_pair(path)
+    pair = Factors(down=rows.up.T, up=rows.down.T)
+    table = torch.cat(list(trained.unquantised(f"{path}.weight")))
+    return Delta((len(pair.up), pair.down.shape[1]), pair.rank, pair, None, table.T)

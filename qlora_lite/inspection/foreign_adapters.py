@@ -122,8 +122,8 @@ def open_peft(target: str, base: str | None, rule: DeviceRule, notes: list[str])
     else:
         named = f", which is {recorded}" if recorded else ""
         notes.append(f"norms and amplification need the base{named}: --base MODEL")
-    if adapter.whole:
-        notes.append(f"tensors that were trained whole are not shown: {len(adapter.whole)}")
+    if adapter.full_tensors:
+        notes.append(f"tensors that were trained whole are not shown: {len(adapter.full_tensors)}")
     found = adapter.embeddings | adapter.layers
     pairs = {path: found[path] for path in sorted(found, key=_in_order_of_depth)}
     parts = {path: Part(path) for path in pairs}

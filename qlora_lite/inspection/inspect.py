@@ -44,7 +44,7 @@ from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.foundation.files import complete_directory
 from qlora_lite.foundation.watch import Watcher
-from qlora_lite.inspection.deltas import Delta, Deltas, RunDeltas
+from qlora_lite.inspection.deltas import Delta, Deltas, open_run
 from qlora_lite.inspection.foreign_adapters import open_loralib, open_peft
 
 MOST_DIRECTIONS = 64
@@ -110,7 +110,7 @@ def open_deltas(target: str, base: str | None, alpha: float | None, device: str)
     """A run, a PEFT adapter directory or a loralib checkpoint, by what lies there."""
     path, rule = Path(target), devices.choose(device)
     if (path / "recipe.json").is_file():
-        return RunDeltas(target, rule, _without_effect(base=base, alpha=alpha))
+        return open_run(target, rule, _without_effect(base=base, alpha=alpha))
     if (path / CONFIG).is_file() or (path / NATIVE).is_file():
         return open_peft(target, base, rule, _without_effect(alpha=alpha))
     if path.is_file() and path.suffix in SUFFIXES:

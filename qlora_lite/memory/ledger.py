@@ -32,8 +32,8 @@ CUDA_CONTEXT_BYTES = 600 * 10**6
 CUDA_FRAGMENTATION = 0.04
 """Share that PyTorch's allocator holds without using it: 2 to 5 % with expandable segments."""
 
-WHOLE_DTYPE_BYTES = FP32
-"""Modules that are trained whole rest in fp32."""
+FULL_MODULE_BYTES = FP32
+"""Of a parameter of a fully trained module: fp32."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class RunShape:
     states: States = "32bit"
     rounding: Literal["master", "stochastic"] = "master"
     embedding_rank: int = 0
-    whole_parameters: int = 0
-    """Trained beside the adapters: norms and whole modules, in fp32."""
+    full_parameters: int = 0
+    """Of fully trained modules, norms included, in fp32."""
     checkpointing: bool = True
     attention: Attention = "sdpa"
     micro_batch_tokens: int | None = None
@@ -119,7 +119,7 @@ def make_ledger(model: ModelShape, run: RunShape, rows: int) -> Ledger:
 
 def num_trained(model: ModelShape, run: RunShape) -> int:
     """Parameters that the optimizer moves."""
-    return _num_adapter(model, run) + run.whole_parameters
+    return _num_adapter(model, run) + run.full_parameters
 
 
 # -- the parts -------------------------------------------------------------------------------------
@@ -178,10 +178,10 @@ def _scratch_weights(model: ModelShape, run: RunShape) -> Iterator[int]:
 
 
 def _trained(model: ModelShape, run: RunShape) -> Iterator[Term]:
-    adapter, whole = _num_adapter(model, run), run.whole_parameters
+    adapter, full = _num_adapter(model, run), run.full_parameters
     kinds = [
         ("adapters", adapter, run.adapter_bytes),
-        ("modules trained whole", whole, WHOLE_DTYPE_BYTES),
+        ("fully trained modules", full, FULL_MODULE_BYTES),
     ]
     for name, num, element_bytes in kinds:
         formula = f"{num:,} x {element_bytes} B"
@@ -197,8 +197,8 @@ def _trained(model: ModelShape, run: RunShape) -> Iterator[Term]:
     yield Term("adapters: statistics", counted * FP32, f"{counted:,} x 4 B")
     if run.rounding == "master" and run.adapter_bytes != FP32:
         yield Term("adapters: fp32 masters", adapter * FP32, f"{adapter:,} x 4 B")
-    states = formulas.optimizer_bytes(adapter + whole, run.states)
-    yield Term("Adam's moments", states, f"{adapter + whole:,} x 2 moments in {run.states}")
+    states = formulas.optimizer_bytes(adapter + full, run.states)
+    yield Term("Adam's moments", states, f"{adapter + full:,} x 2 moments in {run.states}")
 
 
 def _num_adapter(model: ModelShape, run: RunShape) -> int:

@@ -1,14 +1,14 @@
-"""Will it fit, how much at a time, and if not, what helps.
+"""Will a run fit, how many rows at a time, and if it does not fit, what would help.
 
-    plan = make_plan(model_shape(config), run, budget_bytes)
+    plan = make_plan(facts.shape, run, budget_bytes, alternatives)
 
-A function of shapes to a value: nothing is downloaded, built or run.
+A pure function of shapes: nothing is downloaded, built or run. The caller says which settings may
+change (`alternatives`), because only it knows how a recipe spells them.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from qlora_lite.foundation.errors import BudgetError
 from qlora_lite.foundation.units import format_bytes
@@ -21,30 +21,49 @@ CPU_MICRO_BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """Another value of a setting, and what it does to a run's shape."""
+
+    field: str
+    """Path of the setting in the recipe."""
+    value: str
+    """As it is written on the command line."""
+    apply: Callable[[RunShape], RunShape]
+
+    @property
+    def setting(self) -> str:
+        return f"{self.field}={self.value}"
+
+
+Alternatives = Callable[[RunShape], Iterable[Alternative]]
+"""The settings that need less memory, mildest first."""
+
+
+@dataclass(frozen=True)
 class MemorySaving:
-    """A setting that needs less."""
+    """What one setting would save."""
 
     setting: str
     """As it is written on the command line."""
     saved_bytes: int
-    """Of the peak, taken alone."""
+    """Of the peak, if only this setting changes."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will need, against what it may use."""
+    """The memory that a run needs, and the budget that it has."""
 
     ledger: Ledger
     budget_bytes: int
     micro_batch_tokens: int
-    """What one forward sees: whole rows, as many as fit."""
+    """Tokens of one forward: as many full rows as fit."""
     num_parameters: int
     num_trained: int
     flops_per_token: float
     savings: tuple[MemorySaving, ...]
-    """Mildest first; none where it fits."""
+    """Mildest first; empty if the run fits."""
     sufficient_settings: tuple[str, ...]
-    """Settings that together make it fit, none of them needlessly; none where nothing helps."""
+    """Settings that together make it fit; empty if it fits, or if nothing helps."""
 
     @property
     def peak_bytes(self) -> int:
@@ -52,7 +71,7 @@ class Plan:
 
     @property
     def spare_bytes(self) -> int:
-        """What the budget leaves; negative where it does not fit."""
+        """What is left of the budget; negative if the run does not fit."""
         return self.budget_bytes - self.peak_bytes
 
     @property
@@ -72,14 +91,17 @@ class Plan:
         return [(t.name, t.num_bytes, t.formula) for t in self.ledger.terms if t.place == "device"]
 
 
-def make_plan(model: ModelShape, run: RunShape, budget_bytes: int) -> Plan:
-    """The largest micro-batch that the budget allows, and what it takes.
+def make_plan(
+    model: ModelShape, run: RunShape, budget_bytes: int, alternatives: Alternatives
+) -> Plan:
+    """The largest micro-batch that fits into the budget, and the memory that it needs.
 
-    Where not even one row fits, the plan is for one row, with the ways down.
+    If not even one row fits, the plan is for one row, and lists what would save memory.
     """
     rows = _choose_rows(model, run, budget_bytes)
     ledger = make_ledger(model, run, rows)
     fits = ledger.peak_bytes <= budget_bytes
+    others = () if fits else tuple(alternatives(run))
     return Plan(
         ledger=ledger,
         budget_bytes=budget_bytes,
@@ -87,31 +109,31 @@ def make_plan(model: ModelShape, run: RunShape, budget_bytes: int) -> Plan:
         num_parameters=model.num_parameters,
         num_trained=num_trained(model, run),
         flops_per_token=_flops_per_token(model, run),
-        savings=() if fits else _ways_down(model, run, ledger.peak_bytes),
-        sufficient_settings=() if fits else _sufficient_settings(model, run, budget_bytes),
+        savings=_savings(model, run, others, ledger.peak_bytes),
+        sufficient_settings=_sufficient_settings(model, run, others, budget_bytes),
     )
 
 
 def require_fit(plan: Plan) -> None:
-    """Stop before the long download.
+    """Stop a run that does not fit before the base is downloaded.
 
     Raises:
-        BudgetError: if the plan does not fit; with the cheapest ways down and what each saves.
+        BudgetError: if the plan does not fit; says what each change of a setting would save.
     """
     if plan.fits:
         return
-    ways = ", ".join(f"{w.setting} (-{format_bytes(w.saved_bytes)})" for w in plan.savings)
+    savings = ", ".join(f"{w.setting} (-{format_bytes(w.saved_bytes)})" for w in plan.savings)
     together = " ".join(plan.sufficient_settings)
-    help_text = f"These together fit: {together}" if together else "Even all of them do not fit"
-    help_text += ". Otherwise take a larger budget=..."
+    help_text = f"These together fit: {together}" if together else "All of them together do not fit"
+    help_text += ". Otherwise raise the budget"
     raise BudgetError(
         f"{format_bytes(plan.peak_bytes)} needed, {format_bytes(plan.budget_bytes)} allowed. "
-        f"Cheapest ways down: {ways or 'none'}. {help_text}"
+        f"Mildest savings: {savings or 'none'}. {help_text}"
     )
 
 
 def _choose_rows(model: ModelShape, run: RunShape, budget_bytes: int) -> int:
-    """Rows of a micro-batch: what was asked for, or as many as fit and a step needs."""
+    """Rows of a micro-batch: as set, else as many as fit and a step needs."""
     if run.micro_batch_tokens is not None:
         return max(run.micro_batch_tokens // run.max_tokens, 1)
     most = run.tokens_per_step
@@ -138,77 +160,43 @@ def _flops_per_token(model: ModelShape, run: RunShape) -> float:
     )
 
 
-@dataclass(frozen=True)
-class _Change:
-    """A setting and what it does to a run's shape."""
-
-    field: str
-    value: str
-    run: Callable[[RunShape], RunShape]
-
-
-def _ways_down(model: ModelShape, run: RunShape, peak_bytes: int) -> tuple[MemorySaving, ...]:
-    """Every setting that saves something, taken alone, at its first value."""
-    ways: dict[str, MemorySaving] = {}
-    for change in _changes(run):
-        saved = peak_bytes - _smallest_peak(model, change.run(run))
+def _savings(
+    model: ModelShape, run: RunShape, alternatives: Iterable[Alternative], peak_bytes: int
+) -> tuple[MemorySaving, ...]:
+    """What each setting saves when only it is changed, to the first value that saves something."""
+    savings: dict[str, MemorySaving] = {}
+    for other in alternatives:
+        saved = peak_bytes - _smallest_peak(model, other.apply(run))
         if saved > 0:
-            ways.setdefault(change.field, MemorySaving(f"{change.field}={change.value}", saved))
-    return tuple(ways.values())
+            savings.setdefault(other.field, MemorySaving(other.setting, saved))
+    return tuple(savings.values())
 
 
-def _sufficient_settings(model: ModelShape, run: RunShape, budget_bytes: int) -> tuple[str, ...]:
-    """As many settings, mildest first, as it takes to fit, and none that could be left out."""
-    taken: dict[str, _Change] = {}
-    for change in _changes(run):
-        taken[change.field] = change
-        if _peak_with(model, run, taken) <= budget_bytes:
+def _sufficient_settings(
+    model: ModelShape, run: RunShape, alternatives: Iterable[Alternative], budget_bytes: int
+) -> tuple[str, ...]:
+    """The mildest settings that together make the run fit; none of them is superfluous."""
+    chosen: dict[str, Alternative] = {}
+    for other in alternatives:
+        chosen[other.field] = other
+        if _peak_with(model, run, chosen) <= budget_bytes:
             break
     else:
         return ()
-    for field in reversed(list(taken)):
-        others = {name: change for name, change in taken.items() if name != field}
-        if _peak_with(model, run, others) <= budget_bytes:
-            taken = others
-    return tuple(f"{change.field}={change.value}" for change in taken.values())
+    for field in reversed(list(chosen)):
+        rest = {name: other for name, other in chosen.items() if name != field}
+        if _peak_with(model, run, rest) <= budget_bytes:
+            chosen = rest
+    return tuple(other.setting for other in chosen.values())
 
 
-def _peak_with(model: ModelShape, run: RunShape, changes: Mapping[str, "_Change"]) -> int:
-    for change in changes.values():
-        run = change.run(run)
+def _peak_with(model: ModelShape, run: RunShape, chosen: Mapping[str, Alternative]) -> int:
+    for other in chosen.values():
+        run = other.apply(run)
     return _smallest_peak(model, run)
 
 
 def _smallest_peak(model: ModelShape, run: RunShape) -> int:
-    """With the micro-batch that was asked for, or one row."""
+    """With the given micro-batch, or with one row."""
     rows = max((run.micro_batch_tokens or 1) // run.max_tokens, 1)
     return make_ledger(model, run, rows).peak_bytes
-
-
-def _changes(run: RunShape) -> Iterator[_Change]:
-    """Settings that need less, from those that change no result to those that change most."""
-    if (run.micro_batch_tokens or 0) >= 2 * run.max_tokens:
-        yield _change("optim.micro_batch_tokens", run.max_tokens, micro_batch_tokens=run.max_tokens)
-    if not run.checkpointing:
-        yield _change("optim.checkpointing", "true", checkpointing=True)
-    if run.device == "cuda" and run.states == "32bit":
-        yield _change("optim.states", "8bit", states="8bit")
-    four_bit = run.quant in ("nf4", "fp4")
-    if four_bit and not run.double_quant:
-        yield _change("base.quant.double_quant", "true", double_quant=True)
-    if not four_bit:
-        yield _change("base.quant", "nf4", quant="nf4", double_quant=True, block_size=64)
-    if run.rank > 1:
-        rank = run.rank // 2
-        smaller = {path: f.scaled(rank / run.rank) for path, f in run.adapters.items()}
-        yield _change("adapter.rank", rank, adapters=smaller, rank=rank)
-    if run.head != "nf4":
-        yield _change("base.head", "nf4", head="nf4")
-    max_tokens = run.max_tokens // 2
-    while max_tokens >= 256:
-        yield _change("data.max_tokens", max_tokens, max_tokens=max_tokens)
-        max_tokens //= 2
-
-
-def _change(field: str, value: object, **changed: Any) -> _Change:
-    return _Change(field, str(value), lambda run: replace(run, **changed))

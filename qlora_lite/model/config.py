@@ -54,7 +54,7 @@ def read_config(
                 "`save_pretrained` wrote, or a hub id such as Qwen/Qwen3-0.6B"
             )
     else:
-        cached = try_to_load_from_cache(_valid_id(model), "config.json", revision=revision)
+        cached = try_to_load_from_cache(require_hub_id(model), "config.json", revision=revision)
         if isinstance(cached, str):
             file = Path(cached)
         elif known is not None:
@@ -71,7 +71,7 @@ def read_config(
         raise BaseModelError(unusable(model, str(error))) from error
 
 
-def _valid_id(model: str) -> str:
+def require_hub_id(model: str) -> str:
     """A hub id, or a clear word about a path that leads nowhere."""
     try:
         validate_repo_id(model)

@@ -8,11 +8,11 @@ in the order of the files: linear layers are quantised in chunks of rows, the re
 the finished model the host holds one chunk.
 """
 
+import copy
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from accelerate import init_empty_weights
@@ -26,14 +26,14 @@ from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.foundation.settings import Settings
-from qlora_lite.model.config import hub_error, read_config, unreachable
+from qlora_lite.model.config import hub_error, require_hub_id, unreachable
+from qlora_lite.model.facts import BaseFacts, read_facts
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear, Scratch, Source
-from qlora_lite.model.prequantised import COMPANION, is_packed, read_packed, stored_quant
+from qlora_lite.model.prequantised import is_packed, read_packed, stored_quant
 from qlora_lite.model.quant import BF16, FP32, NF4, Int8, Quant
 from qlora_lite.model.quantise import Split, StoredWeight, copy_weight, quantise
+from qlora_lite.model.settings import Base
 from qlora_lite.model.shape import is_linear
-from qlora_lite.shards.names import match
 from qlora_lite.shards.reader import Checkpoint
 
 SplitOf = Callable[[str], Split | None]
@@ -45,31 +45,6 @@ Progress = Callable[[int, int], None]
 
 RETURN_EVERY_BYTES = 2**26
 """Bytes read between two times of giving freed memory back: each costs new page faults."""
-
-
-class Base(Settings):
-    """The frozen base model."""
-
-    model: str
-    """A directory, or a hub id such as `Qwen/Qwen3-8B`."""
-
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-
-    quant: Quant = NF4()
-    """How the linear layers are held: nf4, fp4, int8, bf16 or fp32."""
-
-    head: Literal["16bit", "int8", "nf4"] = "16bit"
-    """How an untied output head is held."""
-
-    compute: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Dtype of activations; `auto` is fp32 on CPU, and bf16 or fp16 on CUDA."""
-
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Implementation of attention; `auto` is the fastest that the architecture has in torch."""
-
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Read it first."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +67,9 @@ def locate(base: Base) -> Path:
     Raises:
         BaseModelError: if there is no such model, or it cannot be reached or opened.
     """
-    read_config(base.model, base.revision, base.trust_remote_code)
     if Path(base.model).is_dir():
         return Path(base.model)
+    require_hub_id(base.model)
     code = ["*.py"] if base.trust_remote_code else []
     try:
         directory = snapshot_download(
@@ -137,36 +112,39 @@ def load_base(
     base: Base,
     rule: DeviceRule,
     *,
+    facts: BaseFacts | None = None,
     split: SplitOf | None = None,
     progress: Progress | None = None,
 ) -> LoadedBase:
     """Read, quantise and install every weight.
 
     Args:
+        facts: of this base; read here unless given.
         split: what to quantise in place of a layer's weight (methods that start from the
             quantisation error); such a weight is held whole, once, in fp32.
 
     Raises:
         BaseModelError: if the model cannot be found, read, or used as asked.
     """
+    facts = facts or read_facts(base)
     path = locate(base)
-    config = read_config(base.model, base.revision, base.trust_remote_code)
-    stored = stored_quant(config, base.quant)
+    stored = stored_quant(facts.config, base.quant)
     checkpoint = Checkpoint.open(path)
-    model = skeleton(config, base)
-    _Loading(model, checkpoint, base, rule, split).run(progress)
+    model = build_empty(facts.config, base)
+    _Loading(model, checkpoint, facts, base, rule, split).run(progress)
     if (path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
     checkpoint.close()
     return LoadedBase(model, model.config, path, checkpoint, rule, stored or base.quant)
 
 
-def skeleton(config: PretrainedConfig, base: Base) -> PreTrainedModel:
+def build_empty(config: PretrainedConfig, base: Base) -> PreTrainedModel:
     """The model with its parameters on the meta device; buffers hold their true values.
 
     Raises:
         BaseModelError: if the architecture is unknown or lacks the attention asked for.
     """
+    config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     attention = None if base.attention == "auto" else base.attention
@@ -194,19 +172,20 @@ class _Loading:
         self,
         model: PreTrainedModel,
         checkpoint: Checkpoint,
+        facts: BaseFacts,
         base: Base,
         rule: DeviceRule,
         split: SplitOf | None,
     ) -> None:
         self.model = model
         self.checkpoint = checkpoint
+        self.facts = facts
         self.base = base
         self.rule = rule
         self.split = split
         self.scratch = Scratch()
         self.storage = torch.float32 if isinstance(base.quant, FP32) else rule.storage
         self.head = model.get_output_embeddings()
-        self.tied = dict(model.all_tied_weights_keys)
         self.names = self._match()
         self.stored_names = {ours: name for name, ours in self.names.items()}
 
@@ -222,8 +201,8 @@ class _Loading:
             if progress is not None:
                 progress(done, total)
         _return_free_memory()
-        for copy, source in self.tied.items():
-            self._tie(copy, source)
+        for tied, source in self.facts.tied.items():
+            self._tie(tied, source)
         for module in self.model.modules():
             for key, buffer in module._buffers.items():
                 if buffer is not None:
@@ -233,15 +212,8 @@ class _Loading:
         assert not left, f"no value for {left}"
 
     def _match(self) -> dict[str, str]:
-        shapes = {n: tuple(p.shape) for n, p in self.model.named_parameters(remove_duplicate=False)}
-        names = match(
-            [name for name in self.checkpoint.names if not COMPANION.search(name)],
-            shapes,
-            buffers=[name for name, _ in self.model.named_buffers()],
-            tied=self.tied,
-            prefix=self.model.base_model_prefix,
-            ignored=self.model._keys_to_ignore_on_load_unexpected or (),
-        )
+        shapes = {p.name: p.shape for p in self.facts.shape.parameters}
+        names = self.facts.match_names(self.checkpoint.names)
         for name, ours in names.items():
             shape = self.checkpoint.info(name).shape
             if ours in shapes and shape != shapes[ours] and not is_packed(self.checkpoint, name):
@@ -249,17 +221,17 @@ class _Loading:
                     f"base.model={self.base.model}: {name} is {shape}, and its config.json says "
                     f"{shapes[ours]}. They belong to different models: download both again"
                 )
-        for copy, source in self.tied.items():
-            self._check_tie(copy, next(name for name, ours in names.items() if ours == source))
+        for tied, source in self.facts.tied.items():
+            self._check_tie(tied, next(name for name, ours in names.items() if ours == source))
         return names
 
-    def _check_tie(self, copy: str, source: str) -> None:
+    def _check_tie(self, tied: str, source: str) -> None:
         """Where a checkpoint holds a tied tensor twice, both must agree."""
-        if copy == source or copy not in self.checkpoint:
+        if tied == source or tied not in self.checkpoint:
             return
-        if not torch.equal(self.checkpoint.read(copy), self.checkpoint.read(source)):
+        if not torch.equal(self.checkpoint.read(tied), self.checkpoint.read(source)):
             raise BaseModelError(
-                f"base.model={self.base.model}: its config.json ties {copy} to {source}, but they "
+                f"base.model={self.base.model}: its config.json ties {tied} to {source}, but they "
                 'differ. If both were trained, put "tie_word_embeddings": false into config.json'
             )
 

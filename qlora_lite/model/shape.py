@@ -75,6 +75,8 @@ class ModelShape:
     vocab: int
     blocks: str
     """Path of the decoder layers."""
+    embedding: str
+    """Path of the input embedding."""
     parameters: tuple[ParameterShape, ...]
 
     @cached_property
@@ -114,13 +116,18 @@ def model_shape(config: PretrainedConfig, trust_remote_code: bool = False) -> Mo
     Raises:
         BaseModelError: if transformers has no causal language model for this config.
     """
-    model = _on_meta(config, trust_remote_code)
+    return shape_of(build_on_meta(config, trust_remote_code), config)
+
+
+def shape_of(model: nn.Module, config: PretrainedConfig) -> ModelShape:
+    """The same of a model that is built already; its parameters may be on the meta device."""
     parameters = _parameter_shapes(model)
     text = config.get_text_config(decoder=True)
     heads = text.num_attention_heads
     width = getattr(text, "intermediate_size", None)
     ff, gated = _mlp(parameters, text.hidden_size, width)
     norms = {type(m).__name__ for m in model.modules() if is_norm(m)}
+    table = model.get_input_embeddings()  # type: ignore[operator]
     return ModelShape(
         family=config.model_type,
         hidden=text.hidden_size,
@@ -134,22 +141,17 @@ def model_shape(config: PretrainedConfig, trust_remote_code: bool = False) -> Mo
         layer_norm="LayerNorm" in norms,
         vocab=text.vocab_size,
         blocks=decoder_blocks(model),
+        embedding=next(path for path, module in model.named_modules() if module is table),
         parameters=tuple(parameters),
     )
 
 
-def parameter_shapes(
-    config: PretrainedConfig, trust_remote_code: bool = False
-) -> list[ParameterShape]:
-    """Every parameter of the model that `config` describes, in the model's own order.
+def build_on_meta(config: PretrainedConfig, trust_remote_code: bool = False) -> nn.Module:
+    """The model with all its tensors on the meta device.
 
     Raises:
         BaseModelError: if transformers has no causal language model for this config.
     """
-    return _parameter_shapes(_on_meta(config, trust_remote_code))
-
-
-def _on_meta(config: PretrainedConfig, trust_remote_code: bool) -> nn.Module:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

@@ -15,12 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
 from qlora_lite.foundation.errors import AdapterError
-from qlora_lite.model.frozen import FrozenLinear
-from qlora_lite.model.shape import ModelShape, block_of, decoder_blocks, is_linear
+from qlora_lite.model.shape import ModelShape
 
 Kind = Literal["attention", "mlp", "head", "other"]
 
@@ -46,23 +42,8 @@ class LinearSpec:
         return self.path.rpartition(".")[2]
 
 
-def linear_specs(model: nn.Module) -> list[LinearSpec]:
-    """Every linear layer, frozen or not yet (on the meta device, say), in the model's order."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    blocks = decoder_blocks(model)
-    num_blocks = len(list(model.get_submodule(blocks).children()))
-    specs = []
-    for path, module in model.named_modules():
-        if (size := _size(module)) is None:
-            continue
-        block = block_of(path, blocks)
-        kind: Kind = "head" if module is head else _kind(path, blocks, block)
-        specs.append(LinearSpec(path, *size, block, num_blocks, kind))
-    return specs
-
-
-def specs_of_shape(shape: ModelShape) -> list[LinearSpec]:
-    """The same from a model's dimensions alone."""
+def linear_specs(shape: ModelShape) -> list[LinearSpec]:
+    """Every linear layer, the head included, in the model's order."""
     specs = []
     for path, p in shape.matrices.items():
         kind: Kind = "head" if p.role == "head" else _kind(path, shape.blocks, p.block)
@@ -84,18 +65,6 @@ def select(specs: Sequence[LinearSpec], targets: str | Sequence[str]) -> list[Li
             raise AdapterError(_nothing(target, specs))
         chosen |= matches
     return [spec for spec in specs if spec.path in chosen]
-
-
-def _size(module: nn.Module) -> tuple[int, int] | None:
-    """(d_in, d_out)"""
-    if isinstance(module, FrozenLinear):
-        return module.d_in, module.d_out
-    if not is_linear(module):
-        return None
-    if isinstance(module, Conv1D):
-        return module.nx, module.nf
-    assert isinstance(module, nn.Linear)
-    return module.in_features, module.out_features
 
 
 def _kind(path: str, blocks: str, block: int | None) -> Kind:

@@ -13,7 +13,7 @@ from qlora_lite.memory.known import known_config
 from qlora_lite.memory.measure import available_bytes
 from qlora_lite.memory.plan import Plan
 from qlora_lite.model.config import read_config
-from qlora_lite.model.load import Base
+from qlora_lite.model.settings import Base
 from qlora_lite.model.shape import model_shape
 from qlora_lite.recipe import Recipe
 from qlora_lite.run.planning import plan_recipe

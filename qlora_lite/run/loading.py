@@ -1,4 +1,4 @@
-"""A run, or any model directory, ready to use."""
+"""Load a run, or any model directory."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,30 +7,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.configuration_utils import PretrainedConfig
 
-from qlora_lite.adapters.attach import AttachedAdapter, attach, choose, match_modules
+from qlora_lite.adapters.attach import AttachedAdapter, attach
 from qlora_lite.adapters.files import read_native
-from qlora_lite.adapters.method import Method
-from qlora_lite.adapters.split_state import SplitState, require_original
+from qlora_lite.adapters.split_state import SplitState
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.foundation.watch import Watcher
-from qlora_lite.methods.catalogue import method_for
 from qlora_lite.model.causal import CausalModel
-from qlora_lite.model.config import read_config
-from qlora_lite.model.load import Base, LoadedBase, load_base, load_tokenizer
+from qlora_lite.model.facts import read_facts
+from qlora_lite.model.load import LoadedBase, load_base, load_tokenizer
 from qlora_lite.model.prequantised import own_quant
 from qlora_lite.model.quant import BF16, FP32, Quant
-from qlora_lite.model.shape import model_shape
-from qlora_lite.model.targets import linear_specs, specs_of_shape
+from qlora_lite.model.settings import Base
 from qlora_lite.recipe import Recipe
 from qlora_lite.recipe_files import load_recipe
 from qlora_lite.run.folder import RunFolder
+from qlora_lite.run.setup import RunSetup, set_up
 
 
 @dataclass
 class LoadedModel:
-    """A model that can speak and be scored."""
+    """A model with its tokenizer, ready to generate and to be scored."""
 
     base: LoadedBase
     tokenizer: PreTrainedTokenizerBase
@@ -56,79 +55,64 @@ def load_run(
     Raises:
         RunError: if there is no run, it has no adapter yet, or its base changed.
     """
+    watcher = watcher or Watcher()
     folder = RunFolder(Path(run))
     folder.read_record()
     folder.read_sidecar()
     recipe = load_recipe(folder.recipe)
     for note in folder.unfinished_extension():
-        (watcher or Watcher()).note(note)
+        watcher.note(note)
     folder.require_base(recipe.base)
     saved = read_native(folder.adapter)
-    loaded = load_for_training(recipe, device, watcher, saved)
+    rule = devices.choose(device or recipe.device, recipe.base.compute)
+    loaded = load_adapted(set_up(recipe, rule), watcher, saved)
     assert loaded.attached is not None
     loaded.attached.load_state(saved)
     return loaded
 
 
-def load_for_training(
-    recipe: Recipe,
-    device: str | None = None,
-    watcher: Watcher | None = None,
-    saved: Mapping[str, Tensor] | None = None,
+def load_adapted(
+    setup: RunSetup, watcher: Watcher, saved: Mapping[str, Tensor] | None = None
 ) -> LoadedModel:
     """A recipe's base with its adapter at the start.
 
     Args:
-        saved: the adapter's state that will be loaded into it: the base is made as it was then.
+        saved: the adapter's state that will be loaded into it: what `Method.split` found is taken
+            from there, so that the base is quantised as it was then.
     """
-    watcher = watcher or Watcher()
-    rule = devices.choose(device or recipe.device, recipe.base.compute)
-    method = method_for(recipe.adapter)
-    starts = _starts(recipe, method, saved)
+    recipe = setup.recipe
+    splits = SplitState(setup.method, setup.adapter.specs, recipe.seed, saved)
     tokenizer = load_tokenizer(recipe.base)
-    base = load_base(recipe.base, rule, split=starts.split, progress=watcher.loading)
+    base = load_base(
+        recipe.base, setup.rule, facts=setup.facts, split=splits.split, progress=watcher.loading
+    )
     attached = attach(
-        base.model,
-        method,
-        linear_specs(base.model),
-        recipe.seed,
-        devices.DTYPES.get(recipe.adapter.dtype, rule.adapters),
-        starts,
+        base.model, setup.method, setup.adapter, recipe.seed, setup.adapter_dtype, splits
     )
     attached.train(False)
     return LoadedModel(base, tokenizer, attached, recipe)
 
 
-def _starts(recipe: Recipe, method: Method, saved: Mapping[str, Tensor] | None) -> SplitState:
-    """The layers that will be adapted, planned before the first weight is read."""
-    base = recipe.base
-    config = read_config(base.model, base.revision, base.trust_remote_code)
-    require_original(method, is_packed=own_quant(config) is not None)
-    shape = model_shape(config, base.trust_remote_code)
-    modules = [parameter.module for parameter in shape.parameters]
-    whole = match_modules(modules, recipe.adapter.train_modules)
-    return SplitState(method, choose(specs_of_shape(shape), method, whole), recipe.seed, saved)
-
-
 def load_model(
     model: str, quant: Quant | None = None, device: str = "auto", watcher: Watcher | None = None
 ) -> LoadedModel:
-    """Any model directory or hub id, frozen; as it is stored unless `quant` is given.
+    """Any model directory or hub id, frozen, in its own precision unless `quant` is given.
 
-    A checkpoint quantised by bitsandbytes stays so, one in fp32 is held in fp32, any other in bf16.
+    A checkpoint quantised by bitsandbytes stays quantised, fp32 stays fp32, any other is bf16.
     """
     rule = devices.choose(device)
-    base = Base(model=model, quant=quant or _own_precision(model))
+    facts = read_facts(Base(model=model))
+    base = Base(model=model, quant=quant or _own_precision(facts.config))
     tokenizer = load_tokenizer(base)
-    loaded = load_base(base, rule, progress=(watcher or Watcher()).loading)
+    loaded = load_base(base, rule, facts=facts, progress=(watcher or Watcher()).loading)
     return LoadedModel(loaded, tokenizer, None, None)
 
 
 def load(target: str | Path, device: str = "auto", watcher: Watcher | None = None) -> LoadedModel:
-    """A run if it is one, any other model otherwise.
+    """Load a run's folder, a model directory or a hub id.
 
     Raises:
-        BaseModelError: if it is neither.
+        BaseModelError: if it is a directory, but neither a run nor a model.
     """
     path = Path(target)
     if (path / "recipe.json").is_file():
@@ -141,7 +125,6 @@ def load(target: str | Path, device: str = "auto", watcher: Watcher | None = Non
     return load_model(str(target), device=device, watcher=watcher)
 
 
-def _own_precision(model: str) -> Quant:
-    config = read_config(model)
+def _own_precision(config: PretrainedConfig) -> Quant:
     plain: Quant = FP32() if config.dtype == torch.float32 else BF16()
     return own_quant(config) or plain

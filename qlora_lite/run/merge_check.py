@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from qlora_lite.data.batches import Batch, in_order
 from qlora_lite.data.load import load_data
 from qlora_lite.evaluation.perplexity import Score, score
-from qlora_lite.export.merge import BaseOfMerge, MergedWeights, MergeSource, possible_bases
+from qlora_lite.export.merge import MergedWeights
+from qlora_lite.export.trained_layers import BaseOfMerge, MergeSource, TrainedLayers
 from qlora_lite.export.verify import Agreement, candidate, compare, read_back, sample_logits
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.device import DeviceRule
@@ -27,8 +28,8 @@ from qlora_lite.foundation.watch import Watcher
 from qlora_lite.recipe import Recipe
 from qlora_lite.report.page import MergeRow
 from qlora_lite.run.folder import RunFolder
+from qlora_lite.run.job import held_out_batches
 from qlora_lite.run.loading import load_run
-from qlora_lite.run.training import held_out_batches
 
 CHECKED_ROWS = 16
 """Training rows that a merge is checked on where no rows are held out."""
@@ -117,7 +118,7 @@ class MergeCheck:
         """
         if self._is_fp32:
             self._check_before_rounding()
-        bases = possible_bases(self.source)
+        bases = self.source.bases
         if not self._reference.is_heldout:
             self.note("no rows are held out, so nothing was scored: the base is the trained one")
             return "trained"
@@ -149,7 +150,7 @@ class MergeCheck:
 
     def _check_before_rounding(self) -> None:
         """Before rounding, merged weights on the trained base are the trained function."""
-        weights = MergedWeights(self.source, "trained", torch.float32)
+        weights = MergedWeights(TrainedLayers(self.source, "trained"), torch.float32)
         model = candidate(weights, self.source.base, self.rule)
         found = compare(self._reference.logits, sample_logits(model, self._reference.batches))
         self.exact = found
@@ -162,7 +163,7 @@ class MergeCheck:
         )
 
     def _score_candidate(self, base: BaseOfMerge, dtype: torch.dtype | None) -> Score:
-        weights = MergedWeights(self.source, base, dtype)
+        weights = MergedWeights(TrainedLayers(self.source, base), dtype)
         model = candidate(weights, self.source.base, self.rule)
         found = score(model, self._reference.batches)
         del model

@@ -20,7 +20,8 @@ from qlora_lite.adapters.files import read_native
 from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.export.card import Card, licence_of, render
 from qlora_lite.export.directory import has_all_weights, require_free, unfinished, write_companions
-from qlora_lite.export.merge import BaseOfMerge, MergedWeights, MergeSource, write
+from qlora_lite.export.merge import MergedWeights, write
+from qlora_lite.export.trained_layers import BaseOfMerge, MergeSource, TrainedLayers
 from qlora_lite.export.verify import Agreement
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.device import DeviceRule
@@ -28,6 +29,7 @@ from qlora_lite.foundation.errors import ExportError
 from qlora_lite.foundation.files import write_text
 from qlora_lite.foundation.units import parse_bytes
 from qlora_lite.foundation.watch import Watcher
+from qlora_lite.model.facts import read_facts
 from qlora_lite.model.load import load_tokenizer
 from qlora_lite.recipe import Recipe
 from qlora_lite.recipe_files import load_recipe
@@ -132,6 +134,7 @@ def merge_source(folder: RunFolder, recipe: Recipe, rule: DeviceRule) -> MergeSo
     held = sidecar["base"]
     return MergeSource(
         base=recipe.base,
+        facts=read_facts(recipe.base),
         path=path,
         rule=dataclasses.replace(
             rule,
@@ -151,7 +154,7 @@ def _weights(
     """The weights to write: on the base that was named, or on the better one."""
     wanted = None if dtype is None else devices.DTYPES[dtype]
     chosen: BaseOfMerge = proof.choose(wanted) if base == "auto" else base
-    weights = MergedWeights(proof.source, chosen, wanted)
+    weights = MergedWeights(TrainedLayers(proof.source, chosen), wanted)
     if weights.untied:
         proof.note(
             f"{', '.join(weights.untied)} shared the embedding's storage in the base and is "
@@ -172,12 +175,12 @@ def _write_model(
         write(weights, directory, max_shard_bytes, watcher.writing)
     write_companions(
         directory,
-        weights.source.path,
+        weights.layers.source.path,
         tokenizer,
         dtype=weights.dtype,
         is_tied=False if weights.untied else None,
         end_ids=_end_ids(tokenizer),
-        with_code=weights.source.base.trust_remote_code,
+        with_code=weights.layers.source.base.trust_remote_code,
     )
 
 

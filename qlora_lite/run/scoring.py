@@ -17,8 +17,8 @@ from qlora_lite.foundation.overrides import check, overlay
 from qlora_lite.foundation.settings import Settings
 from qlora_lite.foundation.watch import Watcher
 from qlora_lite.run.folder import RunFolder
+from qlora_lite.run.job import held_out_batches
 from qlora_lite.run.loading import LoadedModel, load
-from qlora_lite.run.training import held_out_batches
 
 
 @dataclass(frozen=True)

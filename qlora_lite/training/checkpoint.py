@@ -1,11 +1,12 @@
 """Checkpoints that are complete or absent.
 
     checkpoints/step-000200/
-        adapter.safetensors     all that the adapter's layers are, as it rests
-        optimizer.safetensors   masters, moments, the method's tensors
-        state.json              how far the run is; numbers of optimizer and method
+        adapter.safetensors     the adapter's state, in its storage dtypes
+        optimizer.safetensors   fp32 masters, Adam's moments, the method's tensors
+        state.json              how far the run is; numbers of engine and method
 
-A checkpoint is written aside, synced and renamed, so a kill or a full disk leaves the older one.
+A checkpoint is written to a temporary folder, synced and renamed, so a kill or a full disk leaves
+the older ones intact.
 """
 
 import shutil
@@ -27,13 +28,13 @@ _ADAPTER, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.safetensors", "
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything that a run needs to go on as if it had not stopped."""
+    """Everything that a run needs to continue as if it had not stopped."""
 
     adapter: dict[str, Tensor]
-    optimizer: dict[str, Any]
+    engine: dict[str, Any]
     method: dict[str, Any]
     progress: dict[str, Any]
-    """Numbers: steps done, tokens, seconds, early stopping, the loss scaler."""
+    """Numbers: steps done, tokens, seconds, early stopping."""
 
 
 def save(directory: Path, step: int, state: TrainingState, keep: int) -> Path:
@@ -43,9 +44,9 @@ def save(directory: Path, step: int, state: TrainingState, keep: int) -> Path:
         RunError: if the disk is full; older checkpoints stay as they were.
     """
     target = directory / f"step-{step:06d}"
-    numbers: dict[str, Any] = {"progress": state.progress, "optimizer": {}, "method": {}}
+    numbers: dict[str, Any] = {"progress": state.progress, "engine": {}, "method": {}}
     tensors: dict[str, Tensor] = {}
-    for owner, values in (("optimizer", state.optimizer), ("method", state.method)):
+    for owner, values in (("engine", state.engine), ("method", state.method)):
         for name, value in values.items():
             if isinstance(value, Tensor):
                 tensors[f"{owner}/{name}"] = value
@@ -77,25 +78,44 @@ def load(checkpoint: Path) -> TrainingState:
         RunError: if a file of the checkpoint is damaged.
     """
     try:
-        numbers = read_object(checkpoint / _STATE, "progress", "optimizer", "method")
+        numbers = read_object(checkpoint / _STATE, "progress", "engine", "method")
         tensors = load_file(checkpoint / _OPTIMIZER)
-        adapter = load_file(checkpoint / _ADAPTER)
+        adapter = load_adapter(checkpoint)
     except (OSError, SafetensorError, ValueError) as error:
-        raise RunError(
-            f"checkpoint {checkpoint} is damaged ({error}). Delete that folder to begin anew, or "
-            "restore it"
-        ) from error
-    parts: dict[str, dict[str, Any]] = {"optimizer": {}, "method": {}}
+        raise _damaged(checkpoint, error) from error
+    parts: dict[str, dict[str, Any]] = {"engine": {}, "method": {}}
     for name, tensor in tensors.items():
         owner, _, rest = name.partition("/")
         parts[owner][rest] = tensor.clone()  # not a view of the file, which will be removed
     for owner, tensors_of in parts.items():
         tensors_of.update(numbers[owner])
-    return TrainingState(adapter, parts["optimizer"], parts["method"], numbers["progress"])
+    return TrainingState(adapter, parts["engine"], parts["method"], numbers["progress"])
 
 
-def load_newest(directory: Path, note: Callable[[str], None]) -> TrainingState | None:
-    """The newest good checkpoint; None if there is none at all. Damaged ones are told of.
+def load_adapter(checkpoint: Path) -> dict[str, Tensor]:
+    """The adapter's part of a checkpoint.
+
+    Raises:
+        RunError: if it is damaged.
+    """
+    try:
+        return load_file(checkpoint / _ADAPTER)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(checkpoint, error) from error
+
+
+def _damaged(checkpoint: Path, error: Exception) -> RunError:
+    return RunError(
+        f"checkpoint {checkpoint} is damaged ({error}). Restore it, or delete that folder to "
+        "start again"
+    )
+
+
+def find_newest(directory: Path, note: Callable[[str], None]) -> Path | None:
+    """The newest readable checkpoint; None if there is none at all.
+
+    Args:
+        note: gets a line about every damaged one.
 
     Raises:
         RunError: if all of them are damaged.
@@ -103,11 +123,13 @@ def load_newest(directory: Path, note: Callable[[str], None]) -> TrainingState |
     found = all_checkpoints(directory)
     for path in reversed(found):
         try:
-            return load(path)
+            load(path)
         except RunError as error:
             if path == found[0]:
                 raise
-            note(f"{error}. Going on from the checkpoint before it")
+            note(f"{error}. Continuing from the checkpoint before it")
+        else:
+            return path
     return None
 
 

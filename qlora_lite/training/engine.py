@@ -1,21 +1,46 @@
-"""Backward, step, and access to what is trained, under plain torch.
+"""Backward, step, and access to the trained parameters: the part of training that an engine does.
 
+`Engine` is what the loop and the methods use. `TorchEngine` implements it with plain torch.
 Gradients are summed over micro-batches in fp32, whatever dtype the parameters are stored in: a
-bf16 sum would round small terms away. Methods read and write only through `ParameterAccess`, which
-this class implements, so they run unchanged under another engine that keeps its values elsewhere.
+bf16 sum would round small terms away.
 """
 
 import math
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from qlora_lite.adapters.method import StepInfo
+from qlora_lite.adapters.method import ParameterAccess, StepInfo
 from qlora_lite.training.optimizer import AdamW
+
+_SCALER = "loss_scaler:"
+
+
+class Engine(ParameterAccess, Protocol):
+    """What carries out an optimizer step. No caller asks which engine it is."""
+
+    skipped: bool
+    """The last step moved nothing, because a scaled gradient overflowed."""
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of one micro-batch; `last` is true for the last one of a step."""
+
+    def step(self, max_norm: float, step: StepInfo) -> float:
+        """Clip, move the parameters, and return the gradient norm before clipping."""
+
+    def zero_grad(self) -> None:
+        """Drop this step's gradients."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, by name: tensors and numbers."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
 
 
 class TorchEngine:
-    """One process, one device. With fp16 compute the loss is scaled against underflow."""
+    """One process and one device. With fp16 compute the loss is scaled against underflow."""
 
     def __init__(self, optimizer: AdamW, compute: torch.dtype) -> None:
         self.optimizer = optimizer
@@ -26,7 +51,7 @@ class TorchEngine:
             parameter.register_post_accumulate_grad_hook(self._collect)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of one micro-batch's share; after the last they are in true units."""
+        """Add the gradients of one micro-batch; after the last they are unscaled."""
         self.scaler.scale(loss).backward()
         if last:
             self.optimizer.set_gradients(self._sums)
@@ -47,9 +72,20 @@ class TorchEngine:
         return norm
 
     def zero_grad(self) -> None:
-        """Forget this step's gradients."""
+        """Drop this step's gradients."""
         self._sums.clear()
         self.optimizer.clear_gradients()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state, and the loss scaler's."""
+        scaler = {f"{_SCALER}{name}": value for name, value in self.scaler.state_dict().items()}
+        return self.optimizer.state_dict() | scaler
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        scaler = {name for name in state if name.startswith(_SCALER)}
+        self.optimizer.load_state_dict({n: v for n, v in state.items() if n not in scaler})
+        self.scaler.load_state_dict({n.removeprefix(_SCALER): state[n] for n in scaler})
 
     def _collect(self, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
@@ -58,18 +94,16 @@ class TorchEngine:
         total = self._sums.get(parameter)
         self._sums[parameter] = gradient if total is None else total.add_(gradient)
 
-    # -- Access --------------------------------------------------------------------------------
+    # -- ParameterAccess -----------------------------------------------------------------------
 
     def read(self, parameter: nn.Parameter) -> Tensor:
         return self.optimizer.kept(parameter).detach().clone()
 
     @torch.no_grad()
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        fp32_copy = self.optimizer.fp32_copy(parameter)
-        if (
-            fp32_copy.shape == parameter.shape
-        ):  # under stochastic rounding there is none between steps
-            fp32_copy.data.copy_(value)
+        copy = self.optimizer.fp32_copy(parameter)
+        if copy.shape == parameter.shape:  # stochastic rounding has no copy between two steps
+            copy.data.copy_(value)
         parameter.data.copy_(value)
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
@@ -80,3 +114,6 @@ class TorchEngine:
 
     def reset_optimizer_state(self, parameter: nn.Parameter, where: Tensor | None = None) -> None:
         self.optimizer.reset_optimizer_state(parameter, where)
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        return value

@@ -1,7 +1,7 @@
 """From the first step to the last: schedule, steps, evaluation, checkpoints, and when to stop.
 
 The loop knows no adapter method by name, prints nothing, and draws every random number from the
-seed and the step, so that a run that was killed goes on as if it had not been.
+seed and the step. So a run that was killed continues as if it had not been.
 """
 
 import math
@@ -11,54 +11,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from pydantic import Field
-
 from qlora_lite.adapters.attach import AttachedAdapter
-from qlora_lite.adapters.method import StepInfo
 from qlora_lite.data.batches import Batch
-from qlora_lite.foundation.errors import TrainingError
 from qlora_lite.foundation.files import complete_directory
-from qlora_lite.foundation.seeds import derive, generator
-from qlora_lite.foundation.settings import Settings
 from qlora_lite.foundation.watch import Watcher
 from qlora_lite.memory.measure import peak_bytes
 from qlora_lite.model.causal import CausalModel
 from qlora_lite.shards.writer import save_tensors
 from qlora_lite.training import checkpoint
-from qlora_lite.training.engine import TorchEngine
+from qlora_lite.training.engine import Engine
+from qlora_lite.training.health import ShowRows, check_gradient, check_heldout_loss, check_loss
 from qlora_lite.training.interruption import StopRequest
 from qlora_lite.training.metrics import MetricsLog
-from qlora_lite.training.optimizer import Optim
-from qlora_lite.training.schedule import lr_factor, warmup_steps
-from qlora_lite.training.step import StepResult, optimizer_step, summed_loss
-
-ABSURD_FIRST_LOSS = 1.3
-"""Times ln(vocabulary): above it the model does worse than guessing, so something is broken."""
-
-
-class Evaluation(Settings):
-    """Scoring of the held-out rows during training, and what a reader sees of them at the end."""
-
-    every: int | None = Field(default=None, ge=1)
-    """Optimizer steps between two scorings; a tenth of the run unless given."""
-
-    patience: int | None = Field(default=None, ge=1)
-    """Stop after this many scorings without a better one, and keep the best adapter. Scorings
-    before AdaLoRA's final budget, or before PRILoRA's first pruning, do not count."""
-
-    samples: int = Field(default=3, ge=0)
-    """Held-out prompts that the bare base and the adapted model answer for the report."""
-
-
-class Checkpoints(Settings):
-    """Saved states to continue from."""
-
-    every: int | None = Field(default=None, ge=1)
-    """Optimizer steps between two checkpoints; a tenth of the run unless given."""
-
-    keep: int = Field(default=2, ge=1)
-    """How many of the newest are kept."""
+from qlora_lite.training.settings import Checkpoints, Evaluation, Optim
+from qlora_lite.training.step import StepResult, optimizer_step, prepare_step, summed_loss
 
 
 class Steps(Protocol):
@@ -76,7 +42,7 @@ class Steps(Protocol):
 
 @dataclass
 class Progress:
-    """How far a run is. Checkpoints carry it."""
+    """How far a run is. Checkpoints contain it."""
 
     step: int = 0
     tokens: int = 0
@@ -89,16 +55,16 @@ class Progress:
     scorings_since_best: int = 0
     stopped_early: bool = False
     total: int = 0
-    """Steps that the run was to have: another number means that it was extended since."""
+    """The planned number of steps; a larger one now means that the run was extended."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainingJob:
     """What a training run works with."""
 
     model: CausalModel
     attached: AttachedAdapter
-    engine: TorchEngine
+    engine: Engine
     batches: Steps
     optim: Optim
     seed: int
@@ -108,16 +74,15 @@ class TrainingJob:
     evaluation: Evaluation
     checkpoints: Checkpoints
     score: Callable[[], dict[str, float]] | None
-    """Scores the held-out rows: at least `loss`."""
-    show_rows: Callable[[Batch], str]
-    """A batch's rows as text, for an error message."""
-    request: StopRequest
-    """Whether somebody asked the run to stop."""
-    resume_from: checkpoint.TrainingState | None = None
-    """The newest good checkpoint, where there is one; given up once it is in place."""
+    """Scores the held-out rows: at least `loss`. None if there are none."""
+    show_rows: ShowRows
+    stop_request: StopRequest
+    """Whether a signal asked the run to stop."""
+    resume_from: Path | None = None
+    """The checkpoint to continue from."""
     watcher: Watcher = field(default_factory=Watcher)
     track: Callable[[dict[str, Any], int], None] = lambda values, step: None
-    """Hands metrics to the trackers that were asked for."""
+    """Sends metrics to the trackers."""
 
     @property
     def total(self) -> int:
@@ -125,7 +90,7 @@ class TrainingJob:
 
     @property
     def keeps_best(self) -> bool:
-        """Early stopping is on, so the best adapter is the result and not the last."""
+        """With early stopping the best adapter is the result, not the last."""
         return self.evaluation.patience is not None and self.score is not None
 
     @property
@@ -138,10 +103,10 @@ class TrainingJob:
 
 
 def train(job: TrainingJob) -> Progress:
-    """Go on from `resume_from`, or begin; return when the last step is saved.
+    """Train to the last step, from the beginning or from `resume_from`.
 
     Raises:
-        Interrupted: after SIGINT or SIGTERM, with the state saved.
+        Interrupted: after a signal to stop, with the state saved.
         TrainingError: if going on would be pointless; says why and shows the rows.
     """
     progress = _resume(job)
@@ -155,41 +120,56 @@ def train(job: TrainingJob) -> Progress:
         if _is_due(progress.step, job.evaluation.every, job.total) and job.score:
             _evaluate(job, progress)
         done = progress.step == job.total or progress.stopped_early
-        is_asked = job.request.signal_name is not None
+        is_asked = job.stop_request.signal_name is not None
         if done or is_asked or _is_due(progress.step, job.checkpoints.every, job.total):
             _save(job, progress)
         if not done:
-            job.request.raise_if_requested(f"after step {progress.step}, with its state saved")
+            job.stop_request.raise_if_requested(f"after step {progress.step}, with its state saved")
     return progress
+
+
+def _memory_dry_run(job: TrainingJob) -> None:
+    """Forward and backward on the largest micro-batch: what does not fit fails now."""
+    batch = job.batches.largest_batch()
+    loss = summed_loss(job.model, batch, job.attached).total / batch.num_targets
+    job.engine.backward(loss, last=False)
+    job.engine.zero_grad()
 
 
 def _one_step(job: TrainingJob, progress: Progress) -> None:
     began = time.perf_counter()
     number = progress.step
-    method = job.attached.method
-    torch.manual_seed(derive(job.seed, "step", number))
-    position, length = method.schedule_position(number, job.total)
-    warmup = warmup_steps(job.optim.warmup, length)
-    factor = lr_factor(position, length, warmup, job.optim.schedule, job.optim.lr_floor)
-    lr = job.optim.lr * factor * method.lr_scale(number, job.total)
-    step = StepInfo(number, job.total, lr, generator(job.seed, "method", number))
+    batches = job.batches.step(number)
+    step = prepare_step(job.attached.method, job.optim, job.seed, number, job.total)
     result = optimizer_step(
         job.model,
-        job.batches.step(number),
+        batches,
         job.attached,
         job.engine,
         step,
         job.optim.max_grad_norm,
-        lambda loss, batch: _check_loss(job, number, loss, batch),
+        lambda loss, batch: check_loss(
+            loss, batch, number, job.vocabulary, job.optim.lr, job.show_rows
+        ),
     )
-    _check_gradient(job, number, result)
+    if not result.skipped:
+        check_gradient(result.grad_norm, batches[0], number, job.show_rows)
     elapsed = time.perf_counter() - began
     progress.step += 1
     progress.tokens += result.num_tokens
     progress.seconds += elapsed
+    metrics = _step_metrics(job, progress, result, step.lr, elapsed)
+    job.log.append(metrics)
+    job.track(metrics, progress.step)
+    job.watcher.stepped(metrics)
+
+
+def _step_metrics(
+    job: TrainingJob, progress: Progress, result: StepResult, lr: float, elapsed: float
+) -> dict[str, Any]:
     metrics = {
         "step": progress.step,
-        "epoch": job.batches.epoch(number),
+        "epoch": job.batches.epoch(progress.step - 1),
         "tokens": progress.tokens,
         "loss": result.loss,
         "lr": lr,
@@ -203,9 +183,7 @@ def _one_step(job: TrainingJob, progress: Progress) -> None:
         metrics["added_loss"] = result.added
     if result.skipped:
         metrics["skipped"] = True
-    job.log.append(metrics)
-    job.track(metrics, progress.step)
-    job.watcher.stepped(metrics)
+    return metrics
 
 
 def _evaluate(job: TrainingJob, progress: Progress) -> None:
@@ -213,8 +191,9 @@ def _evaluate(job: TrainingJob, progress: Progress) -> None:
     began = time.perf_counter()
     scores = {f"heldout_{name}": value for name, value in job.score().items()}
     loss = scores["heldout_loss"]
-    if not math.isfinite(loss):
-        raise TrainingError(_not_finite(job, progress.step, loss))
+    check_heldout_loss(
+        loss, progress.step, job.optim.lr, lambda: job.show_rows(job.batches.step(0)[0])
+    )
     progress.seconds += time.perf_counter() - began
     progress.last_loss = loss
     if progress.step == 0:
@@ -251,27 +230,25 @@ def _save(job: TrainingJob, progress: Progress) -> None:
     job.log.sync()
     state = checkpoint.TrainingState(
         adapter=job.attached.state(),
-        optimizer=job.engine.optimizer.state_dict(),
+        engine=job.engine.state_dict(),
         method=job.attached.method.state_dict(),
-        progress=asdict(progress) | {"loss_scaler": job.engine.scaler.state_dict()},
+        progress=asdict(progress),
     )
     checkpoint.save(job.checkpoint_directory, progress.step, state, job.checkpoints.keep)
     job.watcher.saved(progress.step)
 
 
 def _resume(job: TrainingJob) -> Progress:
-    """The state to go on from, and the log up to it; or a beginning."""
-    state, job.resume_from = job.resume_from, None
-    if state is None:
+    """Load the checkpoint, and cut the log back to it; or start from the beginning."""
+    if job.resume_from is None:
         job.log.clear()
         return Progress(total=job.total)
+    state = checkpoint.load(job.resume_from)
     job.attached.load_state(state.adapter)
-    job.engine.optimizer.load_state_dict(state.optimizer)
+    job.engine.load_state_dict(state.engine)
     job.attached.method.load_state_dict(state.method)
-    numbers = dict(state.progress)
-    job.engine.scaler.load_state_dict(numbers.pop("loss_scaler"))
-    progress = Progress(**numbers)
-    if progress.total != job.total:  # extended since: early stopping begins to count anew
+    progress = Progress(**state.progress)
+    if progress.total != job.total:  # extended since: early stopping counts from here
         progress.total, progress.stopped_early, progress.scorings_since_best = job.total, False, 0
     job.log.rewind(progress.step)
     return progress
@@ -283,59 +260,8 @@ def _save_best(job: TrainingJob) -> None:
 
 
 def restore_best(job: TrainingJob) -> None:
-    """The adapter of the best scoring, where early stopping kept it."""
+    """Load the adapter with the best held-out loss, which early stopping saved."""
     from safetensors.torch import load_file
 
     best = load_file(job.checkpoint_directory / "best" / "adapter.safetensors")
     job.attached.load_state(best)
-
-
-# -- reasons to stop at once -----------------------------------------------------------------------
-
-
-def _memory_dry_run(job: TrainingJob) -> None:
-    """Forward and backward on the largest micro-batch: what does not fit fails now."""
-    batch = job.batches.largest_batch()
-    loss = summed_loss(job.model, batch, job.attached).total / batch.num_targets
-    job.engine.backward(loss, last=False)
-    job.engine.zero_grad()
-
-
-def _check_loss(job: TrainingJob, number: int, loss: float, batch: Batch) -> None:
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"step {number + 1}: the loss is {loss}. A finite one is needed; look at these rows, "
-            f"and try a lower optim.lr (now {job.optim.lr:g})\n{job.show_rows(batch)}"
-        )
-    limit = ABSURD_FIRST_LOSS * math.log(job.vocabulary)
-    if number == 0 and loss > limit:
-        raise TrainingError(
-            f"the first loss is {loss:.2f}, above {limit:.2f} = 1.3 ln({job.vocabulary}): the "
-            "model does worse than guessing. Its weights, its tokenizer or the data do not belong "
-            f"together; look at these rows\n{job.show_rows(batch)}"
-        )
-
-
-def _not_finite(job: TrainingJob, step: int, loss: float) -> str:
-    """Of the held-out rows; before the first step the rate is not to blame."""
-    if step:
-        return (
-            f"after step {step} the held-out loss is {loss}. A finite one is needed: try a lower "
-            f"optim.lr (now {job.optim.lr:g})"
-        )
-    return (
-        f"before the first step the held-out loss is {loss}, and a finite one is needed. The "
-        "base's weights are damaged, or too large for base.compute. It reads rows such as these\n"
-        f"{job.show_rows(job.batches.step(0)[0])}"
-    )
-
-
-def _check_gradient(job: TrainingJob, number: int, result: StepResult) -> None:
-    if result.skipped:
-        return
-    if result.grad_norm == 0 or not math.isfinite(result.grad_norm):
-        rows = job.show_rows(job.batches.step(number)[0])
-        raise TrainingError(
-            f"step {number + 1}: the gradient norm is {result.grad_norm}, so nothing can be "
-            "learned. Check adapter.targets and adapter.ranks, and look at these rows\n" + rows
-        )

@@ -16,9 +16,12 @@ from torch import Tensor
 from qlora_lite.adapters.attach import AttachedAdapter
 from qlora_lite.adapters.method import Method, OutputChunk, Requirement, StepInfo
 from qlora_lite.data.batches import Batch
+from qlora_lite.foundation.seeds import derive, generator
 from qlora_lite.kernels.cross_entropy import linear_cross_entropy
 from qlora_lite.model.causal import CausalModel
-from qlora_lite.training.engine import TorchEngine
+from qlora_lite.training.engine import Engine
+from qlora_lite.training.schedule import lr_factor, warmup_steps
+from qlora_lite.training.settings import Optim
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,24 @@ class StepResult:
     skipped: bool
 
 
+def prepare_step(method: Method, optim: Optim, seed: int, number: int, total: int) -> StepInfo:
+    """Seed the dropout of step `number` of `total` (from 0), and find its learning rate.
+
+    Both depend on the seed and the step alone, so a resumed run draws and moves as the first did.
+    """
+    torch.manual_seed(derive(seed, "step", number))
+    position, length = method.schedule_position(number, total)
+    warmup = warmup_steps(optim.warmup, length)
+    factor = lr_factor(position, length, warmup, optim.schedule, optim.lr_floor)
+    lr = optim.lr * factor * method.lr_scale(number, total)
+    return StepInfo(number, total, lr, generator(seed, "method", number))
+
+
 def optimizer_step(
     model: CausalModel,
     batches: Sequence[Batch],
     attached: AttachedAdapter,
-    engine: TorchEngine,
+    engine: Engine,
     step: StepInfo,
     max_grad_norm: float,
     check: Callable[[float, Batch], None],
@@ -51,7 +67,7 @@ def optimizer_step(
     method = attached.method
     method.begin_step(step)
     _activate(method, step)
-    num_targets = sum(batch.num_targets for batch in batches)
+    num_targets = int(engine.sum_over_ranks(torch.tensor(sum(b.num_targets for b in batches))))
     loss_sum = added = 0.0
     for batch in batches:
         last = batch is batches[-1]
@@ -68,11 +84,14 @@ def optimizer_step(
     step = dataclasses.replace(step, skipped=engine.skipped)
     method.after_step(engine, step)
     engine.zero_grad()
+    num_tokens = sum(batch.num_tokens for batch in batches)
+    sums = engine.sum_over_ranks(torch.tensor([loss_sum, added, num_tokens], dtype=torch.float64))
+    loss_sum, added, num_tokens = sums.tolist()
     return StepResult(
         loss=loss_sum / num_targets,
         added=added / num_targets,
         grad_norm=grad_norm,
-        num_tokens=sum(batch.num_tokens for batch in batches),
+        num_tokens=int(num_tokens),
         num_targets=num_targets,
         skipped=engine.skipped,
     )

@@ -3,14 +3,16 @@
 import pytest
 import torch
 
-from qlora_lite.adapters.attach import attach, choose
+from qlora_lite.adapters.attach import attach
+from qlora_lite.adapters.plan import plan_adapter
 from qlora_lite.foundation import device
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.methods.catalogue import method_for
 from qlora_lite.methods.lora import LoRA, LoRALayer
 from qlora_lite.model.causal import CausalModel
-from qlora_lite.model.load import Base, load_base
-from qlora_lite.model.targets import linear_specs
+from qlora_lite.model.facts import read_facts
+from qlora_lite.model.load import load_base
+from qlora_lite.model.settings import Base
 from tests.tiny import save_tiny
 
 IDS = torch.arange(5, 45).view(2, 20)
@@ -23,12 +25,13 @@ def directory(request, tmp_path_factory):
 
 
 def attached_to(directory, **settings):
-    base = load_base(Base(model=str(directory)), device.choose("cpu"))
-    specs = linear_specs(base.model)
+    settings_of_base = Base(model=str(directory))
+    facts = read_facts(settings_of_base)
+    base = load_base(settings_of_base, device.choose("cpu"), facts=facts)
     model = CausalModel(base.model)
     bare = logits(model)
     method = method_for(LoRA(**settings))
-    return model, attach(base.model, method, specs, 0, torch.bfloat16), bare
+    return model, attach(base.model, method, plan_adapter(method, facts), 0, torch.bfloat16), bare
 
 
 def logits(model):
@@ -141,9 +144,9 @@ def test_what_matches_nothing_is_an_error_that_says_what_there_is(tmp_path, sett
         assert word in str(caught.value)
 
 
-def test_a_head_that_is_trained_whole_is_not_adapted_as_well(tmp_path):
+def test_a_fully_trained_head_is_not_adapted_as_well(tmp_path):
     directory = save_tiny(tmp_path / "llama", "llama")
-    base = load_base(Base(model=str(directory)), device.choose("cpu"))
-    method = method_for(LoRA(targets=["q_proj", "lm_head"]))
-    chosen = choose(linear_specs(base.model), method, whole=["lm_head"])
-    assert "lm_head" not in [spec.path for spec in chosen]
+    method = method_for(LoRA(targets=["q_proj", "lm_head"], train_modules=["lm_head"]))
+    plan = plan_adapter(method, read_facts(Base(model=str(directory))))
+    assert plan.full_modules == ("lm_head",)
+    assert {spec.name for spec in plan.specs} == {"q_proj"}

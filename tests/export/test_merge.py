@@ -14,15 +14,18 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_lite.export import merge as merging
+from qlora_lite.export import trained_layers
 from qlora_lite.export.directory import write_companions
 from qlora_lite.export.merge import MergedWeights, write
+from qlora_lite.export.trained_layers import TrainedLayers
 from qlora_lite.export.verify import candidate, compare, read_back, sample_logits
 from qlora_lite.foundation.errors import AdapterError, ExportError, RunError
 from qlora_lite.methods.catalogue import METHODS
 from qlora_lite.methods.lora import LoRA, LoRALayer, LoRAMethod
 from qlora_lite.methods.rslora import RsLoRA
+from qlora_lite.model.facts import read_facts
 from qlora_lite.model.quant import BF16, FP4, FP32, NF4, Int8
+from qlora_lite.model.settings import Base
 from tests.export.trained import Trained, batches, stored, train_a_little
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -35,7 +38,7 @@ EVERYTHING = LoRA(rank=4, alpha=8, train_norms=True, embedding_rank=3)
 
 def write_directory(trained: Trained, out: Path, base="trained", dtype=None, **shard) -> Path:
     """Weights and what a loader needs beside them."""
-    weights = MergedWeights(trained.source, base, dtype)
+    weights = MergedWeights(TrainedLayers(trained.source, base), dtype)
     write(weights, out, **shard)
     is_tied = False if weights.untied else None
     write_companions(
@@ -164,7 +167,7 @@ def test_the_candidate_in_memory_is_the_model_that_is_written(tmp_path, family, 
     trained = train_a_little(tmp_path / "base", NF4(), adapter, family=family, tied=True)
     out = write_directory(trained, tmp_path / "out", base, dtype)
     source = trained.source
-    weights = MergedWeights(source, base, dtype)
+    weights = MergedWeights(TrainedLayers(source, base), dtype)
     in_memory = sample_logits(candidate(weights, source.base, source.rule), batches())
     from_files = sample_logits(read_back(out, source.base, source.rule), batches())
     assert torch.equal(in_memory, from_files)
@@ -218,7 +221,7 @@ def test_shards_of_the_base_do_not_matter_and_ours_are_bounded(tmp_path):
 def test_large_tensors_are_merged_in_chunks_to_the_same_bytes(tmp_path, monkeypatch):
     trained = train_a_little(tmp_path / "base", NF4(), EVERYTHING, family="gpt2", tied=True)
     whole = stored(write_directory(trained, tmp_path / "whole"))
-    monkeypatch.setattr(merging, "CHUNK_WEIGHTS", 500)
+    monkeypatch.setattr(trained_layers, "CHUNK_WEIGHTS", 500)
     chunked = stored(write_directory(trained, tmp_path / "chunked"))
     for name in whole:
         # a product of other shapes may round otherwise in its last bit
@@ -227,7 +230,7 @@ def test_large_tensors_are_merged_in_chunks_to_the_same_bytes(tmp_path, monkeypa
 
 def merge_until(directory: Path, out: Path, base: str, share: float) -> None:
     """Runs in a child process, which kills itself behind a share of the bytes."""
-    weights = MergedWeights(train_a_little(directory, NF4()).source, base)
+    weights = MergedWeights(TrainedLayers(train_a_little(directory, NF4()).source, base))
     write(
         weights,
         out,
@@ -240,7 +243,7 @@ def merge_until(directory: Path, out: Path, base: str, share: float) -> None:
 def test_a_killed_merge_goes_on_and_gives_the_same_bytes(tmp_path, base, monkeypatch):
     trained = train_a_little(tmp_path / "base", NF4())
     once, twice = tmp_path / "once", tmp_path / "twice"
-    weights = MergedWeights(trained.source, base)
+    weights = MergedWeights(TrainedLayers(trained.source, base))
     write(weights, once, 80_000)
     for share in (0.2, 0.7):
         child = processes.Process(target=merge_until, args=(tmp_path / "base", twice, base, share))
@@ -276,21 +279,22 @@ def test_every_adapter_tensor_is_used_exactly_once_or_the_merge_fails(tmp_path, 
     else:
         state[name] = state[name][:2]
     with pytest.raises(AdapterError, match=name):
-        write(MergedWeights(replace(trained.source, state=state), "trained"), tmp_path / "out")
+        TrainedLayers(replace(trained.source, state=state), "trained").layer("model.layers.1.mlp.up_proj")
 
 
 def test_a_whole_module_that_nobody_asked_to_train_is_refused(tmp_path):
     trained = train_a_little(tmp_path / "base", NF4())
     state = {**trained.source.state, "model.norm.weight": torch.ones(64)}
     with pytest.raises(AdapterError, match=r"model\.norm\.weight"):
-        MergedWeights(replace(trained.source, state=state), "trained")
+        MergedWeights(TrainedLayers(replace(trained.source, state=state), "trained"))
 
 
 def test_an_adapter_of_a_larger_base_is_refused(tmp_path):
     trained = train_a_little(tmp_path / "base", NF4(), LoRA(rank=4, train_norms=True))
     other = save_tiny(tmp_path / "other", hidden_size=32)
     with pytest.raises(AdapterError, match="another base model"):
-        MergedWeights(replace(trained.source, path=other), "trained")
+        facts = read_facts(Base(model=str(other)))
+        TrainedLayers(replace(trained.source, path=other, facts=facts), "trained")
 
 
 def test_a_base_quantised_by_bitsandbytes_is_merged_and_has_no_original(tmp_path):
@@ -306,7 +310,7 @@ def test_a_base_quantised_by_bitsandbytes_is_merged_and_has_no_original(tmp_path
     expected = sample_logits(trained.causal, batches())
     assert compare(expected, plain_logits(out)).relative_error < 1e-4
     with pytest.raises(ExportError, match="base=trained"):
-        MergedWeights(trained.source, "original")
+        TrainedLayers(trained.source, "original")
 
 
 def test_too_little_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
@@ -316,7 +320,7 @@ def test_too_little_disk_is_said_before_anything_is_written(tmp_path, monkeypatc
         shutil, "disk_usage", lambda path: type(usage)(usage.total, usage.used, 10_000)
     )
     with pytest.raises(RunError, match="are free"):
-        write(MergedWeights(trained.source, "trained"), tmp_path / "out")
+        write(MergedWeights(TrainedLayers(trained.source, "trained")), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 

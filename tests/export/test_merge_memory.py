@@ -10,11 +10,13 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from qlora_lite.export.merge import MergedWeights, MergeSource, write
+from qlora_lite.export.merge import MergedWeights, write
+from qlora_lite.export.trained_layers import MergeSource, TrainedLayers
 from qlora_lite.foundation.device import choose
 from qlora_lite.methods.lora import LoRA
-from qlora_lite.model.load import Base
-from qlora_lite.model.shape import parameter_shapes
+from qlora_lite.model.facts import read_facts
+from qlora_lite.model.settings import Base
+from qlora_lite.model.shape import model_shape
 from qlora_lite.shards.writer import ShardWriter, TensorSpec
 
 TINY = {
@@ -38,7 +40,7 @@ LARGEST_BYTES = 2 * 80_000 * 2048
 def save_random(directory: Path, config: LlamaConfig) -> MergeSource:
     """A base in bf16 in several shards, and an adapter of rank 8 on all its linear layers."""
     config.save_pretrained(directory)
-    shapes = parameter_shapes(config)
+    shapes = model_shape(config).parameters
     stored = [p for p in shapes if p.tied_to is None]
     specs = [TensorSpec(p.name, torch.bfloat16, p.shape) for p in stored]
     with ShardWriter(directory, specs, "random", 200 * 10**6) as writer:
@@ -49,7 +51,13 @@ def save_random(directory: Path, config: LlamaConfig) -> MergeSource:
         if p.role == "linear":
             state[f"{p.module}.a"] = torch.randn(8, p.d_in).bfloat16()
             state[f"{p.module}.b"] = torch.randn(p.d_out, 8).bfloat16() * 0.01
-    return MergeSource(Base(model=str(directory)), directory, choose("cpu"), LoRA(rank=8), state, 0)
+    return merge_source(directory, state)
+
+
+def merge_source(directory: Path, state: dict[str, torch.Tensor]) -> MergeSource:
+    base = Base(model=str(directory))
+    facts = read_facts(base)
+    return MergeSource(base, facts, directory, choose("cpu"), LoRA(rank=8), state, 0)
 
 
 def anonymous_bytes() -> int:
@@ -62,10 +70,11 @@ def anonymous_bytes() -> int:
 
 def peak_of_merge(folder: Path, base: str) -> None:
     """Runs in a fresh process: merges a tiny base to warm up, then the large one."""
-    write(MergedWeights(save_random(folder / "tiny", LlamaConfig(**TINY)), base), folder / "warm")
+    tiny = save_random(folder / "tiny", LlamaConfig(**TINY))
+    write(MergedWeights(TrainedLayers(tiny, base)), folder / "warm")
     shapes, large = json.loads((folder / "adapter.json").read_text()), folder / "large"
     state = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
-    source = MergeSource(Base(model=str(large)), large, choose("cpu"), LoRA(rank=8), state, 0)
+    source = merge_source(large, state)
     gc.collect()
     before, peak, done = anonymous_bytes(), 0, threading.Event()
 
@@ -76,7 +85,7 @@ def peak_of_merge(folder: Path, base: str) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    write(MergedWeights(source, base), folder / f"out-{base}")
+    write(MergedWeights(TrainedLayers(source, base)), folder / f"out-{base}")
     done.set()
     watcher.join()
     (folder / f"peak-{base}").write_text(str(peak - before))

@@ -9,16 +9,18 @@ from torch import Tensor
 
 from qlora_lite.adapters.attach import AttachedAdapter, attach
 from qlora_lite.adapters.method import AdapterSettings
+from qlora_lite.adapters.plan import plan_adapter
 from qlora_lite.data.batches import Batch, make_batch, make_bin
 from qlora_lite.data.examples import Example
-from qlora_lite.export.merge import MergeSource
+from qlora_lite.export.trained_layers import MergeSource
 from qlora_lite.foundation.device import choose
 from qlora_lite.methods.catalogue import method_for
 from qlora_lite.methods.lora import LoRA
 from qlora_lite.model.causal import CausalModel
-from qlora_lite.model.load import Base, load_base
+from qlora_lite.model.facts import read_facts
+from qlora_lite.model.load import load_base
 from qlora_lite.model.quant import NF4, Quant
-from qlora_lite.model.targets import linear_specs
+from qlora_lite.model.settings import Base
 from tests.tiny import VOCABULARY, save_tiny
 
 SEED = 3
@@ -49,16 +51,16 @@ def train_a_little(
     base = Base(model=str(directory), quant=quant or NF4(), head=head)
     adapter = adapter or LoRA(rank=4, alpha=8)
     rule = choose("cpu")
-    loaded = load_base(base, rule)
-    specs = linear_specs(loaded.model)
-    attached = attach(loaded.model, method_for(adapter), specs, SEED, rule.adapters)
+    facts, method = read_facts(base), method_for(adapter)
+    loaded = load_base(base, rule, facts=facts)
+    attached = attach(loaded.model, method, plan_adapter(method, facts), SEED, rule.adapters)
     generator = torch.Generator().manual_seed(SEED)
     for parameter in attached.parameters().values():
         draws = torch.randn(parameter.shape, generator=generator)
         parameter.data += (noise * draws).to(parameter.dtype)
     state = {name: p.detach().clone() for name, p in attached.parameters().items()}
     loaded.model.eval()
-    source = MergeSource(base, directory, rule, adapter, state, SEED)
+    source = MergeSource(base, facts, directory, rule, adapter, state, SEED)
     return Trained(CausalModel(loaded.model), attached, source)
 
 

@@ -9,12 +9,13 @@ from torch.testing import assert_close
 
 from qlora_lite.adapters.layer import Role
 from qlora_lite.analysis.rank import kept_rank, svd_of_pair
-from qlora_lite.export.merge import MergeSource
-from qlora_lite.inspection.deltas import BaseId, TrainedLayers
+from qlora_lite.export.trained_layers import MergeSource
+from qlora_lite.inspection.deltas import BaseId, RunDeltas
 from qlora_lite.methods.catalogue import METHODS
 from qlora_lite.methods.lora import LoRA, LoRALayer, LoRAMethod
-from qlora_lite.model.load import Base
+from qlora_lite.model.facts import read_facts
 from qlora_lite.model.quant import NF4
+from qlora_lite.model.settings import Base
 from tests.properties.cases import CASES
 from tests.workbench import CPU, Bench
 
@@ -35,8 +36,9 @@ def bench(request, tiny_llama):
 def rebuilt(bench, directory):
     base = Base(model=str(directory), quant=NF4())
     state = {name: tensor.clone() for name, tensor in bench.attached.state().items()}
-    source = MergeSource(base, directory, CPU, bench.method.settings, state, bench.seed)
-    return TrainedLayers(source, "trained")
+    settings = bench.method.settings
+    source = MergeSource(base, read_facts(base), directory, CPU, settings, state, bench.seed)
+    return RunDeltas(str(directory), source, [])
 
 
 def test_every_method_has_the_deltas_and_weights_of_the_trained_model(bench, tiny_llama):

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from qlora_lite.foundation.device import choose
 from qlora_lite.foundation.errors import AdapterError, BaseModelError
 from qlora_lite.inspection.foreign_adapters import open_loralib, open_peft
-from qlora_lite.model.load import Base, load_base
+from qlora_lite.model.load import load_base
 from qlora_lite.model.quant import NF4
+from qlora_lite.model.settings import Base
 from tests.model.test_prequantised import bitsandbytes_config
 from tests.tiny import save_tiny
 

@@ -117,7 +117,7 @@ def test_a_pair_keeps_its_rank_and_a_dense_delta_that_of_the_weight(folder):
 
 def test_a_start_that_was_taken_out_of_the_weights_is_mentioned(folder):
     (report,) = look(folder, "pissa").targets
-    assert "before they were quantised" in report.notes[0]
+    assert "before quantisation" in report.notes[0]
 
 
 def test_an_adapted_embedding_is_shown_and_what_was_trained_whole_is_not(folder):
@@ -125,7 +125,7 @@ def test_an_adapted_embedding_is_shown_and_what_was_trained_whole_is_not(folder)
     (row,) = (row for row in report.layers if row.path == "model.embed_tokens")
     (embedding,) = load_run(folder / "wide").attached.embeddings.values()
     check_row(row, embedding.delta().T, embedding.base.dense().T, rank=3)
-    assert "trained whole are not shown: 5" in report.notes[0]
+    assert "fully trained tensors are not shown: 5" in report.notes[0]
 
 
 def test_fewer_directions_may_be_looked_at(folder):

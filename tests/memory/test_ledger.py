@@ -8,6 +8,7 @@ from live_bytes import LiveBytes
 
 from qlora_lite.adapters.attach import attach
 from qlora_lite.adapters.method import lora_footprint
+from qlora_lite.adapters.plan import plan_adapter
 from qlora_lite.foundation.device import choose
 from qlora_lite.kernels.cross_entropy import linear_cross_entropy
 from qlora_lite.memory.ledger import Ledger, RunShape, make_ledger, num_trained
@@ -15,10 +16,11 @@ from qlora_lite.methods.catalogue import method_for
 from qlora_lite.methods.lora import LoRA
 from qlora_lite.model.causal import CausalModel
 from qlora_lite.model.checkpointing import enable_checkpointing
+from qlora_lite.model.facts import facts_of
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear
-from qlora_lite.model.load import Base, load_base
+from qlora_lite.model.load import load_base
+from qlora_lite.model.settings import Base
 from qlora_lite.model.shape import ModelShape, model_shape
-from qlora_lite.model.targets import linear_specs, select
 from qlora_lite.training.engine import TorchEngine
 from qlora_lite.training.optimizer import AdamW
 from tests.tiny import save_tiny, tiny_model
@@ -89,9 +91,9 @@ def test_adapters_count_what_attached_ones_have(tmp_path):
     loaded = load_base(Base(model=str(directory)), RULE)
     shape = model_shape(loaded.config)
     method = method_for(LoRA(rank=4, ranks={"0": 12}, embedding_rank=3, targets="attention"))
-    specs = linear_specs(loaded.model)
-    attached = attach(loaded.model, method, specs, 0, torch.bfloat16)
-    adapters = {spec.path: method.footprint(spec) for spec in select(specs, "attention")}
+    plan = plan_adapter(method, facts_of(loaded.config))
+    attached = attach(loaded.model, method, plan, 0, torch.bfloat16)
+    adapters = {spec.path: method.footprint(spec) for spec in plan.specs}
     run = run_shape(shape, {"kind": "nf4"}, adapters=adapters, embedding_rank=3)
     assert num_trained(shape, run) == attached.num_parameters
     held = sum(p.nbytes for p in attached.parameters().values())
@@ -110,8 +112,9 @@ def test_the_peak_is_at_most_a_little_above_that_of_a_real_step(tmp_path, family
     directory = save_tiny(tmp_path / "base", family, **FOUR_LAYERS[family])
     loaded = load_base(Base(model=str(directory)), RULE)
     shape = model_shape(loaded.config)
-    specs = linear_specs(loaded.model)
-    attached = attach(loaded.model, method_for(LoRA(rank=8)), specs, 0, torch.bfloat16)
+    method = method_for(LoRA(rank=8))
+    plan = plan_adapter(method, facts_of(loaded.config))
+    attached = attach(loaded.model, method, plan, 0, torch.bfloat16)
     optimizer = AdamW(
         attached.groups(),
         weight_decay=0.0,

@@ -12,6 +12,7 @@ from qlora_lite.memory.ledger import RunShape, make_ledger
 from qlora_lite.memory.plan import make_plan, require_fit
 from qlora_lite.model.config import read_config
 from qlora_lite.model.shape import model_shape
+from qlora_lite.run.savings import alternatives
 
 LLAMA_8B = model_shape(
     read_config(
@@ -34,7 +35,7 @@ WASTEFUL = dataclasses.replace(
 
 
 def plan_for(run: RunShape, budget: str):
-    return make_plan(LLAMA_8B, run, parse_bytes(budget))
+    return make_plan(LLAMA_8B, run, parse_bytes(budget), alternatives)
 
 
 def test_an_8b_model_takes_about_what_the_worked_table_says():
@@ -128,13 +129,14 @@ def test_no_setting_is_given_away_that_could_be_kept():
     ranks = {p: f.scaled(0.5) for p, f in on_cpu.adapters.items()}
     smaller = dataclasses.replace(on_cpu, adapters=ranks, rank=8)
     assert shorter < make_ledger(LLAMA_8B, smaller, 1).peak_bytes < needed
-    assert make_plan(LLAMA_8B, on_cpu, shorter).sufficient_settings == ("data.max_tokens=2048",)
+    plan = make_plan(LLAMA_8B, on_cpu, shorter, alternatives)
+    assert plan.sufficient_settings == ("data.max_tokens=2048",)
 
 
 def test_where_nothing_is_enough_it_says_so():
     plan = plan_for(WASTEFUL, "1GiB")
     assert plan.sufficient_settings == ()
-    with pytest.raises(BudgetError, match="all of them do not fit"):
+    with pytest.raises(BudgetError, match="All of them together do not fit"):
         require_fit(plan)
 
 

@@ -397,7 +397,7 @@ def test_a_run_that_was_interrupted_ends_in_the_same_bits(directory, tmp_path, s
     )
     saved = checkpoint.load(checkpoint.save(tmp_path, steps, state, keep=1))
     second = bench(directory, **settings, saved=saved.adapter)
-    second.optimizer.load_state_dict(saved.optimizer)
+    second.optimizer.load_state_dict(saved.engine)
     second.method.load_state_dict(saved.method)
     second.number = steps
     assert [second.step() for _ in range(8 - steps)] == losses[steps:]

@@ -7,7 +7,8 @@ from torch import nn
 from qlora_lite.foundation.device import choose
 from qlora_lite.model.checkpointing import enable_checkpointing
 from qlora_lite.model.frozen import FrozenLinear
-from qlora_lite.model.load import Base, load_base
+from qlora_lite.model.load import load_base
+from qlora_lite.model.settings import Base
 from tests.tiny import save_tiny
 
 

@@ -7,8 +7,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_lite.foundation.device import choose
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.model.load import Base, load_base
+from qlora_lite.model.load import load_base
 from qlora_lite.model.quant import FP4, NF4, Int8
+from qlora_lite.model.settings import Base
 from tests.tiny import save_tiny
 
 CPU = choose("cpu")

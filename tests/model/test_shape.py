@@ -15,7 +15,7 @@ from transformers import (
 
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.model.config import read_config
-from qlora_lite.model.shape import model_shape, parameter_shapes
+from qlora_lite.model.shape import model_shape
 
 TINY_LLAMA = LlamaConfig(
     vocab_size=50,
@@ -29,7 +29,7 @@ GPT2 = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=32)
 
 
 def test_a_llama_is_described_parameter_by_parameter():
-    found = {p.name: (p.shape, p.role, p.block) for p in parameter_shapes(TINY_LLAMA)}
+    found = {p.name: (p.shape, p.role, p.block) for p in model_shape(TINY_LLAMA).parameters}
     first_layer = {name: value for name, value in found.items() if ".1." not in name}
     assert first_layer == {
         "model.embed_tokens.weight": ((50, 16), "embedding", None),
@@ -94,7 +94,7 @@ def test_a_norm_is_known_by_its_vectors_not_by_its_name():
     """Cohere's norm of queries has a row for each head; it is trained and held as other weights."""
     sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     config = CohereConfig(**sizes, num_attention_heads=4, use_qk_norm=True)
-    roles = {p.module: p.role for p in parameter_shapes(config)}
+    roles = {p.module: p.role for p in model_shape(config).parameters}
     assert roles["model.layers.0.self_attn.q_norm"] == "other"
     assert roles["model.layers.0.input_layernorm"] == roles["model.norm"] == "norm"
 

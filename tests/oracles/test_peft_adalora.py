@@ -6,7 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from qlora_lite.methods.adalora import AdaLoRA
-from qlora_lite.model.load import Base, load_base
+from qlora_lite.model.load import load_base
+from qlora_lite.model.settings import Base
 from tests.dense_twin import dense_twin
 from tests.tiny import save_tiny
 from tests.workbench import CPU, Bench, batches_of

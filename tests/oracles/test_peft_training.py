@@ -24,8 +24,9 @@ from qlora_lite.methods.offset import original
 from qlora_lite.methods.olora import OLoRA
 from qlora_lite.methods.pissa import PiSSA
 from qlora_lite.methods.rslora import RsLoRA
-from qlora_lite.model.load import Base, load_base
+from qlora_lite.model.load import load_base
 from qlora_lite.model.quant import FP32, NF4, Quant
+from qlora_lite.model.settings import Base
 from tests.dense_twin import dense_twin
 from tests.tiny import save_tiny
 from tests.workbench import CPU, Bench, batches_of

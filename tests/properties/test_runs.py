@@ -10,10 +10,13 @@ import peft
 import pytest
 import torch
 
-from qlora_lite.export.merge import MergedWeights, MergeSource
+from qlora_lite.export.merge import MergedWeights
+from qlora_lite.export.trained_layers import MergeSource, TrainedLayers
 from qlora_lite.export.verify import candidate
 from qlora_lite.methods.loftq import LoftQ
-from qlora_lite.model.load import Base, load_base
+from qlora_lite.model.facts import read_facts
+from qlora_lite.model.load import load_base
+from qlora_lite.model.settings import Base
 from qlora_lite.training import checkpoint
 from qlora_lite.training.engine import TorchEngine
 from tests.dense_twin import dense_twin
@@ -83,7 +86,7 @@ def test_a_run_that_was_interrupted_ends_in_the_same_bits(directory, tmp_path, n
     checkpoint.save(tmp_path, first.number, state, keep=1)
     saved = checkpoint.load(checkpoint.newest(tmp_path))
     second = bench(directory, name, quant, dropout=0.1, saved=saved.adapter)
-    second.optimizer.load_state_dict(saved.optimizer)
+    second.optimizer.load_state_dict(saved.engine)
     second.method.load_state_dict(saved.method)
     second.number = first.number
     assert [second.step() for _ in range(STEPS // 2)] == losses[STEPS // 2 :]
@@ -129,15 +132,18 @@ def test_checkpointing_changes_no_bit(directory, name, quant):
 @every
 def test_merged_weights_give_the_same_logits(directory, name, quant):
     it = trained(directory, name, quant)
+    base = Base(model=str(directory), quant=QUANTS[quant])
     source = MergeSource(
-        Base(model=str(directory), quant=QUANTS[quant]),
+        base,
+        read_facts(base),
         directory,
         CPU,
         it.method.settings,
         {key: tensor.clone() for key, tensor in it.attached.state().items()},
         it.seed,
     )
-    model = candidate(MergedWeights(source, "trained", torch.float32), source.base, CPU)
+    weights = MergedWeights(TrainedLayers(source, "trained"), torch.float32)
+    model = candidate(weights, source.base, CPU)
     with torch.no_grad():
         found = model.logits(model.hidden(IDS, torch.arange(20).expand(2, 20)))
     assert_same_logits(found, it.logits())

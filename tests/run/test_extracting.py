@@ -13,7 +13,8 @@ from qlora_lite.methods.loftq import LoftQ
 from qlora_lite.methods.lora import LoRA
 from qlora_lite.methods.mora import MoRA
 from qlora_lite.methods.pissa import PiSSA
-from qlora_lite.model.load import Base, load_base
+from qlora_lite.model.load import load_base
+from qlora_lite.model.settings import Base
 from qlora_lite.run.extracting import extract
 from qlora_lite.run.loading import load_run
 from qlora_lite.run.training import run_recipe

@@ -13,7 +13,7 @@ from qlora_lite.training.checkpoint import TrainingState
 def state(value=1.0):
     return TrainingState(
         adapter={"layer.a": torch.full((2, 3), value, dtype=torch.bfloat16)},
-        optimizer={"layer.a:exp_avg": torch.full((2, 3), value / 3), "layer.a:count": 7},
+        engine={"layer.a:exp_avg": torch.full((2, 3), value / 3), "layer.a:count": 7},
         method={"mask": torch.tensor([True, False]), "phase": "warm"},
         progress={"step": 3, "best_loss": None},
     )
@@ -22,7 +22,7 @@ def state(value=1.0):
 def test_what_is_loaded_is_what_was_saved_to_the_bit(tmp_path):
     saved = state()
     loaded = checkpoint.load(checkpoint.save(tmp_path, 3, saved, keep=2))
-    for part in ("adapter", "optimizer", "method"):
+    for part in ("adapter", "engine", "method"):
         before, after = getattr(saved, part), getattr(loaded, part)
         assert before.keys() == after.keys()
         for name, value in before.items():
@@ -50,5 +50,5 @@ def test_half_written_checkpoints_are_not_seen(tmp_path):
 def test_a_damaged_checkpoint_is_named(tmp_path):
     path = checkpoint.save(tmp_path, 5, state(), keep=2)
     os.truncate(path / "adapter.safetensors", 40)
-    with pytest.raises(RunError, match=r"step-000005 is damaged.*Delete that folder"):
+    with pytest.raises(RunError, match=r"step-000005 is damaged.*delete that folder"):
         checkpoint.load(path)

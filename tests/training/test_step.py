@@ -5,13 +5,15 @@ import torch
 
 from qlora_lite.adapters.attach import attach
 from qlora_lite.adapters.method import StepInfo
+from qlora_lite.adapters.plan import plan_adapter
 from qlora_lite.data.batches import make_batch, make_bin
 from qlora_lite.data.examples import Example
 from qlora_lite.foundation import device
 from qlora_lite.methods.lora import LoRA, LoRAMethod
 from qlora_lite.model.causal import CausalModel
-from qlora_lite.model.load import Base, load_base
-from qlora_lite.model.targets import linear_specs
+from qlora_lite.model.facts import read_facts
+from qlora_lite.model.load import load_base
+from qlora_lite.model.settings import Base
 from qlora_lite.training.engine import TorchEngine
 from qlora_lite.training.optimizer import AdamW
 from qlora_lite.training.step import optimizer_step
@@ -60,9 +62,11 @@ def directory(tmp_path_factory):
 
 
 def workplace(directory):
-    base = load_base(Base(model=str(directory)), device.choose("cpu"))
+    settings = Base(model=str(directory))
+    facts = read_facts(settings)
+    base = load_base(settings, device.choose("cpu"), facts=facts)
     method = Recorder(LoRA(rank=2, targets="attention"))
-    attached = attach(base.model, method, linear_specs(base.model), 0, torch.float32)
+    attached = attach(base.model, method, plan_adapter(method, facts), 0, torch.float32)
     optimizer = AdamW(
         attached.groups(),
         weight_decay=0.0,

@@ -27,8 +27,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from qlora_lite.foundation.device import choose
 from qlora_lite.foundation.units import format_bytes
-from qlora_lite.model.load import Base, load_base
-from qlora_lite.model.shape import parameter_shapes
+from qlora_lite.model.load import load_base
+from qlora_lite.model.settings import Base
+from qlora_lite.model.shape import model_shape
 from qlora_lite.shards.writer import ShardWriter, TensorSpec
 
 GIGABYTE = {
@@ -83,7 +84,7 @@ def write_random_llama(directory: Path, config: dict[str, Any], num_shards: int)
     """A directory in bf16 as `save_pretrained` would write it."""
     llama = LlamaConfig(**config, dtype="bfloat16")
     llama.save_pretrained(directory)
-    specs = [TensorSpec(p.name, torch.bfloat16, p.shape) for p in parameter_shapes(llama)]
+    specs = [TensorSpec(p.name, torch.bfloat16, p.shape) for p in model_shape(llama).parameters]
     total = sum(spec.num_bytes for spec in specs)
     limit = total if num_shards == 1 else total // num_shards + max(s.num_bytes for s in specs) // 4
     generator = torch.Generator().manual_seed(0)

@@ -9,10 +9,10 @@ from method_study.material import Material
 from qlora_lite.data.settings import Data
 from qlora_lite.demo import BASE, HELDOUT, TRAIN
 from qlora_lite.methods.lora import LoRA
-from qlora_lite.model.load import Base
 from qlora_lite.model.quant import NF4
+from qlora_lite.model.settings import Base
 from qlora_lite.recipe import Recipe
-from qlora_lite.training.optimizer import Optim
+from qlora_lite.training.settings import Optim
 
 TOKENS_PER_STEP = 1024
 HELDOUT_ROWS = 200

@@ -12,11 +12,13 @@ from qlora_lite.adapters.method import StepInfo
 from qlora_lite.data.load import PreparedData, load_data
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.seeds import generator
+from qlora_lite.foundation.watch import Watcher
 from qlora_lite.model.checkpointing import enable_checkpointing
 from qlora_lite.model.load import load_tokenizer
 from qlora_lite.recipe import Recipe
-from qlora_lite.run.loading import load_for_training
-from qlora_lite.run.training import training_batches
+from qlora_lite.run.job import training_batches
+from qlora_lite.run.loading import load_adapted
+from qlora_lite.run.setup import set_up
 from qlora_lite.training.engine import TorchEngine
 from qlora_lite.training.optimizer import AdamW
 from qlora_lite.training.step import optimizer_step
@@ -30,7 +32,8 @@ class Stepper:
 
     def __init__(self, recipe: Recipe, data: PreparedData) -> None:
         optim = recipe.optim
-        loaded = load_for_training(recipe)
+        rule = devices.choose(recipe.device, recipe.base.compute)
+        loaded = load_adapted(set_up(recipe, rule), Watcher())
         assert loaded.attached is not None
         self.recipe, self.attached, self.model = recipe, loaded.attached, loaded.causal
         if optim.checkpointing:
@@ -44,7 +47,6 @@ class Stepper:
             states="32bit",
             rounding=optim.rounding,
         )
-        rule = devices.choose(recipe.device, recipe.base.compute)
         self.engine = TorchEngine(optimizer, rule.compute)
         self.batches = training_batches(recipe, data, optim.micro_batch_tokens or 0)
         self.number = 0

@@ -11,8 +11,8 @@ from qlora_lite.adapters.layer import AdapterLayer
 from qlora_lite.data.load import load_data
 from qlora_lite.evaluation.perplexity import score
 from qlora_lite.methods.lora import LoRALayer
+from qlora_lite.run.job import held_out_batches
 from qlora_lite.run.loading import load_run
-from qlora_lite.run.training import held_out_batches
 
 
 def losses_by_rank(run: Path) -> Values:

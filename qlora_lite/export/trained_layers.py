@@ -1,0 +1,212 @@
+"""The layers of a trained run, rebuilt one at a time from its files. No model is loaded.
+
+    layers = TrainedLayers(source, "trained")
+    layers.layer("model.layers.0.mlp.up_proj").delta()
+
+Merging adds what these layers learned to the base; inspecting looks at it.
+
+| base       | the frozen weight of a layer                                                 |
+|------------|------------------------------------------------------------------------------|
+| `trained`  | quantised again as training did, and dequantised to what forward used        |
+| `original` | as the checkpoint stores it                                                  |
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qlora_lite.adapters.attach import build_layer
+from qlora_lite.adapters.layer import AdapterLayer, Factors
+from qlora_lite.adapters.method import AdapterSettings, Requirement
+from qlora_lite.adapters.ranks import scale_of
+from qlora_lite.adapters.split_state import SplitState
+from qlora_lite.export.adapter_parts import mismatch, sort_by_module
+from qlora_lite.foundation.device import DeviceRule
+from qlora_lite.foundation.errors import AdapterError, ExportError
+from qlora_lite.methods.catalogue import method_for
+from qlora_lite.model.facts import BaseFacts
+from qlora_lite.model.frozen import FrozenLinear, Scratch
+from qlora_lite.model.prequantised import is_packed, read_packed, stored_quant
+from qlora_lite.model.quant import BF16, FP32, NF4, Int8, Quant
+from qlora_lite.model.quantise import StoredWeight, copy_weight, quantise
+from qlora_lite.model.settings import Base
+from qlora_lite.model.shape import ParameterShape
+from qlora_lite.shards.reader import Checkpoint
+
+CHUNK_WEIGHTS = 2**20
+"""Weights that are read, added and rounded at a time: 4 MiB in fp32."""
+
+BaseOfMerge = Literal["trained", "original"]
+
+
+@dataclass(frozen=True)
+class MergeSource:
+    """A trained adapter and the base that it was trained on."""
+
+    base: Base
+    facts: BaseFacts
+    path: Path
+    """The base's directory, from `locate`."""
+    rule: DeviceRule
+    """The dtypes of training; its device is where sums are made."""
+    adapter: AdapterSettings
+    state: Mapping[str, Tensor]
+    """The adapter's state by `path.name`, from `native.safetensors`."""
+    seed: int
+
+    @cached_property
+    def bases(self) -> tuple[BaseOfMerge, ...]:
+        """The bases that this adapter can be added to.
+
+        A checkpoint that was already quantised has no original weights. A method that started
+        before quantisation took something out of them, so it fits its own base only.
+        """
+        return ("trained",) if self._only_trained else ("trained", "original")
+
+    @cached_property
+    def _only_trained(self) -> str | None:
+        """Why the original base is no choice; None if it is one."""
+        if Requirement.ORIGINAL_WEIGHTS in method_for(self.adapter).requires:
+            return f"adapter={self.adapter.kind} with its settings changed the weights at its start"
+        if stored_quant(self.facts.config, self.base.quant) is not None:
+            return f"the checkpoint {self.path} is quantised and has no original weights"
+        return None
+
+    def require(self, base: BaseOfMerge) -> None:
+        """Check that the adapter can be added to `base`.
+
+        Raises:
+            ExportError: if it cannot.
+        """
+        if base not in self.bases:
+            raise ExportError(
+                f"got base={base}, but this adapter fits only the base that it was trained on: "
+                f"{self._only_trained}. Use base=trained"
+            )
+
+
+class TrainedLayers:
+    """The adapted layers of a run, and the frozen tensors of its base.
+
+    Raises:
+        AdapterError: if a tensor of the adapter belongs nowhere in this base, or one is missing.
+        ExportError: if the adapter does not fit `base`.
+    """
+
+    def __init__(self, source: MergeSource, base: BaseOfMerge) -> None:
+        source.require(base)
+        self.source = source
+        self.base = base
+        self.checkpoint = Checkpoint.open(source.path)
+        self.method = method_for(source.adapter)
+        self.parts = sort_by_module(source.state, self.method, source.facts)
+        self.parameters = {p.name: p for p in source.facts.shape.parameters}
+        self.stored_names = {
+            ours: stored for stored, ours in source.facts.match_names(self.checkpoint.names).items()
+        }
+        """The checkpoint's name of every tensor of the model, in the order of its files."""
+        self._splits = SplitState(
+            self.method, list(self.parts.specs.values()), source.seed, source.state
+        )
+        self._scratch = Scratch()
+
+    def layer(self, path: str) -> AdapterLayer:
+        """The trained layer at `path`, with its frozen weight and without a bias."""
+        spec, saved = self.parts.specs[path], self.parts.layers[path]
+        layer = build_layer(self.frozen(f"{path}.weight"), spec, self._splits, torch.float32)
+        if odd := saved.keys() ^ layer.state().keys():
+            raise AdapterError(mismatch(f"{path}.{min(odd)}", self.source.adapter.kind))
+        for name, parameter in layer.trained().items():
+            if saved[name].shape != parameter.shape:
+                raise AdapterError(
+                    f"{path}.{name} has shape {tuple(saved[name].shape)} in the adapter and "
+                    f"{tuple(parameter.shape)} by its settings. Restore the run's files"
+                )
+        layer.load_state(saved)
+        return layer
+
+    def embedding_pair(self, path: str) -> Factors:
+        """What is added to the embedding at `path`: up @ down is (tokens, hidden)."""
+        saved, settings = self.parts.embeddings[path], self.source.adapter
+        scale = scale_of(settings.alpha, settings.embedding_rank, settings.scaling)
+        return Factors(down=scale * saved["b"].float().T, up=saved["a"].float().T)
+
+    def frozen(self, name: str) -> FrozenLinear:
+        """The linear layer of a weight, without its bias."""
+        rule, stored = self.source.rule, self.stored_names[self._origin(name)]
+        if is_packed(self.checkpoint, stored):
+            return read_packed(self.checkpoint, stored, rule, None, self._scratch)
+        parameter = self.parameters[name]
+        weight = StoredWeight(self.checkpoint, stored, parameter.transposed)
+        if self.base == "original":
+            exact: Quant = BF16() if weight.dtype == torch.bfloat16 else FP32()
+            rule = dataclasses.replace(rule, compute=torch.float32)
+            return quantise(weight, exact, rule, scratch=self._scratch)
+        if (quant := self.quant(name)) is not None:
+            split = self._splits.split(parameter.module)
+            return quantise(weight, quant, rule, split=split, scratch=self._scratch)
+        plain = copy_weight(weight, self._storage_dtype(parameter), rule.device)
+        label: Quant = FP32() if plain.dtype == torch.float32 else BF16()
+        return FrozenLinear(
+            *weight.shape, label, rule.compute, plain, source=weight, scratch=self._scratch
+        )
+
+    def quant(self, name: str) -> Quant | None:
+        """How training quantised a tensor; None if it did not."""
+        parameter, base = self.parameters.get(name), self.source.base
+        if parameter is None or not name.endswith(".weight"):
+            return None
+        if parameter.role == "linear":
+            return base.quant
+        if parameter.role == "head":
+            return {"16bit": None, "int8": Int8(), "nf4": NF4()}[base.head]
+        return None
+
+    def unquantised(self, name: str) -> Iterator[Tensor]:
+        """A tensor that was not quantised, in fp32 after the rounding that training gave it.
+
+        It comes in chunks along its first dimension.
+        """
+        if self.base == "original" or name not in self.parameters:
+            return (part.float() for part in self.stored(name))
+        dtype = self._storage_dtype(self.parameters[name])
+        return (part.to(dtype).float() for part in self.stored(name))
+
+    def stored(self, name: str) -> Iterator[Tensor]:
+        """The checkpoint's tensor, in chunks along its first dimension."""
+        stored = self.stored_names[self._origin(name)]
+        info = self.checkpoint.info(stored)
+        if not info.shape:
+            yield self.checkpoint.read(stored)
+            return
+        step = chunk_rows(info.shape)
+        for start in range(0, info.shape[0], step):
+            yield self.checkpoint.rows(stored, start, min(start + step, info.shape[0]))
+
+    def num_bytes(self, name: str) -> int:
+        """Stored bytes of a tensor."""
+        return self.checkpoint.info(self.stored_names[self._origin(name)]).num_bytes
+
+    def _origin(self, name: str) -> str:
+        """The parameter whose storage holds this one: of tied ones only one is stored."""
+        return self.source.facts.tied.get(name, name)
+
+    def _storage_dtype(self, parameter: ParameterShape) -> torch.dtype:
+        """The dtype in which training stored a tensor that it did not quantise."""
+        rule = self.source.rule
+        if len(parameter.shape) == 1:
+            return rule.norms
+        if parameter.role in ("embedding", "head"):
+            return torch.float32 if isinstance(self.source.base.quant, FP32) else rule.storage
+        return rule.compute
+
+
+def chunk_rows(shape: tuple[int, ...]) -> int:
+    """Rows of a tensor that hold about `CHUNK_WEIGHTS` numbers, at least one."""
+    return max(CHUNK_WEIGHTS * shape[0] // max(torch.Size(shape).numel(), 1), 1)

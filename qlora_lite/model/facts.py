@@ -1,0 +1,108 @@
+"""What is known of a base before a weight is read.
+
+    facts = read_facts(Base(model="Qwen/Qwen3-8B"))     # fetches only config.json
+    facts.shape.num_parameters, facts.specs[0].path
+
+A command reads this once and passes it on: to the plan, the checks, loading and the adapter.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.configuration_utils import PretrainedConfig
+
+from qlora_lite.model.config import read_config
+from qlora_lite.model.prequantised import COMPANION
+from qlora_lite.model.settings import Base
+from qlora_lite.model.shape import ModelShape, build_on_meta, shape_of
+from qlora_lite.model.targets import LinearSpec, linear_specs
+from qlora_lite.shards.names import match
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """The config of a base, and everything that follows from it."""
+
+    config: PretrainedConfig
+    """As `config.json` has it. Copy it before changing it."""
+
+    shape: ModelShape
+    """Its dimensions, and every parameter's name, shape and role."""
+
+    specs: tuple[LinearSpec, ...]
+    """Its linear layers, in the model's order."""
+
+    buffers: frozenset[str]
+    """Names of buffers, which a checkpoint may hold."""
+
+    tied: Mapping[str, str]
+    """For each parameter that shares another's storage, that other's name."""
+
+    prefix: str
+    """Name of the decoder inside the model."""
+
+    ignored: tuple[str, ...]
+    """Patterns of stored tensors that the model's own code does not load."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of rows of the embedding: token ids are below it."""
+        return self.shape.vocab
+
+    @property
+    def context(self) -> int | None:
+        """Positions that the model was trained on, if its config says so."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    def match_names(self, stored: Collection[str]) -> dict[str, str]:
+        """The model's name of every tensor of a checkpoint that the model loads.
+
+        Raises:
+            BaseModelError: naming a parameter that is missing, or a tensor that has no place.
+        """
+        return match(
+            [name for name in stored if not COMPANION.search(name)],
+            {parameter.name for parameter in self.shape.parameters},
+            buffers=self.buffers,
+            tied=self.tied,
+            prefix=self.prefix,
+            ignored=self.ignored,
+        )
+
+
+def read_facts(base: Base, known: Mapping[str, Any] | None = None) -> BaseFacts:
+    """The facts of a model directory or a hub id.
+
+    Args:
+        known: the config as far as it is known, used if the hub's is not on this machine.
+
+    Raises:
+        BaseModelError: if there is no such model, or transformers cannot build it.
+    """
+    config = read_config(base.model, base.revision, base.trust_remote_code, known=known)
+    return facts_of(config, base.trust_remote_code)
+
+
+def facts_of(config: PretrainedConfig, trust_remote_code: bool = False) -> BaseFacts:
+    """The facts that follow from a config.
+
+    Raises:
+        BaseModelError: if transformers has no causal language model for it.
+    """
+    model = build_on_meta(config, trust_remote_code)
+    shape = shape_of(model, config)
+    return BaseFacts(
+        config=config,
+        shape=shape,
+        specs=tuple(linear_specs(shape)),
+        buffers=frozenset(name for name, _ in model.named_buffers()),
+        tied=_tied(model),
+        prefix=str(model.base_model_prefix),
+        ignored=tuple(model._keys_to_ignore_on_load_unexpected or ()),  # type: ignore[arg-type]
+    )
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    return dict(model.all_tied_weights_keys)  # type: ignore[arg-type]

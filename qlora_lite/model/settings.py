@@ -1,0 +1,31 @@
+"""The settings of the frozen base: which model, and in what form it is loaded."""
+
+from typing import Literal
+
+from qlora_lite.foundation.settings import Settings
+from qlora_lite.model.quant import NF4, Quant
+
+
+class Base(Settings):
+    """The frozen base model."""
+
+    model: str
+    """A directory, or a hub id such as `Qwen/Qwen3-8B`."""
+
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+
+    quant: Quant = NF4()
+    """How the linear layers are held: nf4, fp4, int8, bf16 or fp32."""
+
+    head: Literal["16bit", "int8", "nf4"] = "16bit"
+    """How an untied output head is held."""
+
+    compute: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Dtype of activations; `auto` is fp32 on CPU, and bf16 or fp16 on CUDA."""
+
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Implementation of attention; `auto` is the fastest that the architecture has in torch."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Read it first."""

@@ -1,0 +1,136 @@
+"""What a training run works with: its batches, its optimizer and engine, its scorer."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from qlora_lite.adapters.attach import AttachedAdapter
+from qlora_lite.adapters.warm_start import describe_warm_start, warm_start
+from qlora_lite.data.batches import Batch, Batches, in_order
+from qlora_lite.data.coloured import bracketed
+from qlora_lite.data.load import PreparedData
+from qlora_lite.data.preview import preview_row
+from qlora_lite.evaluation.perplexity import score
+from qlora_lite.foundation.errors import BaseModelError
+from qlora_lite.foundation.watch import Watcher
+from qlora_lite.model.checkpointing import enable_checkpointing
+from qlora_lite.recipe import Recipe
+from qlora_lite.run.loading import LoadedModel
+from qlora_lite.run.setup import RunSetup
+from qlora_lite.run.tracking import Track
+from qlora_lite.training.engine import TorchEngine
+from qlora_lite.training.interruption import StopRequest
+from qlora_lite.training.loop import TrainingJob
+from qlora_lite.training.optimizer import AdamW
+
+ROWS_SHOWN = 3
+"""Rows of a batch that an error message shows."""
+
+
+def training_batches(recipe: Recipe, data: PreparedData, micro_batch_tokens: int) -> Batches:
+    """The batches of every step."""
+    return Batches(
+        data.train,
+        max_tokens=recipe.data.max_tokens,
+        tokens_per_step=recipe.optim.tokens_per_step,
+        micro_batch_tokens=micro_batch_tokens,
+        seed=recipe.seed,
+        packing=recipe.data.packing,
+        shuffle=recipe.data.shuffle,
+        epochs=recipe.optim.epochs,
+        steps=recipe.optim.steps,
+    )
+
+
+def held_out_batches(recipe: Recipe, data: PreparedData) -> Iterator[Batch]:
+    """Every held-out row once."""
+    return in_order(
+        data.heldout,
+        max_tokens=recipe.data.max_tokens,
+        micro_batch_tokens=recipe.optim.micro_batch_tokens or recipe.data.max_tokens,
+        packing=recipe.data.packing,
+    )
+
+
+def require_known_tokens(data: PreparedData, setup: RunSetup) -> None:
+    """Check that every token of the rows has a row in the base's embedding.
+
+    Raises:
+        BaseModelError: if the tokenizer has more tokens than the base.
+    """
+    vocabulary, model = setup.facts.vocabulary, setup.recipe.base.model
+    for examples in (data.train, data.heldout):
+        if len(examples) and (largest := int(examples.ids.max())) >= vocabulary:
+            token = data.template.tokenizer.convert_ids_to_tokens(largest)
+            raise BaseModelError(
+                f"the rows contain token {largest} ({token!r}), and {model} has tokens 0 to "
+                f"{vocabulary - 1}: its tokenizer belongs to another model. Restore the tokenizer "
+                "that came with the weights"
+            )
+
+
+def make_job(
+    setup: RunSetup,
+    directory: Path,
+    loaded: LoadedModel,
+    data: PreparedData,
+    batches: Batches,
+    resume_from: Path | None,
+    stop_request: StopRequest,
+    watcher: Watcher,
+    track: Track,
+) -> TrainingJob:
+    """The model with its adapter, optimizer and data, ready for the first step."""
+    recipe, attached = setup.recipe, loaded.attached
+    assert attached is not None
+    if recipe.adapter.start and resume_from is None:
+        start = Path(recipe.adapter.start)
+        for note in describe_warm_start(start, recipe.adapter, recipe.base.model):
+            watcher.note(note)
+        warm_start(attached, start)
+    if recipe.optim.checkpointing:
+        enable_checkpointing(loaded.base.model)
+    attached.train()
+    model = loaded.causal
+
+    def score_heldout() -> dict[str, float]:
+        attached.train(False)
+        result = score(model, held_out_batches(recipe, data))
+        attached.train()
+        return {"loss": result.loss, "accuracy": result.accuracy, "perplexity": result.perplexity}
+
+    def show_rows(batch: Batch) -> str:
+        rows = set(batch.rows[:ROWS_SHOWN])
+        examples = [example for example in data.train if example.row in rows]
+        shown = [preview_row(e, data.train_source, loaded.tokenizer) for e in examples]
+        return "\n".join(f"{row.where}: {bracketed(row.pieces)}" for row in shown)
+
+    return TrainingJob(
+        model=model,
+        attached=attached,
+        engine=TorchEngine(_optimizer(setup, attached), setup.rule.compute),
+        batches=batches,
+        optim=recipe.optim,
+        seed=recipe.seed,
+        directory=directory,
+        vocabulary=setup.facts.vocabulary,
+        evaluation=recipe.evaluation,
+        checkpoints=recipe.checkpoints,
+        score=score_heldout if len(data.heldout) else None,
+        show_rows=show_rows,
+        stop_request=stop_request,
+        resume_from=resume_from,
+        watcher=watcher,
+        track=track,
+    )
+
+
+def _optimizer(setup: RunSetup, attached: AttachedAdapter) -> AdamW:
+    optim = setup.recipe.optim
+    return AdamW(
+        attached.groups(),
+        weight_decay=optim.weight_decay,
+        betas=optim.betas,
+        eps=optim.eps,
+        states=setup.rule.optimizer_states if optim.states == "auto" else optim.states,
+        rounding=optim.rounding,
+    )

@@ -1,0 +1,45 @@
+"""Metrics for experiment trackers, through accelerate; by default there is no tracker."""
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from qlora_lite.foundation.errors import RecipeError
+from qlora_lite.recipe import Recipe
+
+Track = Callable[[dict[str, Any], int], None]
+"""(metrics, step)"""
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Check that the trackers are installed.
+
+    Raises:
+        RecipeError: naming the package that is missing.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RecipeError(
+            f"tracking={list(names)}: the package {missing[0]} is not installed. Run "
+            f"`pip install {missing[0]}`, or leave that tracker out"
+        )
+
+
+@contextmanager
+def tracking(recipe: Recipe, directory: Path) -> Iterator[Track]:
+    """A function that sends metrics to the recipe's trackers while the block runs."""
+    if not recipe.tracking:
+        yield lambda values, step: None
+        return
+    accelerator = Accelerator(
+        cpu=recipe.device == "cpu", log_with=list(recipe.tracking), project_dir=directory
+    )
+    accelerator.init_trackers(directory.name)
+    try:
+        yield lambda values, step: accelerator.log(values, step=step)
+    finally:
+        accelerator.end_training()

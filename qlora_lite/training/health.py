@@ -1,0 +1,70 @@
+"""Checks that stop a run at once, because going on would be pointless: each says why."""
+
+import math
+from collections.abc import Callable
+
+from qlora_lite.data.batches import Batch
+from qlora_lite.foundation.errors import TrainingError
+
+WORSE_THAN_GUESSING = 1.3
+"""Times ln(vocabulary). A first loss above it means that something is broken."""
+
+ShowRows = Callable[[Batch], str]
+"""A batch's rows as text, for an error message."""
+
+
+def check_loss(
+    loss: float, batch: Batch, step: int, vocabulary: int, lr: float, show_rows: ShowRows
+) -> None:
+    """The mean loss of a micro-batch in `step` (from 0), before its backward.
+
+    Raises:
+        TrainingError: if it is not finite, or above what guessing gives in the first step.
+    """
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"step {step + 1}: the loss is {loss}, which is not finite. Look at these rows, and "
+            f"try a lower optim.lr (now {lr:g})\n{show_rows(batch)}"
+        )
+    limit = WORSE_THAN_GUESSING * math.log(vocabulary)
+    if step == 0 and loss > limit:
+        raise TrainingError(
+            f"the first loss is {loss:.2f}, above {limit:.2f} = 1.3 ln({vocabulary}): the model "
+            "does worse than guessing. Its weights, its tokenizer or the data do not belong "
+            f"together; look at these rows\n{show_rows(batch)}"
+        )
+
+
+def check_heldout_loss(
+    loss: float, num_steps: int, lr: float, show_rows: Callable[[], str]
+) -> None:
+    """The held-out loss after `num_steps` steps. `show_rows` shows some training rows.
+
+    Raises:
+        TrainingError: if it is not finite.
+    """
+    if math.isfinite(loss):
+        return
+    if num_steps:
+        raise TrainingError(
+            f"after step {num_steps} the held-out loss is {loss}, which is not finite. Try a lower "
+            f"optim.lr (now {lr:g})"
+        )
+    raise TrainingError(
+        f"before the first step the held-out loss is {loss}, which is not finite. The base's "
+        "weights are damaged, or too large for base.compute. It reads rows like these\n"
+        f"{show_rows()}"
+    )
+
+
+def check_gradient(norm: float, batch: Batch, step: int, show_rows: ShowRows) -> None:
+    """The norm of the gradient of `step` (from 0), before clipping.
+
+    Raises:
+        TrainingError: if it is zero or not finite.
+    """
+    if norm == 0 or not math.isfinite(norm):
+        raise TrainingError(
+            f"step {step + 1}: the gradient norm is {norm}, so nothing can be learned. Check "
+            f"adapter.targets and adapter.ranks, and look at these rows\n{show_rows(batch)}"
+        )
