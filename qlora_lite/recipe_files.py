@@ -1,4 +1,4 @@
-"""How a recipe is read: from a Python file, from a `recipe.json`, or from a run's folder."""
+"""How a recipe is read: from a Python file, a `recipe.json`, a run's folder, or by its name."""
 
 import importlib.util
 import json
@@ -14,11 +14,14 @@ from qlora_lite.foundation.overrides import check
 from qlora_lite.foundation.settings import Settings
 from qlora_lite.foundation.validation_messages import explain
 from qlora_lite.recipe import Recipe
+from qlora_lite.shipped_recipes import near_names, shipped_file, shipped_recipes
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """A recipe from a Python file, a `recipe.json`, or a run's folder.
+    """A recipe from a Python file, a `recipe.json` or a run's folder, or a shipped one by its name.
 
+    `load_recipe("qwen3_8b")` is the recipe of that name that comes with the package, unless the
+    working directory has a file or folder called so.
     The folder of a Python recipe is importable while it loads, so recipes may build on neighbours.
     A run's recipe has the run's folder as its output, wherever that was moved to.
 
@@ -26,6 +29,7 @@ def load_recipe(path: str | Path) -> Recipe:
         RecipeError: if there is none, or it does not say what a recipe must say.
     """
     path = Path(path)
+    path = shipped_file(path) or path
     run = path if path.is_dir() else path.parent if is_run(path.parent) else None
     if path.is_dir():
         if not (path / "recipe.json").is_file():
@@ -33,8 +37,9 @@ def load_recipe(path: str | Path) -> Recipe:
         path = path / "recipe.json"
     if not path.is_file():
         raise RecipeError(
-            f"{path} is not a file. Give a recipe (recipes/*.py), a run's folder or its "
-            "recipe.json; `qlora-lite init MODEL` writes a new one"
+            f"{path} is not a file. {near_names(path)}Give a recipe (.py), a run's folder or its "
+            f"recipe.json, or one of {', '.join(shipped_recipes())}; `qlora-lite init MODEL` "
+            "writes a new one"
         )
     if path.suffix == ".json":
         recipe = _from_json(path)

@@ -88,3 +88,28 @@ def test_a_model_is_no_recipe(tmp_path):
         load_recipe(tmp_path / "adapter")
     with pytest.raises(RecipeError, match=r"gone\.py is not a file"):
         load_recipe(tmp_path / "gone.py")
+
+
+def test_a_shipped_recipe_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("qwen3_8b").base.model == "Qwen/Qwen3-8B"  # it builds on qwen3_0_6b
+    assert load_recipe("demo").output == "runs/demo"
+
+
+def test_a_file_or_folder_in_the_working_directory_comes_before_a_shipped_recipe(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "recipe.json").write_text(json.dumps(RECIPE.to_dict()))
+    assert load_recipe("gpt2").base.model == "some/model"
+    (tmp_path / "demo").write_text("")
+    with pytest.raises(RecipeError, match=r"demo: a recipe is a \.py file"):
+        load_recipe("demo")
+
+
+@pytest.mark.parametrize("name", ["lama3_1_8b", "recipes/llama3_1_8b.py", "llama3.1_8b"])
+def test_an_unknown_name_is_answered_with_the_nearest_and_all_others(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=r"mean llama3_1_8b\?.*one of demo, gpt2, .*init MODEL"):
+        load_recipe(name)

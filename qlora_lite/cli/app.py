@@ -24,7 +24,11 @@ app = typer.Typer(
 )
 
 RecipeFile = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="A recipe file, a recipe.json or a run's folder.")
+    Path,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe file, a recipe.json, a run's folder or a name from `init --list`.",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
 
@@ -39,6 +43,20 @@ def _print_version(is_asked: bool) -> None:
         from importlib.metadata import version
 
         typer.echo(version("qlora-lite"))
+        raise typer.Exit
+
+
+def _print_recipes(is_asked: bool) -> None:
+    if is_asked:
+        from qlora_lite.shipped_recipes import shipped_recipes, summary
+
+        recipes = shipped_recipes()
+        width = max(map(len, recipes))
+        for name, file in recipes.items():
+            typer.echo(f"{name:{width}}  {summary(file)}")
+        typer.echo(
+            "Take one by its name: qlora-lite plan NAME, qlora-lite train NAME key=value ..."
+        )
         raise typer.Exit
 
 
@@ -58,6 +76,15 @@ def options(
 def init(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or a hub id.")],
     output: Annotated[Path | None, typer.Option(help="The file to write.")] = None,
+    list_recipes: Annotated[
+        bool,
+        typer.Option(
+            "--list",
+            callback=_print_recipes,
+            is_eager=True,
+            help="Print the recipes that come with qlora-lite.",
+        ),
+    ] = False,
 ) -> None:
     """Write a recipe file for any model."""
     from qlora_lite.run.initialising import write_recipe
