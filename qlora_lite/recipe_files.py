@@ -14,22 +14,21 @@ from qlora_lite.foundation.overrides import check
 from qlora_lite.foundation.settings import Settings
 from qlora_lite.foundation.validation_messages import explain
 from qlora_lite.recipe import Recipe
-from qlora_lite.shipped_recipes import near_names, shipped_file, shipped_recipes
+from qlora_lite.shipped_recipes import find_recipe, near_names, shipped_recipes
 
 
 def load_recipe(path: str | Path) -> Recipe:
     """A recipe from a Python file, a `recipe.json` or a run's folder, or a shipped one by its name.
 
     `load_recipe("qwen3_8b")` is the recipe of that name that comes with the package, unless the
-    working directory has a file or folder called so.
+    working directory has a `qwen3_8b` or a `qwen3_8b.py`.
     The folder of a Python recipe is importable while it loads, so recipes may build on neighbours.
     A run's recipe has the run's folder as its output, wherever that was moved to.
 
     Raises:
         RecipeError: if there is none, or it does not say what a recipe must say.
     """
-    path = Path(path)
-    path = shipped_file(path) or path
+    path = find_recipe(Path(path))
     run = path if path.is_dir() else path.parent if is_run(path.parent) else None
     if path.is_dir():
         if not (path / "recipe.json").is_file():

@@ -24,14 +24,16 @@ def summary(file: Path) -> str:
     return text.partition("\n")[0]
 
 
-def shipped_file(path: Path) -> Path | None:
-    """The shipped recipe that `path` names.
+def find_recipe(path: Path) -> Path:
+    """The file that a bare name stands for; any other path, and an unknown name, as it is.
 
-    None if `path` exists, or is not a bare name: a file or folder of the user's comes first.
+    The user's files come first: `path` itself, then `path.py` in the working directory, where
+    `qlora-lite init` writes it, then the recipe that comes with the package.
     """
     if len(path.parts) != 1 or path.suffix or path.exists():
-        return None
-    return shipped_recipes().get(path.name)
+        return path
+    own = path.with_suffix(".py")
+    return own if own.exists() else shipped_recipes().get(path.name, path)
 
 
 def near_names(path: Path) -> str:

@@ -103,6 +103,11 @@ def test_a_file_or_folder_in_the_working_directory_comes_before_a_shipped_recipe
     (tmp_path / "gpt2").mkdir()
     (tmp_path / "gpt2" / "recipe.json").write_text(json.dumps(RECIPE.to_dict()))
     assert load_recipe("gpt2").base.model == "some/model"
+    (tmp_path / "qwen3_8b.py").write_text(
+        "from qlora_lite import Base, Data, Recipe\n"
+        "recipe = Recipe(base=Base(model='a/b'), data=Data(train='t.jsonl'), output='o')\n"
+    )
+    assert load_recipe("qwen3_8b").base.model == "a/b"
     (tmp_path / "demo").write_text("")
     with pytest.raises(RecipeError, match=r"demo: a recipe is a \.py file"):
         load_recipe("demo")
