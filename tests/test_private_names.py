@@ -185,7 +185,7 @@ TABLE: dict[str, tuple[tuple[str, ...], Callable[[], object]]] = {
     ),
     # transformers
     "._keys_to_ignore_on_load_unexpected": (
-        ("qlora_lite/export/merge.py", "qlora_lite/model/load.py"),
+        ("qlora_lite/model/facts.py",),
         lambda: transformers.PreTrainedModel._keys_to_ignore_on_load_unexpected is None,
     ),
     "transformers.utils.chat_template_utils.render_jinja_template": (
@@ -195,9 +195,10 @@ TABLE: dict[str, tuple[tuple[str, ...], Callable[[], object]]] = {
     "transformers.configuration_utils.PretrainedConfig": (
         (
             "qlora_lite/model/config.py",
+            "qlora_lite/model/facts.py",
             "qlora_lite/model/load.py",
             "qlora_lite/model/shape.py",
-            "qlora_lite/run/planning.py",
+            "qlora_lite/run/loading.py",
         ),
         lambda: _is_public("configuration_utils", "PretrainedConfig"),
     ),

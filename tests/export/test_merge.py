@@ -279,7 +279,9 @@ def test_every_adapter_tensor_is_used_exactly_once_or_the_merge_fails(tmp_path, 
     else:
         state[name] = state[name][:2]
     with pytest.raises(AdapterError, match=name):
-        TrainedLayers(replace(trained.source, state=state), "trained").layer("model.layers.1.mlp.up_proj")
+        TrainedLayers(replace(trained.source, state=state), "trained").layer(
+            "model.layers.1.mlp.up_proj"
+        )
 
 
 def test_a_whole_module_that_nobody_asked_to_train_is_refused(tmp_path):
