@@ -211,13 +211,7 @@ TABLE: dict[str, tuple[tuple[str, ...], Callable[[], object]]] = {
         lambda: _is_public("tokenization_utils_fast", "PreTrainedTokenizerFast"),
     ),
     "transformers.pytorch_utils.Conv1D": (
-        (
-            "qlora_lite/export/adapter_parts.py",
-            "qlora_lite/export/merge.py",
-            "qlora_lite/model/load.py",
-            "qlora_lite/model/shape.py",
-            "qlora_lite/model/targets.py",
-        ),
+        ("qlora_lite/model/load.py", "qlora_lite/model/shape.py"),
         lambda: transformers.pytorch_utils.Conv1D(3, 2).weight.shape == (2, 3),
     ),
 }
