@@ -17,6 +17,7 @@ from qlora_lite.foundation.files import (
     write_json,
     write_text,
 )
+from tests.disk_calls import record_disk_calls
 
 
 def test_a_file_is_replaced_at_once_and_leaves_nothing_beside_it(tmp_path):
@@ -25,6 +26,12 @@ def test_a_file_is_replaced_at_once_and_leaves_nothing_beside_it(tmp_path):
     write_json(path, {"new": "ü"})
     assert path.read_text(encoding="utf-8") == '{\n  "new": "ü"\n}\n'
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_file_is_synced_before_the_rename_and_its_directory_after_it(tmp_path, monkeypatch):
+    calls = record_disk_calls(monkeypatch, tmp_path)
+    write_text(tmp_path / "a.txt", "hello")
+    assert calls == ["sync .a.txt.writing (5 bytes)", "rename .a.txt.writing -> a.txt", "sync ."]
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):
@@ -49,6 +56,35 @@ def test_an_existing_directory_is_replaced_and_old_debris_removed(tmp_path):
             (aside / content).write_text(content)
     assert os.listdir(target) == ["2"]
     assert os.listdir(tmp_path) == ["step"]
+
+
+def test_a_directory_is_synced_with_its_content_before_the_rename(tmp_path, monkeypatch):
+    calls = record_disk_calls(monkeypatch, tmp_path)
+    with complete_directory(tmp_path / "step") as aside:
+        (aside / "one").write_text("1")
+        (aside / "inner").mkdir()
+        (aside / "inner" / "two").write_text("22")
+    assert sorted(calls[:-2]) == [
+        "sync .step.writing",
+        "sync .step.writing/inner",
+        "sync .step.writing/inner/two (2 bytes)",
+        "sync .step.writing/one (1 bytes)",
+    ]
+    assert calls[-2:] == ["rename .step.writing -> step", "sync ."]
+
+
+def test_an_old_directory_makes_room_after_the_new_one_is_synced(tmp_path, monkeypatch):
+    (tmp_path / "step").mkdir()
+    calls = record_disk_calls(monkeypatch, tmp_path)
+    with complete_directory(tmp_path / "step") as aside:
+        (aside / "one").write_text("1")
+    assert calls == [
+        "sync .step.writing/one (1 bytes)",
+        "sync .step.writing",
+        "rename step -> .step.old",
+        "rename .step.writing -> step",
+        "sync .",
+    ]
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):

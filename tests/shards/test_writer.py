@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from qlora_lite.foundation.errors import ExportError, RunError
 from qlora_lite.shards.reader import Checkpoint
 from qlora_lite.shards.writer import ShardWriter, TensorSpec, save_tensors
+from tests.disk_calls import record_disk_calls
 
 TENSORS = {
     "embed": torch.arange(60.0).view(10, 6),
@@ -85,6 +86,31 @@ def test_it_goes_on_behind_the_last_complete_tensor(tmp_path, limit, max_shard_b
     with again:
         write_all(again)
     assert_complete(tmp_path)
+
+
+def test_a_shard_is_synced_before_its_rename_and_the_directory_after_it(tmp_path, monkeypatch):
+    calls = record_disk_calls(monkeypatch, tmp_path)
+    with ShardWriter(tmp_path, SPECS, "test", max_shard_bytes=300) as writer:
+        write_all(writer)
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    index, journal = "model.safetensors.index.json", ".shards.writing.json"
+    size = {path.name: f"({path.stat().st_size} bytes)" for path in tmp_path.iterdir()}
+    assert calls[1:] == [
+        f"rename .{journal}.writing -> {journal}",
+        "sync .",
+        f"sync .{first}.writing {size[first]}",
+        f"rename .{first}.writing -> {first}",
+        "sync .",
+        f"sync .{second}.writing {size[second]}",
+        f"rename .{second}.writing -> {second}",
+        "sync .",
+        f"sync .{index}.writing {size[index]}",
+        f"rename .{index}.writing -> {index}",
+        "sync .",
+        f"remove {journal}",
+        "sync .",
+    ]
+    assert calls[0].startswith(f"sync .{journal}.writing (")
 
 
 def interrupted(tensor):
