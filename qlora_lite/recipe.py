@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from qlora_lite.data.settings import Data
 from qlora_lite.foundation.errors import RecipeError
-from qlora_lite.foundation.overrides import check, overlay, set_values
+from qlora_lite.foundation.overrides import apply_overrides, explicit_values, validate
 from qlora_lite.foundation.settings import Settings
 from qlora_lite.foundation.units import parse_bytes
 from qlora_lite.methods.catalogue import Adapter
@@ -94,8 +94,8 @@ class Recipe(Settings):
 
 def vary(recipe: Recipe, assignments: Sequence[str]) -> tuple[Recipe, list[str]]:
     """`recipe.but`, with what a reader should be told about it."""
-    values, notes = overlay(set_values(recipe), assignments, Recipe)
-    return check(Recipe, values), notes
+    values, notes = apply_overrides(explicit_values(recipe), assignments, Recipe)
+    return validate(Recipe, values), notes
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:

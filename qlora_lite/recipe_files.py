@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from qlora_lite.foundation.errors import RecipeError
-from qlora_lite.foundation.overrides import check
+from qlora_lite.foundation.overrides import validate
 from qlora_lite.foundation.settings import Settings
 from qlora_lite.foundation.validation_messages import explain
 from qlora_lite.recipe import Recipe
@@ -73,7 +73,7 @@ def _from_json(path: Path) -> Recipe:
         raise RecipeError(f"{path} holds a {type(values).__name__}; a recipe is an object")
     if "model_type" in values or "peft_type" in values:
         raise RecipeError(f"{path} describes a model or an adapter, and a recipe is needed")
-    return check(Recipe, values.get("recipe", values))
+    return validate(Recipe, values.get("recipe", values))
 
 
 def _from_python(path: Path) -> Recipe:

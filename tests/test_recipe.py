@@ -31,7 +31,7 @@ def test_another_kind_keeps_what_it_shares_and_says_so():
     assert other.adapter == RsLoRA(rank=8, targets="mlp")
     assert other.base.quant == Int8()
     assert notes == [
-        "adapter=rslora: kept rank=8, targets=mlp; the rest takes the defaults of rslora"
+        "adapter=rslora: kept rank=8, targets=mlp; the other fields get the defaults of rslora"
     ]
 
 
@@ -51,26 +51,26 @@ def test_data_fields_may_be_json_text():
         ("budget=plenty", "22GiB"),
         ("adapter.rank=0", "adapter.rank"),
         ("nonsense=1", "nonsense"),
-        ("base=gpt2", r"base: got 'gpt2': it has settings of its own: base\.model, base\."),
+        ("base=gpt2", r"base: got 'gpt2': set its fields instead: base\.model, base\."),
         ("adapter=3", r"adapter: got 3: a kind is needed, adapter=NAME with one of lora, "),
         ('adapter={"rank": 4}', r"a kind is needed, adapter=NAME with one of lora, "),
         ("base.quant=4", r"base\.quant=NAME with one of nf4, fp4"),
         ("tracking=wandbb", r"tracking.*Did you mean 'wandb'"),
         ("optim.betas=0.9", r"optim\.betas: got 0\.9: a list is needed"),
-        ("output=1", r"""text is needed. For a shell: output='"1"'$"""),
+        ("output=1", r"""text is needed. In a shell, type output='"1"'$"""),
         ("data.train=null", r"data\.train: got None: text is needed$"),
         (
             "adapter.targets=3",
             r"^adapter\.targets: got 3: text is needed.*, or a list is needed[^\n]*$",
         ),
         ("data.prompt=[INST] {", r"^data\.prompt: got '\[INST\] \{': (?!.*JSON)"),
-        ("data.fields={prompt:question}", r"JSON is needed(?!.*begins as JSON)"),
+        ("data.fields={prompt:question}", r"JSON is needed(?!.*not valid JSON)"),
         ('adapter.ranks={"0": "many"}', r"^adapter\.ranks\.0: got 'many'"),
         ("data.columns=text", r'a list is needed, such as \["a", "b"\]'),
         ("data.fields=question", r"data\.fields: .*JSON is needed"),
         ("adapter.ranks=4", r"an object is needed"),
-        ('adapter={"rank": 4', r"begins as JSON and is none: Expecting ',' delimiter"),
-        ("optim.betas=[0.9", r"begins as JSON and is none"),
+        ('adapter={"rank": 4', r"not valid JSON: Expecting ',' delimiter"),
+        ("optim.betas=[0.9", r"not valid JSON"),
     ],
 )
 def test_a_mistake_is_told_with_its_path_and_a_near_match(change, words):

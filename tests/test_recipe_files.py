@@ -58,7 +58,7 @@ def test_a_recipe_that_does_not_load_says_where(tmp_path, text, words):
         ("recipe.yaml", "a: 1", "a .py file or"),
         ("recipe.json", "{", "not readable JSON"),
         ("recipe.json", "[]", "a recipe is an object"),
-        ("recipe.json", '{"base": {}}', "needed, and nothing was given"),
+        ("recipe.json", '{"base": {}}', "a value is needed"),
     ],
 )
 def test_what_is_no_recipe_is_refused(tmp_path, name, content, words):

@@ -108,9 +108,9 @@ def plan(recipe: RecipeFile, settings: Assignments = None) -> None:
     from qlora_lite.run.setup import set_up
 
     asked, notes = vary(load_recipe(recipe), settings or [])
-    rule = devices.choose(asked.device, asked.base.compute, is_imagined=True)
+    rule = devices.choose(asked.device, asked.base.compute, allow_absent=True)
     with Display() as display:
-        for note in [*notes, rule.line]:
+        for note in [*notes, rule.summary]:
             display.note(note)
         setup = set_up(asked, rule, needs_config=False)
         planned = plan_memory(setup)
@@ -119,7 +119,7 @@ def plan(recipe: RecipeFile, settings: Assignments = None) -> None:
             display.note(note)
         if not asked.budget and not planned.fits:
             display.say(f"{planned.verdict}; {NO_BUDGET}", "bold red")
-        if rule.is_here:
+        if rule.is_available:
             rate = matmul_flops_per_second(rule.device, rule.compute)
             display.say(time_line(rate, planned.flops_per_token, asked.optim))
     if asked.budget:

@@ -1,4 +1,4 @@
-"""What the terminal shows. Library functions print nothing; the commands print through here."""
+"""The consoles that the commands print to. Library functions print nothing."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from rich.console import Console
 
 
 class Terminal(Console):
-    """A console whose reader may have seen enough: how a command ends is not decided here."""
+    """Raises BrokenPipeError when stdout is closed, where rich itself would exit."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
@@ -19,7 +19,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
-    """The last values as a line of bars, averaged down to at most `width` of them."""
+    """The values as a line of at most `width` bars, each the mean of an equal share of them."""
     if not values:
         return ""
     size = -(-len(values) // width)

@@ -1,4 +1,4 @@
-"""Where to compute, and in which precision: one function decides, and can say so in one line.
+"""Which device to compute on, and in which precision.
 
 | device                      | compute | embedding, head | norms | adapters | optimizer states |
 |-----------------------------|---------|-----------------|-------|----------|------------------|
@@ -6,8 +6,8 @@
 | CUDA without bf16 (T4, V100)| fp16    | fp16            | fp16  | fp32     | 8 bit            |
 | CPU                         | fp32    | bf16            | fp32  | bf16     | 32 bit           |
 
-On a CPU compute is fp32 even where the processor has bf16 units: without them the backward of a
-bf16 product is about 80 times slower, and results should not depend on the machine.
+On a CPU, compute is fp32 even if the processor has bf16 units: without them the backward of a
+bf16 matmul is about 80 times slower, and results should not depend on the machine.
 """
 
 from dataclasses import dataclass
@@ -23,27 +23,27 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class DeviceRule:
-    """What runs where and in which precision."""
+    """The device, and the dtype of each part of the model on it."""
 
     device: torch.device
     compute: torch.dtype
     """Activations, and the dtype that packed weights are dequantised to."""
     storage: torch.dtype
-    """Embedding and head at rest."""
+    """Storage dtype of the embedding and the head."""
     norms: torch.dtype
     adapters: torch.dtype
-    """Adapter parameters at rest; they are computed in `compute`."""
+    """Storage dtype of the adapter parameters; they are cast to `compute` in the forward."""
     optimizer_states: Literal["32bit", "8bit"]
 
     @property
-    def is_here(self) -> bool:
-        """The device is in this machine, not only planned for."""
+    def is_available(self) -> bool:
+        """False if the device is only planned for: this machine does not have it."""
         return self.device.type != "cuda" or torch.cuda.is_available()
 
     @property
-    def line(self) -> str:
-        """The one line that a run prints."""
-        if not self.is_here:
+    def summary(self) -> str:
+        """One line for the user: device and dtypes."""
+        if not self.is_available:
             where = "a CUDA card that is not here"
         elif self.device.type == "cuda":
             where = torch.cuda.get_device_name(self.device)
@@ -57,32 +57,35 @@ class DeviceRule:
         )
 
 
-def choose(device: str = "auto", compute: str = "auto", *, is_imagined: bool = False) -> DeviceRule:
-    """The rule for a device (`auto`, `cpu`, `cuda:1`), and another compute dtype on request.
+def choose(
+    device: str = "auto", compute: str = "auto", *, allow_absent: bool = False
+) -> DeviceRule:
+    """The rule for a device (`auto`, `cpu`, `cuda:1`); `compute` overrides the compute dtype.
 
     Args:
-        is_imagined: a plan may be made for a card that is not in this machine; it has bf16 then.
+        allow_absent: accept a card that this machine does not have, for a plan; it is taken to
+            have bf16.
 
     Raises:
-        DeviceError: if the device is not there or is of a kind that was not tested.
+        DeviceError: if the device is absent, or its kind is not supported.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = device if device == "cpu" else device.partition(":")[0]
     if kind == "cpu" and compute == "fp16":
         raise DeviceError(
-            "got compute=fp16 on a CPU; its small gradients need the loss scaling of CUDA. "
-            "Take base.compute=auto, which is fp32 here"
+            "got compute=fp16 on a CPU: fp16 needs loss scaling, which only runs on CUDA. "
+            "Use base.compute=auto, which is fp32 here"
         )
     if kind not in ("cpu", "cuda"):
         raise DeviceError(
             f"got device {device!r}; cpu and cuda are supported. "
-            "Take device=cpu, or a machine with a CUDA card"
+            "Use device=cpu, or a machine with a CUDA card"
         )
-    if kind == "cuda" and not torch.cuda.is_available() and not is_imagined:
+    if kind == "cuda" and not torch.cuda.is_available() and not allow_absent:
         raise DeviceError(
             f"got device {device!r}, but this PyTorch ({torch.__version__}) sees no CUDA card. "
-            "Take device=cpu, or install a CUDA build of PyTorch and its driver"
+            "Use device=cpu, or install a CUDA build of PyTorch and its driver"
         )
     if kind == "cpu":
         dtype = torch.float32 if compute == "auto" else DTYPES[compute]

@@ -1,13 +1,13 @@
-"""What can go wrong by the user's hand.
+"""Errors that a user can fix.
 
-Every message has three parts: what we got, what we need, what to do next. A command that ends in
-one of these prints the message, without a traceback, and exits with status 2. Anything else that
-escapes is our bug and exits with status 1.
+Every message has three parts: what was given, what is needed, what to do next. The command prints
+the message without a traceback and exits with status 2. Any other exception is a bug of ours: the
+command exits with status 1.
 """
 
 
 class QloraLiteError(Exception):
-    """A mistake or a limit that the user can do something about."""
+    """Base class: a mistake in the input, or a limit that the user can change."""
 
 
 class RecipeError(QloraLiteError):
@@ -19,35 +19,35 @@ class BaseModelError(QloraLiteError):
 
 
 class DataError(QloraLiteError):
-    """A data file or a row that cannot be used; names file, line and field."""
+    """A data file or a row that cannot be used. The message names file, line and field."""
 
 
 class AdapterError(QloraLiteError):
-    """Targets that match nothing, or an adapter that does not fit its base."""
+    """Targets that match no layer, or an adapter that does not fit its base."""
 
 
 class BudgetError(QloraLiteError):
-    """More memory needed than allowed; says what takes it and which settings save how much."""
+    """More memory needed than allowed. The message says which settings save how much."""
 
 
 class DeviceError(QloraLiteError):
-    """A device that cannot run what was asked."""
+    """A device that is absent or does not support the settings."""
 
 
 class RunError(QloraLiteError):
-    """A run folder that is in use, belongs to another recipe, or is not a run."""
+    """A run folder that is in use, belongs to another recipe, or holds no run."""
 
 
 class TrainingError(QloraLiteError):
-    """Training that had to stop: a loss that is not finite, a gradient that is zero."""
+    """Training that must stop: a loss that is not finite, a gradient of zero."""
 
 
 class ExportError(QloraLiteError):
-    """Weights that cannot be written as asked."""
+    """Weights that cannot be written with these settings or to this place."""
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived and the state is saved; the command exits with status 130.
+    """SIGINT or SIGTERM arrived, and the state is saved. The command exits with status 130.
 
-    Not an `Exception`, so that no handler for errors swallows it.
+    Derives from BaseException, so that `except Exception` does not swallow it.
     """

@@ -1,4 +1,8 @@
-"""Files that are complete or absent: written aside, synced to the disk, renamed into place."""
+"""Atomic files and directories, and a lock on a directory.
+
+Content is written under a hidden temporary name, synced to the disk and renamed into place, so a
+crash leaves either the old state or the new one.
+"""
 
 import errno
 import fcntl
@@ -16,18 +20,18 @@ from qlora_lite.foundation.units import format_bytes
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file at once; after a crash it holds the old text or the new one."""
-    aside = path.with_name(f".{path.name}.writing")
-    with open(aside, "w", encoding="utf-8") as file:
+    """Replace a file atomically: after a crash it holds the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.writing")
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
+    os.replace(temporary, path)
     sync_directory(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of readable JSON."""
+    """`write_text` of indented JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -35,7 +39,7 @@ def read_object(path: Path, *needed: str) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        ValueError: if it is no JSON, no object, or lacks one of the `needed` fields.
+        ValueError: if it is not JSON, not an object, or lacks one of the `needed` fields.
     """
     value = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
@@ -46,22 +50,22 @@ def read_object(path: Path, *needed: str) -> dict[str, Any]:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and those above it, unless it is there.
+    """Create a folder and its parents, if they do not exist.
 
     Raises:
-        RunError: if there cannot be one of this name.
+        RunError: if it cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(
-            f"the folder {path} cannot be made ({error.strerror}). Give the path of one on a disk "
-            "that you may write to"
+            f"the folder {path} cannot be created ({error.strerror}). Give a path on a disk that "
+            "you may write to"
         ) from error
 
 
 def sync_directory(directory: Path) -> None:
-    """Make renames inside a directory durable."""
+    """fsync a directory: renames and new files in it survive a power cut."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -70,7 +74,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """Make everything inside a directory durable."""
+    """fsync a directory and everything in it."""
     for path in directory.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
@@ -81,11 +85,11 @@ def sync_tree(directory: Path) -> None:
 
 
 class DiskFull(RunError):
-    """There is no room for what was to be written; what was there before is as it was."""
+    """The disk is full. What was written before is unchanged."""
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """At the root of an error; safetensors reports the operating system's as text."""
+    """Whether a full disk or quota caused `error`. safetensors reports it only as text."""
     while error.__cause__ is not None:
         error = error.__cause__
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -94,48 +98,48 @@ def is_disk_full(error: BaseException) -> bool:
 
 @contextmanager
 def complete_directory(target: Path) -> Iterator[Path]:
-    """A directory to fill; it appears as `target`, synced and whole, when the block ends well.
+    """Yield a temporary directory to fill; when the block succeeds it becomes `target`, atomically.
 
-    After an error or a kill only a hidden `.name.writing` is left, which the next attempt removes.
-    An existing `target` is replaced; a kill in between leaves it as `.name.old`, which the next
-    attempt puts back.
+    An error removes the temporary directory. A kill leaves it as a hidden `.name.writing`, which
+    the next attempt removes. An existing `target` is replaced; a kill between the two renames
+    leaves it as `.name.old`, which the next attempt restores.
 
     Raises:
-        DiskFull: if there is no room for it.
-        RunError: if there cannot be a folder of this name.
+        DiskFull: if the disk is full.
+        RunError: if the directory cannot be created.
     """
     old = target.with_name(f".{target.name}.old")
     if old.exists() and not target.exists():
         os.replace(old, target)
     shutil.rmtree(old, ignore_errors=True)
-    aside = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
+    temporary = target.with_name(f".{target.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        make_folder(aside)
-        yield aside
-        sync_tree(aside)
+        make_folder(temporary)
+        yield temporary
+        sync_tree(temporary)
     except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         if is_disk_full(error):
             raise DiskFull(
-                f"the disk is full: {target} could not be written. Free some space, and run the "
+                f"the disk is full: {target} could not be written. Free some space and run the "
                 "same command again"
             ) from error
         raise
     if target.exists():
         os.replace(target, old)
-        os.replace(aside, target)
+        os.replace(temporary, target)
         shutil.rmtree(old, ignore_errors=True)
     else:
-        os.replace(aside, target)
+        os.replace(temporary, target)
     sync_directory(target.parent)
 
 
 @contextmanager
 def lock(directory: Path) -> Iterator[None]:
-    """Keep a second process out of a directory while the block runs.
+    """Hold an exclusive lock on a directory while the block runs.
 
-    The lock belongs to the process and ends with it, also when it is killed.
+    The operating system releases it when the process ends, even if it was killed.
 
     Raises:
         RunError: if another process holds it.
@@ -147,8 +151,8 @@ def lock(directory: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise RunError(
-                f"{directory} is in use by process {holder}. One process can work in a folder at "
-                "a time: wait for it, end it, or give another output=..."
+                f"{directory} is in use by process {holder}. Only one process may work in a folder "
+                "at a time: wait for it, end it, or give another output=..."
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -157,7 +161,7 @@ def lock(directory: Path) -> Iterator[None]:
 
 
 def require_free_space(directory: Path, num_bytes: int, purpose: str) -> None:
-    """Refuse before the first byte is written.
+    """Check the free space before the first byte is written.
 
     Raises:
         RunError: if the file system of `directory` has less than `num_bytes` left.
@@ -165,8 +169,8 @@ def require_free_space(directory: Path, num_bytes: int, purpose: str) -> None:
     free = shutil.disk_usage(directory).free
     if free < num_bytes:
         raise RunError(
-            f"{purpose} needs {format_bytes(num_bytes)} in {directory}, and {format_bytes(free)} "
-            "are free. Free some space, or write to another disk"
+            f"{purpose} needs {format_bytes(num_bytes)} in {directory}, but only "
+            f"{format_bytes(free)} are free. Free some space, or write to another disk"
         )
 
 

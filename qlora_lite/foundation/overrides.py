@@ -1,10 +1,10 @@
-"""`key=value` from a command line, laid over a recipe's dictionary.
+"""Apply `key=value` overrides from a command line to the settings of a recipe.
 
-    overlay({"optim": {"lr": 1e-4}}, ["optim.lr=2e-4"])  ->  {"optim": {"lr": 2e-4}}
+    apply_overrides({"optim": {"lr": 1e-4}}, ["optim.lr=2e-4"])  ->  {"optim": {"lr": 2e-4}}
 
-A value is read as JSON where it is JSON, as text otherwise. A bare name for a union
-(`adapter=dora`) becomes `{"kind": "dora"}`; the fields that both kinds have are kept, the others
-take the defaults of the new kind.
+A value is parsed as JSON if it is valid JSON, and is text otherwise. A bare name for a union
+(`adapter=dora`) becomes `{"kind": "dora"}`: fields that both kinds have keep their values, the
+others get the defaults of the new kind.
 """
 
 import copy
@@ -16,25 +16,25 @@ from pydantic import BaseModel, ValidationError
 
 from qlora_lite.foundation.errors import RecipeError
 from qlora_lite.foundation.validation_messages import (
-    broken_json,
     by_kind,
     explain,
-    models_in,
-    unknown,
+    json_error,
+    settings_models,
+    unknown_name,
 )
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def overlay(
+def apply_overrides(
     values: dict[str, Any], assignments: Sequence[str], model: type[BaseModel]
 ) -> tuple[dict[str, Any], list[str]]:
-    """`values` with every `path=value` laid over it, and what a reader should be told.
+    """A copy of `values` with every `path=value` applied, and notes for the user.
 
-    `values` holds only what was set, so that a new kind of a union takes its own defaults.
+    `values` holds only what was set explicitly, so a new kind of a union gets its own defaults.
 
     Raises:
-        RecipeError: if an assignment has no `=`, or its path leads nowhere.
+        RecipeError: if an assignment has no `=`, or its path names no field.
     """
     result = copy.deepcopy(values)
     notes: list[str] = []
@@ -48,23 +48,24 @@ def overlay(
     return result, notes
 
 
-def set_values(model: BaseModel) -> dict[str, Any]:
-    """What was set in `model`, as plain values; kinds are told although they are defaults."""
+def explicit_values(model: BaseModel) -> dict[str, Any]:
+    """What was set explicitly in `model`, as plain values. `kind` is always included."""
     values = model.model_dump(mode="json", exclude_unset=True)
     for name in type(model).model_fields:
         value = getattr(model, name)
         if isinstance(value, BaseModel) and (name in values or "kind" in type(value).model_fields):
-            values[name] = set_values(value)
+            values[name] = explicit_values(value)
         elif name == "kind":
             values[name] = value
     return values
 
 
-def check(model: type[Model], values: dict[str, Any]) -> Model:
-    """`values` as a `model`.
+def validate(model: type[Model], values: dict[str, Any]) -> Model:
+    """A `model` made of `values`.
 
     Raises:
-        RecipeError: with the path of every wrong value, what is allowed there, and a near match.
+        RecipeError: with the path of every wrong value, what is allowed there, and the closest
+            match.
     """
     try:
         return model.model_validate(values)
@@ -73,7 +74,7 @@ def check(model: type[Model], values: dict[str, Any]) -> Model:
 
 
 def _read_value(text: str) -> Any:
-    """JSON where it is JSON; `True`, `False` and `None` as Python says them; text otherwise."""
+    """Valid JSON is parsed; Python's `True`, `False` and `None` are accepted; the rest is text."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -83,22 +84,22 @@ def _read_value(text: str) -> Any:
 def _assign(
     values: dict[str, Any], path: list[str], value: Any, model: type[BaseModel], full_path: str
 ) -> str | None:
-    """Set `path` in the nested dictionary `values`, which describes a `model`."""
+    """Set `path` in the nested dictionary `values`, whose schema is `model`. Returns a note."""
     name, *rest = path
     if name not in model.model_fields:
-        raise RecipeError(unknown(full_path, name, list(model.model_fields)))
-    variants = list(models_in(model.model_fields[name].annotation))
+        raise RecipeError(unknown_name(full_path, name, list(model.model_fields)))
+    variants = list(settings_models(model.model_fields[name].annotation))
     if not rest:
         if variants and isinstance(value, str) and (kinds := by_kind(variants)):
             return _switch_kind(values, name, value, kinds, full_path)
         values[name] = value
         return None
     if not variants:
-        raise RecipeError(f"{full_path}: {name} is a single value and has no field {rest[0]!r}")
+        raise RecipeError(f"{full_path}: {name} is a single value, it has no field {rest[0]!r}")
     inner = values.get(name)
     if not isinstance(inner, dict):
         inner = values[name] = {}
-    chosen = _chosen(
+    chosen = _variant(
         variants, inner, model.model_fields[name].get_default(call_default_factory=True)
     )
     if "kind" in chosen.model_fields:
@@ -113,11 +114,11 @@ def _switch_kind(
     kinds: dict[str, type[BaseModel]],
     full_path: str,
 ) -> str | None:
-    """Another kind of a union: fields that it shares with the old one are kept."""
-    if broken := broken_json(kind):
+    """Switch a union to another kind. Fields that both kinds have keep their values."""
+    if broken := json_error(kind):
         raise RecipeError(f"{full_path}: got {kind!r}{broken}")
     if kind not in kinds:
-        raise RecipeError(unknown(full_path, kind, list(kinds)))
+        raise RecipeError(unknown_name(full_path, kind, list(kinds)))
     old = values.get(name)
     old = old if isinstance(old, dict) else {}
     kept = {k: v for k, v in old.items() if k != "kind" and k in kinds[kind].model_fields}
@@ -125,13 +126,13 @@ def _switch_kind(
     if not kept or old.get("kind") == kind:
         return None
     shown = ", ".join(f"{k}={v}" for k, v in kept.items())
-    return f"{full_path}={kind}: kept {shown}; the rest takes the defaults of {kind}"
+    return f"{full_path}={kind}: kept {shown}; the other fields get the defaults of {kind}"
 
 
-def _chosen(
+def _variant(
     variants: list[type[BaseModel]], values: dict[str, Any], default: Any
 ) -> type[BaseModel]:
-    """Which of a union's models `values` describes: by its kind, else as the default."""
+    """The model of a union that `values` describes: by its kind, else that of the default."""
     kinds = by_kind(variants)
     if values.get("kind") in kinds:
         return kinds[values["kind"]]

@@ -1,7 +1,7 @@
-"""Randomness by name: every consumer has a stream of its own that depends on the seed and its name.
+"""Named random streams: each consumer gets its own generator, from the run's seed and its name.
 
-A layer's start, a dropout mask or the order of an epoch then does not change when something
-else draws a number more or less.
+The initial weights of a layer, a dropout mask or the order of an epoch then do not change when
+other code draws more or fewer numbers.
 """
 
 import hashlib
@@ -10,11 +10,11 @@ import torch
 
 
 def derive(seed: int, *names: str | int) -> int:
-    """A seed of 63 bits for the consumer `names`."""
+    """A 63-bit seed for the consumer `names`."""
     text = "/".join(str(part) for part in (seed, *names))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def generator(seed: int, *names: str | int) -> torch.Generator:
-    """A CPU generator for the consumer `names`: the same numbers on every device and machine."""
+    """A generator for the consumer `names`. On the CPU, so that every machine draws the same."""
     return torch.Generator("cpu").manual_seed(derive(seed, *names))

@@ -1,4 +1,4 @@
-"""The parent of every settings model: frozen, strict about names, described by its docstrings."""
+"""The base class of every settings model."""
 
 from pydantic import BaseModel, ConfigDict
 
@@ -12,6 +12,6 @@ class Settings(BaseModel):
         use_attribute_docstrings=True,
         validate_default=True,
         allow_inf_nan=False,
-        # `model` is the natural name of a base model's field
+        # a field may be called `model`, or start with model_
         protected_namespaces=(),
     )

@@ -1,4 +1,4 @@
-"""Bytes, counts and durations: read from what a user writes, and written for a reader."""
+"""Parse sizes that users write, and format bytes, counts and durations for display."""
 
 import re
 
@@ -27,7 +27,7 @@ def parse_bytes(text: str | int) -> int:
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(text))
     if match is None or match[2].lower() not in _FACTORS:
         raise RecipeError(
-            f"got {text!r} where a size is needed: write a number with a unit, "
+            f"got {text!r}, a size is needed. Write a number with a unit, "
             'such as "22GiB", "800MB" or plain bytes'
         )
     return int(float(match[1]) * _FACTORS[match[2].lower()])
@@ -53,7 +53,7 @@ def format_count(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration as a person says it: `0.4 s`, `12 s`, `3 min 20 s`, `2 h 05 min`."""
+    """A duration for display: `0.4 s`, `12 s`, `3 min 20 s`, `2 h 05 min`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 60:

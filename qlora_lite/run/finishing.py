@@ -142,7 +142,7 @@ def _report(end: FinishedTraining, outcome: RunOutcome) -> Report:
     record = end.folder.read_record()
     kept = "best" if end.keeps_best else "last"
     facts = {
-        "device": end.loaded.base.rule.line,
+        "device": end.loaded.base.rule.summary,
         "steps": f"{end.progress.step} (the adapter is that of step {end.kept_step}, the {kept})",
         "tokens": f"{end.progress.tokens:,}",
         "training time": format_seconds(end.progress.seconds),

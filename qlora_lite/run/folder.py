@@ -126,7 +126,7 @@ class RunFolder:
     def unfinished_extension(self) -> list[str]:
         """A note if the adapter here is that of a shorter run, which was begun to be longer."""
         sidecar = self.read_sidecar()
-        recorded = check(Recipe, self.read_record()["recipe"])
+        recorded = validate(Recipe, self.read_record()["recipe"])
         if not _changes(sidecar["recipe"], recorded):
             return []
         return [
@@ -277,7 +277,7 @@ def _changes(recorded: dict[str, Any], recipe: Recipe) -> list[str]:
     """Differences that would change a result. A setting that is newer than the record had its
     default then."""
     with contextlib.suppress(RecipeError):  # a record of another version is compared as it is
-        recorded = check(Recipe, recorded).to_dict()
+        recorded = validate(Recipe, recorded).to_dict()
     changed = differences(recorded, recipe.to_dict())
     return [line for line in changed if not _is_free(line.partition(":")[0])]
 

@@ -48,7 +48,7 @@ def plan_memory(setup: RunSetup, micro_batch_tokens: int | None = None) -> Plan:
 def _budget(recipe: Recipe, rule: DeviceRule) -> int:
     if recipe.budget:
         return parse_bytes(recipe.budget)
-    if not rule.is_here:
+    if not rule.is_available:
         raise BudgetError(
             "got device=cuda on a machine without a CUDA card, so its memory is unknown. "
             'Set it: budget="22GiB" for a card of 24 GB'

@@ -13,7 +13,7 @@ from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.data.tokenise import tokenise
 from qlora_lite.evaluation.perplexity import Score, score
 from qlora_lite.foundation.errors import DataError
-from qlora_lite.foundation.overrides import check, overlay
+from qlora_lite.foundation.overrides import apply_overrides, validate
 from qlora_lite.foundation.settings import Settings
 from qlora_lite.foundation.watch import Watcher
 from qlora_lite.run.folder import RunFolder
@@ -130,8 +130,8 @@ def _of_file(loaded: LoadedModel, file: str, assignments: Sequence[str]) -> Iter
     if loaded.recipe is not None:
         values = loaded.recipe.data.model_dump(mode="json", exclude_unset=True)
         values.pop("max_rows", None)
-    changed, _ = overlay({"data": values | {"train": file}}, assignments, _Rows)
-    data = check(_Rows, changed).data
+    changed, _ = apply_overrides({"data": values | {"train": file}}, assignments, _Rows)
+    data = validate(_Rows, changed).data
     rows = tokenise(data, data.train, ChatTemplate(loaded.tokenizer), data.max_rows)
     return in_order(
         rows.examples,

@@ -79,7 +79,7 @@ def _train(
     recipe: Recipe, folder: RunFolder, watcher: Watcher, stop_request: StopRequest
 ) -> RunResult:
     rule = devices.choose(recipe.device, recipe.base.compute)
-    watcher.note(rule.line)
+    watcher.note(rule.summary)
     give_back_freed_memory()
     setup = set_up(recipe, rule)
     plan = plan_memory(setup, folder.micro_batch_tokens)

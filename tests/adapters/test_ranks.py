@@ -4,7 +4,7 @@ import pytest
 
 from qlora_lite.adapters.ranks import LayerPlan, rank_of, scale_of
 from qlora_lite.foundation.errors import RecipeError
-from qlora_lite.foundation.overrides import check
+from qlora_lite.foundation.overrides import validate
 from qlora_lite.methods.lora import LoRA, LoRAMethod
 from qlora_lite.methods.rslora import RsLoRA
 from qlora_lite.model.targets import LinearSpec
@@ -47,4 +47,4 @@ def test_rslora_is_lora_with_alpha_over_the_root_given_as_alpha(rank):
 
 def test_a_negative_rank_is_refused_with_its_path():
     with pytest.raises(RecipeError, match=r"ranks: .*'0' is -1"):
-        check(LoRA, {"ranks": {"0": -1}})
+        validate(LoRA, {"ranks": {"0": -1}})

@@ -1,4 +1,4 @@
-"""Files are complete or absent, and a folder has one user."""
+"""Atomic files and directories, in order on the disk, and the lock on a folder."""
 
 import errno
 import multiprocessing
@@ -20,7 +20,7 @@ from qlora_lite.foundation.files import (
 from tests.disk_calls import record_disk_calls
 
 
-def test_a_file_is_replaced_at_once_and_leaves_nothing_beside_it(tmp_path):
+def test_a_file_is_replaced_and_no_temporary_file_is_left(tmp_path):
     path = tmp_path / "a.json"
     write_text(path, "old")
     write_json(path, {"new": "ü"})
@@ -34,36 +34,36 @@ def test_a_file_is_synced_before_the_rename_and_its_directory_after_it(tmp_path,
     assert calls == ["sync .a.txt.writing (5 bytes)", "rename .a.txt.writing -> a.txt", "sync ."]
 
 
-def test_a_directory_appears_whole_or_not_at_all(tmp_path):
+def test_a_directory_is_complete_or_absent(tmp_path):
     target = tmp_path / "step"
-    with pytest.raises(ValueError, match="half way"), complete_directory(target) as aside:
-        (aside / "one").write_text("1")
+    with pytest.raises(ValueError, match="half way"), complete_directory(target) as temporary:
+        (temporary / "one").write_text("1")
         raise ValueError("half way")
     assert os.listdir(tmp_path) == []
-    with complete_directory(target) as aside:
-        (aside / "one").write_text("1")
+    with complete_directory(target) as temporary:
+        (temporary / "one").write_text("1")
         assert not target.exists()
     assert (target / "one").read_text() == "1"
     assert os.listdir(tmp_path) == ["step"]
 
 
-def test_an_existing_directory_is_replaced_and_old_debris_removed(tmp_path):
+def test_an_existing_directory_is_replaced_and_leftovers_are_removed(tmp_path):
     target = tmp_path / "step"
     (tmp_path / ".step.writing").mkdir()
-    (tmp_path / ".step.writing" / "debris").write_text("x")
+    (tmp_path / ".step.writing" / "leftover").write_text("x")
     for content in "12":
-        with complete_directory(target) as aside:
-            (aside / content).write_text(content)
+        with complete_directory(target) as temporary:
+            (temporary / content).write_text(content)
     assert os.listdir(target) == ["2"]
     assert os.listdir(tmp_path) == ["step"]
 
 
 def test_a_directory_is_synced_with_its_content_before_the_rename(tmp_path, monkeypatch):
     calls = record_disk_calls(monkeypatch, tmp_path)
-    with complete_directory(tmp_path / "step") as aside:
-        (aside / "one").write_text("1")
-        (aside / "inner").mkdir()
-        (aside / "inner" / "two").write_text("22")
+    with complete_directory(tmp_path / "step") as temporary:
+        (temporary / "one").write_text("1")
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "two").write_text("22")
     assert sorted(calls[:-2]) == [
         "sync .step.writing",
         "sync .step.writing/inner",
@@ -73,11 +73,11 @@ def test_a_directory_is_synced_with_its_content_before_the_rename(tmp_path, monk
     assert calls[-2:] == ["rename .step.writing -> step", "sync ."]
 
 
-def test_an_old_directory_makes_room_after_the_new_one_is_synced(tmp_path, monkeypatch):
+def test_an_old_directory_is_replaced_only_after_the_new_one_is_synced(tmp_path, monkeypatch):
     (tmp_path / "step").mkdir()
     calls = record_disk_calls(monkeypatch, tmp_path)
-    with complete_directory(tmp_path / "step") as aside:
-        (aside / "one").write_text("1")
+    with complete_directory(tmp_path / "step") as temporary:
+        (temporary / "one").write_text("1")
     assert calls == [
         "sync .step.writing/one (1 bytes)",
         "sync .step.writing",
@@ -89,8 +89,8 @@ def test_an_old_directory_makes_room_after_the_new_one_is_synced(tmp_path, monke
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
     target = tmp_path / "step"
-    with complete_directory(target) as aside:
-        (aside / "1").write_text("1")
+    with complete_directory(target) as temporary:
+        (temporary / "1").write_text("1")
     os.rename(target, tmp_path / ".step.old")
     with pytest.raises(ValueError, match="again"), complete_directory(target):
         raise ValueError("again")
@@ -98,7 +98,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["step"]
 
 
-def test_debris_of_a_kill_after_the_renames_is_removed(tmp_path):
+def test_what_a_kill_after_the_renames_left_is_removed(tmp_path):
     target = tmp_path / "step"
     for name in ("step", ".step.old"):
         (tmp_path / name).mkdir()
@@ -113,7 +113,7 @@ def _hold(path, locked, release):
         release.wait(30)
 
 
-def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path):
+def test_a_second_process_cannot_lock_until_the_first_ends(tmp_path):
     context = multiprocessing.get_context("fork")
     locked, release = context.Event(), context.Event()
     other = context.Process(target=_hold, args=(tmp_path, locked, release))
@@ -127,16 +127,16 @@ def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path):
         pass
 
 
-def test_a_folder_that_cannot_be_is_a_clear_error(tmp_path):
+def test_a_folder_that_cannot_be_created_is_a_run_error(tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file" / "inside", Path("/proc/inside")):
-        with pytest.raises(RunError, match=f"folder {place} cannot be made"):
+        with pytest.raises(RunError, match=f"folder {place} cannot be created"):
             make_folder(place)
-        with pytest.raises(RunError, match="cannot be made"), complete_directory(place):
+        with pytest.raises(RunError, match="cannot be created"), complete_directory(place):
             pass
 
 
-def test_a_disk_that_is_full_before_the_folder_is_there_is_a_full_disk(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_when_not_even_the_folder_fits(tmp_path, monkeypatch):
     def full(path, **options):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
@@ -145,7 +145,7 @@ def test_a_disk_that_is_full_before_the_folder_is_there_is_a_full_disk(tmp_path,
         pass
 
 
-def test_too_little_space_is_said_before_anything_is_written(tmp_path):
+def test_too_little_space_is_reported_before_anything_is_written(tmp_path):
     require_free_space(tmp_path, 1, "a checkpoint")
     with pytest.raises(RunError, match="a merged model needs"):
         require_free_space(tmp_path, 10**18, "a merged model")

@@ -1,4 +1,4 @@
-"""`key=value` over a recipe: what it sets, what it keeps, and what it says about mistakes."""
+"""`key=value` overrides: what they set, what they keep, and the errors for mistakes."""
 
 from typing import Annotated, Literal
 
@@ -6,7 +6,7 @@ import pytest
 from pydantic import Field
 
 from qlora_lite.foundation.errors import RecipeError
-from qlora_lite.foundation.overrides import check, overlay
+from qlora_lite.foundation.overrides import apply_overrides, validate
 from qlora_lite.foundation.settings import Settings
 
 
@@ -33,35 +33,35 @@ class Outer(Settings):
     title: str | None = None
 
 
-def laid(values, *assignments):
-    return check(Outer, overlay(values, assignments, Outer)[0])
+def settings_of(values, *assignments):
+    return validate(Outer, apply_overrides(values, assignments, Outer)[0])
 
 
 def test_a_path_reaches_into_nested_settings():
-    assert laid({}, "inner.rate=1e-4").inner.rate == 1e-4
-    assert laid({"inner": {"rate": 0.5}}, 'inner.names=["a","b"]').inner.names == ["a", "b"]
+    assert settings_of({}, "inner.rate=1e-4").inner.rate == 1e-4
+    assert settings_of({"inner": {"rate": 0.5}}, 'inner.names=["a","b"]').inner.names == ["a", "b"]
 
 
-def test_text_that_is_no_json_is_text():
-    assert laid({}, "title=22GiB").title == "22GiB"
-    assert laid({"title": "x"}, "title=null").title is None
-    assert laid({}, "shape.smooth=False").shape == Circle(smooth=False)
+def test_a_value_that_is_not_json_is_text():
+    assert settings_of({}, "title=22GiB").title == "22GiB"
+    assert settings_of({"title": "x"}, "title=null").title is None
+    assert settings_of({}, "shape.smooth=False").shape == Circle(smooth=False)
 
 
 def test_a_bare_name_switches_the_kind_and_keeps_shared_fields():
     values = {"shape": {"kind": "circle", "size": 7, "smooth": False}}
-    result, notes = overlay(values, ["shape=square", "shape.corner=round"], Outer)
-    assert check(Outer, result).shape == Square(size=7, corner="round")
-    assert notes == ["shape=square: kept size=7; the rest takes the defaults of square"]
+    result, notes = apply_overrides(values, ["shape=square", "shape.corner=round"], Outer)
+    assert validate(Outer, result).shape == Square(size=7, corner="round")
+    assert notes == ["shape=square: kept size=7; the other fields get the defaults of square"]
 
 
 def test_a_field_of_the_default_kind_needs_no_kind():
-    assert laid({}, "shape.size=3").shape == Circle(size=3)
+    assert settings_of({}, "shape.size=3").shape == Circle(size=3)
 
 
-def test_the_given_values_are_left_alone():
+def test_the_given_values_are_not_modified():
     values = {"inner": {"rate": 0.5}}
-    overlay(values, ["inner.rate=1"], Outer)
+    apply_overrides(values, ["inner.rate=1"], Outer)
     assert values == {"inner": {"rate": 0.5}}
 
 
@@ -77,13 +77,13 @@ def test_the_given_values_are_left_alone():
         ("shape.size=0", ["shape.size", "greater than or equal to 1"]),
     ],
 )
-def test_a_mistake_names_its_path_what_is_allowed_and_a_near_match(assignment, words):
+def test_an_error_names_the_path_what_is_allowed_and_the_closest_match(assignment, words):
     with pytest.raises(RecipeError) as caught:
-        laid({}, assignment)
+        settings_of({}, assignment)
     for word in words:
         assert word in str(caught.value)
 
 
 def test_a_wrong_choice_lists_the_choices():
     with pytest.raises(RecipeError, match=r"shape\.corner.*Did you mean 'round'.*sharp"):
-        laid({"shape": {"kind": "square"}}, "shape.corner=rund")
+        settings_of({"shape": {"kind": "square"}}, "shape.corner=rund")

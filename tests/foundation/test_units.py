@@ -1,4 +1,4 @@
-"""Sizes, counts and durations as people write and read them."""
+"""Parsing and formatting of sizes, counts and durations."""
 
 import pytest
 
@@ -17,17 +17,17 @@ from qlora_lite.foundation.units import format_bytes, format_count, format_secon
         ("16 b", 16),
     ],
 )
-def test_a_size_is_read_with_its_unit(text, expected):
+def test_a_size_is_parsed_with_its_unit(text, expected):
     assert parse_bytes(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "lots", "GiB", "12 parsecs", "-3GB", "1e9"])
-def test_what_is_not_a_size_is_refused_with_an_example(text):
+def test_text_that_is_not_a_size_is_refused_with_an_example(text):
     with pytest.raises(RecipeError, match="22GiB"):
         parse_bytes(text)
 
 
-def test_bytes_keep_three_digits():
+def test_bytes_have_three_significant_digits():
     assert [format_bytes(n) for n in (0, 999, 1536, 1023 * 1024, 3_600_000_000)] == [
         "0 B",
         "999 B",
@@ -37,7 +37,7 @@ def test_bytes_keep_three_digits():
     ]
 
 
-def test_counts_and_seconds_read_as_said():
+def test_counts_and_durations_are_readable():
     assert [format_count(n) for n in (12, 41_900_000, 8_030_261_248)] == ["12", "41.9 M", "8.03 G"]
     assert [format_seconds(s) for s in (0.42, 12.3, 200, 7500)] == [
         "0.4 s",

@@ -157,7 +157,7 @@ def test_what_changes_no_number_may_change_under_a_finished_run(folder):
 
 def test_a_folder_that_cannot_be_made_is_a_mistake(folder, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot be made"):
+    with pytest.raises(RunError, match="cannot be created"):
         run_recipe(recipe_in(folder, tmp_path / "file" / "run"))
 
 
