@@ -24,7 +24,7 @@ from qlora_lite.data.examples import Example, Examples
 from qlora_lite.data.packing import WINDOW, pack_in_windows
 from qlora_lite.foundation.errors import DataError
 from qlora_lite.foundation.seeds import generator
-from qlora_lite.kernels.cross_entropy import IGNORED
+from qlora_lite.kernels.cross_entropy import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Bin:
     ids: Tensor
     """(tokens,) int64"""
     targets: Tensor
-    """(tokens,) int64: the token to predict at each position, or `IGNORED`"""
+    """(tokens,) int64: the token to predict at each position, or `IGNORE_INDEX`"""
     position_ids: Tensor
     """(tokens,) int64, from 0 in every row"""
     rows: list[int]
@@ -72,8 +72,8 @@ def make_bin(examples: Sequence[Example]) -> Bin:
     """Rows laid one behind the other. No row has a target in the next one."""
     targets = []
     for example in examples:
-        shifted = torch.full((len(example.ids),), IGNORED)
-        shifted[:-1] = torch.where(example.loss_mask[1:], example.ids[1:].long(), IGNORED)
+        shifted = torch.full((len(example.ids),), IGNORE_INDEX)
+        shifted[:-1] = torch.where(example.loss_mask[1:], example.ids[1:].long(), IGNORE_INDEX)
         targets.append(shifted)
     return Bin(
         torch.cat([example.ids.long() for example in examples]),
@@ -87,7 +87,7 @@ def make_batch(bins: Sequence[Bin]) -> Batch:
     """Bins below each other. What is missing to the longest becomes a row without targets."""
     longest = max(len(b.ids) for b in bins)
     input_ids = torch.zeros(len(bins), longest, dtype=torch.int64)
-    targets = torch.full((len(bins), longest), IGNORED)
+    targets = torch.full((len(bins), longest), IGNORE_INDEX)
     position_ids = torch.zeros(len(bins), longest, dtype=torch.int64)
     for i, b in enumerate(bins):
         n = len(b.ids)
@@ -99,7 +99,7 @@ def make_batch(bins: Sequence[Bin]) -> Batch:
         input_ids,
         targets,
         position_ids,
-        num_targets=int((targets != IGNORED).sum()),
+        num_targets=int((targets != IGNORE_INDEX).sum()),
         num_tokens=sum(len(b.ids) for b in bins),
         rows=[row for b in bins for row in b.rows],
     )

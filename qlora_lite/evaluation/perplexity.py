@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qlora_lite.data.batches import Batch
-from qlora_lite.kernels.cross_entropy import CHUNK_TOKENS, IGNORED
+from qlora_lite.kernels.cross_entropy import CHUNK_TOKENS, IGNORE_INDEX
 from qlora_lite.model.causal import CausalModel
 
 
@@ -41,7 +41,7 @@ def score(model: CausalModel, batches: Iterable[Batch]) -> Score:
     hits = 0
     guesses: list[Tensor] = []
     for batch in (batch.to(model.device) for batch in batches):
-        keep = batch.targets != IGNORED
+        keep = batch.targets != IGNORE_INDEX
         hidden = model.hidden(batch.input_ids, batch.position_ids)[keep].split(CHUNK_TOKENS)
         for h, t in zip(hidden, batch.targets[keep].split(CHUNK_TOKENS), strict=True):
             logits = model.logits(h).float()

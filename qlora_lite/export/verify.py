@@ -21,7 +21,7 @@ from transformers.utils import logging
 from qlora_lite.data.batches import Batch
 from qlora_lite.export.merge import MergedWeights
 from qlora_lite.foundation.device import DeviceRule
-from qlora_lite.kernels.cross_entropy import IGNORED
+from qlora_lite.kernels.cross_entropy import IGNORE_INDEX
 from qlora_lite.model.causal import CausalModel
 from qlora_lite.model.load import build_empty
 from qlora_lite.model.settings import Base
@@ -57,7 +57,7 @@ def sample_logits(model: CausalModel, batches: Iterable[Batch]) -> Tensor:
     missing = SAMPLED_TOKENS
     for batch in (batch.to(model.device) for batch in batches):
         hidden = model.hidden(batch.input_ids, batch.position_ids)
-        kept = hidden[batch.targets != IGNORED][:missing]
+        kept = hidden[batch.targets != IGNORE_INDEX][:missing]
         found.append(model.logits(kept).float().cpu())
         missing -= len(kept)
         if not missing:

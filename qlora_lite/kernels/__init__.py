@@ -1,1 +1,1 @@
-"""Fused operations, each beside the plain `reference` that defines it."""
+"""Fused operations, each with the plain `reference` that defines it."""

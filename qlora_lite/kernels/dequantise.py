@@ -1,4 +1,4 @@
-"""One operator: a packed weight, dequantised into memory that its caller owns.
+"""Dequantise a packed weight into a buffer that the caller owns, as a torch operator.
 
     dequantise(codes, scales, kind, block_size, out)
 
@@ -8,9 +8,9 @@
 | int8       | int8, (rows, d_in)                     | fp32, one per row              |
 | plain      | floating, (rows, d_in)                 | None                           |
 
-`out` is contiguous, (rows, d_in), in fp32, bf16 or fp16. A fresh output would be six times as slow
-on CPU: the kernel's time goes into page faults of the new memory. As a torch operator with a fake
-implementation it runs under fake tensors too, where only shapes are known.
+`out` is contiguous, (rows, d_in), in fp32, bf16 or fp16. Allocating a new output each time is six
+times as slow on CPU, because of the page faults of fresh memory. The operator has a fake
+implementation, so it also runs on fake tensors, which have shapes only.
 """
 
 import ctypes
@@ -24,16 +24,16 @@ from torch import Tensor
 _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 _INT8_STEP = 7.874015718698502e-3
-"""1/127 as bitsandbytes writes it."""
+"""1/127, with the digits that bitsandbytes has."""
 
 _PIECE = 2**22
-"""int8 weights that are scaled at a time, in fp32: 16 MiB."""
+"""int8 weights that are scaled at a time: 16 MiB in fp32."""
 
 
 def reference(
     codes: Tensor, scales: Tensor | None, kind: str, block_size: int, out: Tensor
 ) -> None:
-    """The definition, in plain torch: look up or convert, scale in fp32, round once to `out`."""
+    """The definition: table lookup or conversion, scaling in fp32, one rounding to `out`."""
     if kind == "plain":
         values = codes
     elif kind == "int8":
@@ -52,7 +52,7 @@ def reference(
 def dequantise(
     codes: Tensor, scales: Tensor | None, kind: str, block_size: int, out: Tensor
 ) -> None:
-    """Write the dequantised weight into `out`, bit for bit what bitsandbytes would return."""
+    """Write the dequantised weight into `out`, bitwise equal to what bitsandbytes returns."""
     if kind == "plain":
         out.copy_(codes)
     elif kind == "int8":
@@ -81,7 +81,7 @@ def _(codes: Tensor, scales: Tensor | None, kind: str, block_size: int, out: Ten
 
 
 def _int8(codes: Tensor, scales: Tensor | None, out: Tensor) -> None:
-    """Codes times scale over 127, in fp32, piece by piece where `out` cannot hold that."""
+    """codes * scale / 127 in fp32; in pieces if `out` has a narrower dtype."""
     assert scales is not None
     if out.dtype == torch.float32:
         torch.mul(codes, scales[:, None], out=out).mul_(_INT8_STEP)
@@ -93,22 +93,22 @@ def _int8(codes: Tensor, scales: Tensor | None, out: Tensor) -> None:
 
 
 def _kernel(kind: str, dtype: torch.dtype) -> Any:
-    """The library's CPU function; a private name, so it may be absent in another version."""
+    """The CPU function of bitsandbytes. A private name: other versions may not have it."""
     native = getattr(lib, "_lib", None)
     return getattr(native, f"cdequantize_blockwise_cpu_{kind}_{_SHORT[dtype]}", None)
 
 
 def _has_kernel(kind: str, block_size: int, out: Tensor) -> bool:
-    # bitsandbytes itself avoids this kernel for odd shapes, and from block size 2048 on, where
-    # its AVX-512 form is inexact
+    # bitsandbytes does not use this kernel for odd sizes, nor from block size 2048 on, where its
+    # AVX-512 version is inexact
     return out.numel() % 2 == 0 and block_size < 2048 and _kernel(kind, out.dtype) is not None
 
 
 def _call_library(
     codes: Tensor, scales: Tensor | None, kind: str, block_size: int, out: Tensor
 ) -> None:
-    # Rows are computed in parallel, but the kernel starts each with a block of its own: right only
-    # where rows hold whole blocks. Otherwise the weight is one long row.
+    # The kernel computes rows in parallel and starts a new block at each row, which is only right
+    # if a row is a whole number of blocks. Otherwise pass the weight as one long row.
     d_in = out.shape[-1]
     rows, columns = (out.numel() // d_in, d_in) if d_in % block_size == 0 else (1, out.numel())
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (codes, scales, out) if t is not None]

@@ -1,1 +1,1 @@
-"""Tensor files: read a tensor or a slice at a time, written in bounded shards."""
+"""Safetensors files: read one tensor or slice at a time, write shards of bounded size."""

@@ -1,8 +1,8 @@
-"""Which tensor of a checkpoint is which tensor of the model.
+"""Map the tensor names of a checkpoint to those of the model.
 
-Names agree as a rule. Exceptions: checkpoints saved from the bare decoder lack its prefix (GPT-2's
-`h.0.attn...` is `transformer.h.0.attn...`), a tied head is stored once, and old checkpoints hold
-buffers that are computed today.
+Most names are equal. Exceptions: checkpoints saved from the bare decoder lack its prefix (GPT-2's
+`h.0.attn...` is `transformer.h.0.attn...`), a tied head is stored once, and old checkpoints contain
+buffers that transformers now computes.
 """
 
 import re
@@ -16,7 +16,7 @@ COMPUTED = (
     r"attention\.(masked_)?bias$",
     r"(^|\.)position_ids$",
 )
-"""Buffers of old checkpoints."""
+"""Patterns of buffers that old checkpoints contain; they are ignored."""
 
 
 def match(
@@ -28,52 +28,56 @@ def match(
     prefix: str = "",
     ignored: Collection[str] = (),
 ) -> dict[str, str]:
-    """The model's name for every stored tensor that it uses; of tied tensors one is used.
+    """Map each stored tensor that the model uses to its name in the model.
+
+    Tied tensors are used once.
 
     Args:
         parameters: names in the model; all must be found.
-        buffers: names that may be stored.
-        tied: for each parameter that shares another's storage, that other's name.
+        buffers: names of buffers, which may be stored as well.
+        tied: for each parameter that shares storage with another, the name of the other.
         prefix: the name of the decoder inside the model.
-        ignored: patterns that the model's own code says it does not read.
+        ignored: patterns of stored tensors that the model's class declares as unused.
 
     Raises:
-        BaseModelError: naming what is missing or what nobody knows.
+        BaseModelError: if a parameter is missing, or a stored tensor is unknown; with its name.
     """
     tied = tied or {}
-    found: dict[str, str] = {}
+    stored_name: dict[str, str] = {}
     unknown: list[str] = []
     for name in stored:
         ours = next((n for n in _spellings(name, prefix) if n in parameters or n in buffers), None)
         if ours is not None:
-            found[ours] = name
+            stored_name[ours] = name
         elif not any(re.search(pattern, name) for pattern in (*COMPUTED, *ignored)):
             unknown.append(name)
     for copy, source in tied.items():
-        if source not in found and copy in found:
-            found[source] = found[copy]
-        found.pop(copy, None)
-    missing = [name for name in parameters if name not in found and name not in tied]
+        if source not in stored_name and copy in stored_name:
+            stored_name[source] = stored_name[copy]
+        stored_name.pop(copy, None)
+    missing = [name for name in parameters if name not in stored_name and name not in tied]
     if missing:
         raise BaseModelError(
-            f"the checkpoint has no {_some(missing)}. It is incomplete, or its config.json belongs "
-            "to another model: download it again"
+            f"the checkpoint has no {_shorten(missing)}. It is incomplete, or its config.json "
+            "belongs to another model: download it again"
         )
     if unknown:
         raise BaseModelError(
-            f"the checkpoint holds {_some(unknown)}, which this architecture does not have. "
+            f"the checkpoint holds {_shorten(unknown)}, which this architecture does not have. "
             "Its config.json belongs to another model, or this family stores its weights in a way "
-            "that is not supported: take a checkpoint saved by transformers"
+            "that is not supported: use a checkpoint saved by transformers"
         )
-    return {name: ours for ours, name in found.items()}
+    return {name: ours for ours, name in stored_name.items()}
 
 
 def _spellings(name: str, prefix: str) -> list[str]:
+    """A stored name as it is, with the prefix added, and with the prefix removed."""
     if not prefix:
         return [name]
     return [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
 
 
-def _some(names: list[str]) -> str:
+def _shorten(names: list[str]) -> str:
+    """The first three names."""
     more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

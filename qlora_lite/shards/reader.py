@@ -1,12 +1,12 @@
-"""Safetensors checkpoints, one tensor or one slice of it at a time.
+"""Read safetensors checkpoints, one tensor or one slice at a time.
 
     checkpoint = Checkpoint.open(directory)
     for name in checkpoint.names:                  # in the order of the files
         tensor = checkpoint.read(name)
 
-Files are mapped into memory, so that reading takes no anonymous memory. What `read`, `rows` and
-`columns` return is a read-only view of such a map: copy what is kept. Pickles (`*.bin`) are never
-opened: they can run code.
+Files are memory-mapped, so reading allocates no anonymous memory. `read`, `rows` and `columns`
+return read-only views of the map: copy what you keep. Pickles (`*.bin`) are never opened, because
+they can run code.
 """
 
 import functools
@@ -45,7 +45,7 @@ _SAMPLE_BYTES, _NUM_SAMPLES = 4096, 64
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file's header says of one tensor."""
+    """One tensor's entry in the header of a file."""
 
     name: str
     dtype: torch.dtype
@@ -65,7 +65,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, directory: Path | str) -> "Checkpoint":
-        """Read the headers; no weight is touched.
+        """Read the headers only.
 
         Raises:
             BaseModelError: if there is no safetensors file, a shard is missing, or one is damaged.
@@ -75,7 +75,7 @@ class Checkpoint:
 
     @property
     def names(self) -> list[str]:
-        """All tensors, shard by shard in the order of their bytes."""
+        """All tensor names, shard by shard, in the order of their bytes."""
         return list(self._infos)
 
     @property
@@ -90,13 +90,13 @@ class Checkpoint:
         """Raises BaseModelError if there is no such tensor."""
         if name not in self._infos:
             raise BaseModelError(
-                f"{self.directory} has no tensor {name!r}. The checkpoint is incomplete or belongs "
-                "to another architecture than its config.json says: download it again"
+                f"{self.directory} has no tensor {name!r}. The checkpoint is incomplete, or its "
+                "config.json belongs to another architecture: download it again"
             )
         return self._infos[name]
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor."""
+        """A whole tensor."""
         return self._file(self.info(name).file).get_tensor(name)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -108,12 +108,12 @@ class Checkpoint:
         return self._file(self.info(name).file).get_slice(name)[:, start:stop]
 
     def close(self) -> None:
-        """Let the maps go; the next read opens them again."""
+        """Release the memory maps; the next read opens them again."""
         self._open.clear()
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A quick SHA-256: of names, sizes, headers, and samples spread evenly over the bytes."""
+        """SHA-256 of names, sizes, headers and 64 evenly spaced samples: quick for any size."""
         digest = hashlib.sha256()
         for file in self.files:
             size = file.stat().st_size
@@ -132,7 +132,7 @@ class Checkpoint:
                 self._open[path] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise BaseModelError(
-                    f"{path} is damaged or no safetensors file ({error}). Download it again"
+                    f"{path} is damaged or not a safetensors file ({error}). Download it again"
                 ) from None
         return self._open[path]
 
@@ -143,8 +143,8 @@ class Checkpoint:
             tensor = file.get_slice(name)
             if tensor.get_dtype() not in DTYPES:
                 raise BaseModelError(
-                    f"{path}: tensor {name!r} has the type {tensor.get_dtype()}; "
-                    f"{', '.join(DTYPES)} can be read. Take another version of this checkpoint"
+                    f"{path}: tensor {name!r} has the dtype {tensor.get_dtype()}. Supported are "
+                    f"{', '.join(DTYPES)}. Use another version of this checkpoint"
                 )
             dtype, shape = DTYPES[tensor.get_dtype()], tuple(tensor.get_shape())
             num_bytes = torch.Size(shape).numel() * dtype.itemsize
@@ -173,8 +173,8 @@ def _shard_files(directory: Path) -> list[Path]:
     if pickles := sorted(path.name for path in directory.glob("*.bin")):
         raise BaseModelError(
             f"{directory} holds its weights as a pickle ({pickles[0]}), which can run code when it "
-            "is read. Needed is safetensors: take a revision that has it, or convert it once with "
-            "transformers (from_pretrained, then save_pretrained) if you trust its source"
+            "is read. safetensors is needed: use a revision that has it, or, if you trust the "
+            "source, convert it with transformers (from_pretrained, then save_pretrained)"
         )
     raise BaseModelError(
         f"{directory} has neither {SINGLE} nor {INDEX}. "

@@ -141,7 +141,7 @@ def summed_loss(model: CausalModel, batch: Batch, attached: AttachedAdapter) -> 
         batch.targets,
         model.logits,
         extra,
-        beside=teacher,
+        extra_inputs=teacher,
         head_is_trained=model.head_is_trained,
     )
     return BatchLoss(total, added)

@@ -15,7 +15,7 @@ from qlora_lite.data.batches import (
 )
 from qlora_lite.data.examples import Examples, ExamplesBuilder
 from qlora_lite.foundation.errors import DataError
-from qlora_lite.kernels.cross_entropy import IGNORED
+from qlora_lite.kernels.cross_entropy import IGNORE_INDEX
 from tests.tiny import VOCABULARY, tiny_model
 
 FP32 = {"rtol": 0, "atol": 1e-5}
@@ -99,7 +99,10 @@ def test_packed_rows_have_the_loss_that_they_have_alone(family, attention):
                     use_cache=False,
                 ).logits
             total += F.cross_entropy(
-                logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
+                logits.flatten(0, 1),
+                batch.targets.flatten(),
+                ignore_index=IGNORE_INDEX,
+                reduction="sum",
             ).item()
             count += batch.num_targets
             widest = max(widest, len(batch.input_ids))

@@ -1,14 +1,14 @@
-"""The chunked loss equals its definition: value and every gradient."""
+"""The chunked loss against its definition: value and every gradient."""
 
 import pytest
 import torch
-from torch.nn import functional as F
 
-from qlora_lite.kernels.cross_entropy import IGNORED, linear_cross_entropy, reference
+from qlora_lite.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy, reference
 
 FP32 = {"rtol": 1e-5, "atol": 1e-6}
-BF16 = {"rtol": 2e-2, "atol": 2e-3}  # 8 significant bits
-BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2**-6}  # of a gradient, relative in norm
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 4 * 2**-9}
+"""Relative error of a gradient, in norm: in bf16 up to four more roundings of 2^-9 each, where the
+gradient is scaled by the outer factor and summed over chunks."""
 
 
 def case(num_tokens, hidden=24, vocabulary=53, dtype=torch.float32, ignored=0.4):
@@ -16,33 +16,34 @@ def case(num_tokens, hidden=24, vocabulary=53, dtype=torch.float32, ignored=0.4)
     states = torch.randn(2, num_tokens, hidden, generator=draw).to(dtype).requires_grad_()
     weight = torch.randn(vocabulary, hidden, generator=draw).to(dtype).requires_grad_()
     targets = torch.randint(vocabulary, (2, num_tokens), generator=draw)
-    targets[torch.rand(2, num_tokens, generator=draw) < ignored] = IGNORED
+    targets[torch.rand(2, num_tokens, generator=draw) < ignored] = IGNORE_INDEX
     return states, weight, targets
 
 
 def naive(states, weight, targets):
-    return F.cross_entropy(
-        (states @ weight.T).float().flatten(0, 1), targets.flatten(), reduction="sum"
-    )
+    """In fp64, from logits in the dtype of the model."""
+    trained = targets != IGNORE_INDEX
+    log_probabilities = (states[trained] @ weight.T).double().log_softmax(1)
+    return -log_probabilities.gather(1, targets[trained][:, None]).sum().float()
 
 
 def distance(tensor, expected):
-    """Frobenius norm of the difference relative to what is expected; 0 where both are 0."""
+    """Frobenius norm of the difference, relative to that of `expected`."""
     return ((tensor - expected).float().norm() / expected.float().norm().clamp(min=1e-9)).item()
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 64, 65])
-@pytest.mark.parametrize(("dtype", "bounds"), [(torch.float32, FP32), (torch.bfloat16, BF16)])
-def test_reference_is_torchs_cross_entropy(num_tokens, dtype, bounds):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_reference_sums_minus_log_softmax_in_fp32(num_tokens, dtype):
     states, weight, targets = case(num_tokens, dtype=dtype)
     ours = reference(states, targets, lambda h: h @ weight.T)
-    torch.testing.assert_close(ours, naive(states, weight, targets), **bounds)
+    torch.testing.assert_close(ours, naive(states, weight, targets), **FP32)
 
 
 @pytest.mark.parametrize("head_is_trained", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 7, 64, 65])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_chunks_give_the_value_and_the_gradients_of_the_reference(
+def test_chunks_have_the_value_and_the_gradients_of_the_reference(
     num_tokens, dtype, head_is_trained
 ):
     states, weight, targets = case(num_tokens, dtype=dtype)
@@ -66,10 +67,10 @@ def test_chunks_give_the_value_and_the_gradients_of_the_reference(
         assert distance(weight.grad, expected[1]) < BOUNDS[dtype]
 
 
-def test_an_extra_loss_on_the_outputs_is_summed_over_chunks_and_has_its_gradient():
+def test_an_extra_loss_is_summed_over_chunks_and_has_a_gradient():
     states, weight, targets = case(40)
 
-    def extra(logits, targets, beside):
+    def extra(logits, targets, extra_inputs):
         return 0.1 * logits.square().sum()
 
     expected = torch.autograd.grad(
@@ -83,21 +84,21 @@ def test_an_extra_loss_on_the_outputs_is_summed_over_chunks_and_has_its_gradient
 
 def test_a_batch_without_trained_tokens_has_no_loss_and_no_gradient():
     states, weight, targets = case(5)
-    targets.fill_(IGNORED)
+    targets.fill_(IGNORE_INDEX)
     loss = linear_cross_entropy(states, targets, lambda h: h @ weight.detach().T)
     loss.backward()
     assert loss.item() == 0
     assert not states.grad.any()
 
 
-def test_without_gradients_the_value_is_the_same():
+def test_the_value_under_no_grad_is_the_same():
     states, weight, targets = case(33)
     with torch.no_grad():
         loss = linear_cross_entropy(states, targets, lambda h: h @ weight.T, chunk_tokens=8)
     torch.testing.assert_close(loss, naive(states, weight, targets).detach(), **FP32)
 
 
-def test_logits_never_exist_for_more_than_a_chunk():
+def test_at_most_one_chunk_of_logits_exists():
     states, weight, targets = case(200, ignored=0.0)
     seen = []
 
@@ -107,4 +108,4 @@ def test_logits_never_exist_for_more_than_a_chunk():
 
     linear_cross_entropy(states, targets, logits_of, chunk_tokens=32).backward()
     assert max(seen) == 32
-    assert sum(seen) == 400  # once each: nothing is projected twice
+    assert sum(seen) == 400  # each token is projected once

@@ -1,4 +1,4 @@
-"""The operator against its definition, and against bitsandbytes' own operators."""
+"""The operator against its definition, and against the operators of bitsandbytes."""
 
 import bitsandbytes.functional
 import pytest
@@ -10,7 +10,7 @@ from qlora_lite.kernels import dequantise as module
 from qlora_lite.kernels.dequantise import dequantise, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# tidy; rows that end inside a block; an odd row; an odd number of weights; less than one block
+# whole blocks; rows that end inside a block; odd rows; an odd number of weights; under one block
 SHAPES = [(64, 128), (33, 96), (4, 33), (7, 33), (3, 5)]
 
 
@@ -43,7 +43,7 @@ def test_4bit_equals_its_definition_bit_for_bit(shape, block_size, kind, dtype):
 @pytest.mark.parametrize("shape", [(64, 128), (33, 96), (4, 33)])
 def test_4bit_equals_the_operator_of_bitsandbytes(shape, kind, dtype):
     codes, state = quantised(shape, kind, 64)
-    # as one row: with rows that end inside a block its CPU kernel takes the wrong scales
+    # as one row: their CPU kernel uses the wrong scales if rows end inside a block
     size = shape[0] * shape[1]
     theirs = torch.ops.bitsandbytes.dequantize_4bit.default(
         codes, state.absmax, 64, kind, (1, size), dtype
@@ -51,8 +51,7 @@ def test_4bit_equals_the_operator_of_bitsandbytes(shape, kind, dtype):
     assert torch.equal(run(codes, state.absmax, kind, 64, shape, dtype), theirs.view(shape))
 
 
-def test_a_definition_by_hand():
-    """Two blocks: the largest weight of each is exact, and 0 is 0."""
+def test_the_largest_weight_of_a_block_and_zero_are_exact():
     weight = torch.zeros(1, 64)
     weight[0, 3], weight[0, 40] = -2.0, 0.5
     codes, state = bitsandbytes.functional.quantize_4bit(weight, blocksize=32, quant_type="nf4")
@@ -82,7 +81,7 @@ def test_a_plain_weight_is_cast():
     assert torch.equal(run(weight, None, "plain", 1, (5, 7), torch.float32), weight.float())
 
 
-def test_it_runs_on_fake_tensors_and_checks_shapes():
+def test_fake_tensors_work_and_shapes_are_checked():
     with FakeTensorMode():
         codes = torch.empty(64 * 128 // 2, 1, dtype=torch.uint8)
         out = torch.empty(64, 128)
@@ -91,7 +90,7 @@ def test_it_runs_on_fake_tensors_and_checks_shapes():
             dequantise(codes[:5], torch.empty(128), "nf4", 64, out)
 
 
-def test_torch_finds_the_operator_well_formed():
+def test_torch_accepts_the_operator():
     codes, state = quantised((8, 64), "nf4", 64)
     out = torch.empty(8, 64)
     torch.library.opcheck(dequantise, (codes, state.absmax, "nf4", 64, out))

@@ -1,4 +1,4 @@
-"""Which stored tensor is which of the model's."""
+"""Names of stored tensors mapped to names in the model."""
 
 import pytest
 
@@ -24,11 +24,11 @@ def test_a_missing_prefix_is_added_and_old_buffers_are_ignored():
     }
 
 
-def test_a_prefix_too_many_is_removed():
+def test_a_prefix_that_the_model_lacks_is_removed():
     assert match(["model.a.weight"], ["a.weight"], prefix="model") == {"model.a.weight": "a.weight"}
 
 
-def test_a_tied_tensor_is_used_once_whichever_is_stored():
+def test_a_tied_tensor_is_used_once_whichever_name_is_stored():
     rest = {"transformer.h.0.attn.c_attn.weight": "transformer.h.0.attn.c_attn.weight"}
     both = match(GPT2, GPT2, tied=TIED, prefix="transformer")
     assert both == {"transformer.wte.weight": "transformer.wte.weight"} | rest
@@ -41,7 +41,7 @@ def test_a_missing_tensor_is_named():
         match(["a.weight"], ["a.weight", "b.weight"])
 
 
-def test_a_tensor_too_many_is_named_unless_the_model_ignores_it():
+def test_an_unknown_tensor_is_named_unless_the_model_ignores_it():
     with pytest.raises(BaseModelError, match=r"holds vision\.weight"):
         match(["a.weight", "vision.weight"], ["a.weight"])
     match(["a.weight", "vision.weight"], ["a.weight"], ignored=[r"^vision\."])

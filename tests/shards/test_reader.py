@@ -1,4 +1,4 @@
-"""Reading tensors and slices, against the library's own loader, and what is refused."""
+"""Tensors and slices against the loader of safetensors, and what is refused."""
 
 import json
 
@@ -28,7 +28,7 @@ def test_every_tensor_is_read_as_the_library_reads_it(tmp_path, num_shards):
     assert checkpoint.num_bytes == sum(t.numel() * t.element_size() for t in expected.values())
 
 
-def test_slices_are_rows_and_columns(tmp_path):
+def test_rows_and_columns_are_slices_of_the_tensor(tmp_path):
     tensor = torch.randn(6, 9)
     save_file({"w": tensor}, tmp_path / "model.safetensors")
     checkpoint = Checkpoint.open(tmp_path)
@@ -42,7 +42,7 @@ def test_names_come_in_the_order_of_their_bytes(tmp_path):
     assert Checkpoint.open(tmp_path).names == ["b", "a"]
 
 
-def test_reading_goes_on_after_close(tiny_llama):
+def test_reading_after_close_opens_the_file_again(tiny_llama):
     checkpoint = Checkpoint.open(tiny_llama)
     name = checkpoint.names[0]
     before = checkpoint.read(name).clone()
@@ -50,7 +50,7 @@ def test_reading_goes_on_after_close(tiny_llama):
     assert torch.equal(checkpoint.read(name), before)
 
 
-def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path):
+def test_the_fingerprint_depends_on_the_content_and_not_on_the_directory(tmp_path):
     def fingerprint(directory, seed):
         return Checkpoint.open(save_tiny(directory, "llama", seed=seed)).fingerprint
 
@@ -89,7 +89,7 @@ def test_an_unknown_tensor_is_named(tiny_llama):
         Checkpoint.open(tiny_llama).read("nowhere")
 
 
-def test_an_index_may_put_any_tensor_anywhere(tmp_path):
+def test_an_index_may_assign_tensors_to_any_file(tmp_path):
     save_file({"b": torch.ones(1)}, tmp_path / "two.safetensors")
     save_file({"a": torch.ones(1)}, tmp_path / "one.safetensors")
     index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}

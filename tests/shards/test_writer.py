@@ -1,4 +1,4 @@
-"""What is written is read back by the library, however often the writer was killed in between."""
+"""The safetensors library reads back what was written, also after kills in between."""
 
 import json
 import os
@@ -10,8 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from qlora_lite.foundation.errors import ExportError, RunError
+from qlora_lite.shards.layout import TensorSpec
 from qlora_lite.shards.reader import Checkpoint
-from qlora_lite.shards.writer import ShardWriter, TensorSpec, save_tensors
+from qlora_lite.shards.writer import ShardWriter, save_tensors
 from tests.disk_calls import record_disk_calls
 
 TENSORS = {
@@ -54,7 +55,7 @@ def test_one_shard_is_a_plain_file(tmp_path):
         assert file.metadata() == {"format": "pt"}
 
 
-def test_shards_keep_to_their_limit_and_have_an_index(tmp_path):
+def test_shards_have_at_most_the_given_size_and_an_index(tmp_path):
     with ShardWriter(tmp_path, SPECS, "test", max_shard_bytes=100) as writer:
         write_all(writer)
     assert_complete(tmp_path)
@@ -64,7 +65,7 @@ def test_shards_keep_to_their_limit_and_have_an_index(tmp_path):
     assert sorted(Checkpoint.open(tmp_path).names) == sorted(TENSORS)
 
 
-def test_a_tensor_may_come_in_chunks_of_rows(tmp_path):
+def test_a_tensor_can_be_written_in_chunks_of_rows(tmp_path):
     spec = SPECS[0]
     with ShardWriter(tmp_path, [spec], "test") as writer:
         writer.write("embed", TENSORS["embed"].split(3))
@@ -73,7 +74,7 @@ def test_a_tensor_may_come_in_chunks_of_rows(tmp_path):
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 4])
 @pytest.mark.parametrize("max_shard_bytes", [100, 10**6])
-def test_it_goes_on_behind_the_last_complete_tensor(tmp_path, limit, max_shard_bytes):
+def test_writing_continues_after_the_last_complete_tensor(tmp_path, limit, max_shard_bytes):
     with (
         pytest.raises(KeyboardInterrupt),
         ShardWriter(tmp_path, SPECS, "test", max_shard_bytes) as writer,
@@ -118,7 +119,7 @@ def interrupted(tensor):
     raise KeyboardInterrupt
 
 
-def test_another_call_begins_anew(tmp_path):
+def test_another_identity_starts_from_scratch(tmp_path):
     with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, SPECS, "one", 100) as writer:
         write_all(writer, 4)
         raise KeyboardInterrupt
@@ -136,7 +137,7 @@ def test_finished_weights_are_not_overwritten(tmp_path):
         ShardWriter(tmp_path, SPECS, "test")
 
 
-def test_a_file_is_for_those_whom_the_umask_lets_read_it(tmp_path):
+def test_a_file_has_the_permissions_of_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         save_tensors({"a": torch.zeros(2, 3).T}, tmp_path / "a.safetensors")
@@ -146,13 +147,13 @@ def test_a_file_is_for_those_whom_the_umask_lets_read_it(tmp_path):
     assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], torch.zeros(3, 2))
 
 
-def test_too_little_space_is_said_before_the_first_byte(tmp_path):
+def test_too_little_space_is_reported_before_the_first_byte(tmp_path):
     huge = TensorSpec("huge", torch.float32, (2**30, 2**20))
     with pytest.raises(RunError, match=r"the model's weights needs .* are free"):
         ShardWriter(tmp_path, [huge], "test")
 
 
-def test_a_disk_that_fills_up_is_a_clear_error(tmp_path):
+def test_a_full_disk_is_an_export_error(tmp_path):
     def full():
         yield TENSORS["embed"][:2]
         raise OSError(28, "No space left on device")
