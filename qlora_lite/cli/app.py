@@ -1,4 +1,4 @@
-"""The verbs. Each loads what it needs when it runs, so that help answers at once."""
+"""The commands. Each imports what it needs when it runs, so that `--help` is fast."""
 
 import sys
 from collections.abc import Sequence
@@ -34,12 +34,12 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Carry out a command line, and exit with its status."""
+    """Run a command line, and exit with its status."""
     sys.exit(status_of(lambda: app(arguments)))
 
 
-def _print_version(is_asked: bool) -> None:
-    if is_asked:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         from importlib.metadata import version
 
         typer.echo(version("qlora-lite"))
@@ -69,7 +69,7 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """Options of the program itself."""
+    """Options without a command."""
 
 
 @app.command()
@@ -92,13 +92,13 @@ def init(
     file, plan = write_recipe(model, output)
     with Display() as display:
         display.say(f"{file}: {plan.verdict}")
-        display.say("Put your data where it says train=, then:")
+        display.say("Set train= to your data, then:")
         display.say(f"  qlora-lite preview {file}\n  qlora-lite train {file}")
 
 
 @app.command()
 def plan(recipe: RecipeFile, settings: Assignments = None) -> None:
-    """Will it fit? Bytes and time, from config.json alone."""
+    """Will it fit? Predict memory and time from config.json alone."""
     from qlora_lite.foundation import device as devices
     from qlora_lite.memory.measure import matmul_flops_per_second
     from qlora_lite.memory.plan import require_fit
@@ -117,12 +117,12 @@ def plan(recipe: RecipeFile, settings: Assignments = None) -> None:
         display.planned(planned)
         for note in check_settings(setup):
             display.note(note)
-        if not asked.budget and not planned.fits:
+        if not changed.budget and not planned.fits:
             display.say(f"{planned.verdict}; {NO_BUDGET}", "bold red")
         if rule.is_available:
             rate = matmul_flops_per_second(rule.device, rule.compute)
-            display.say(time_line(rate, planned.flops_per_token, asked.optim))
-    if asked.budget:
+            display.say(time_line(rate, planned.flops_per_token, changed.optim))
+    if changed.budget:
         require_fit(planned)
 
 
@@ -130,9 +130,9 @@ def plan(recipe: RecipeFile, settings: Assignments = None) -> None:
 def preview(
     recipe: RecipeFile,
     settings: Assignments = None,
-    rows: Annotated[int, typer.Option(min=1, help="How many rows are shown.")] = 3,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 3,
 ) -> None:
-    """The exact tokens and which are trained, lengths, what is cut or dropped."""
+    """Show the exact tokens, which are trained, lengths, and what is cut or dropped."""
     from qlora_lite.cli.rows import show_preview
     from qlora_lite.data import preview as previewing
     from qlora_lite.data.load import load_data
@@ -140,17 +140,17 @@ def preview(
     from qlora_lite.recipe import vary
     from qlora_lite.recipe_files import load_recipe
 
-    asked, notes = vary(load_recipe(recipe), settings or [])
+    changed, notes = vary(load_recipe(recipe), settings or [])
     with Display() as display:
         for note in notes:
             display.note(note)
-    data = load_data(asked.data, load_tokenizer(asked.base), asked.seed)
+    data = load_data(changed.data, load_tokenizer(changed.base), changed.seed)
     show_preview(console, previewing.preview(data, rows))
 
 
 @app.command()
 def train(recipe: RecipeFile, settings: Assignments = None, extend: Extend = False) -> None:
-    """Train; the same command again continues an interrupted run."""
+    """Train. The same command continues an interrupted run."""
     from qlora_lite.recipe_files import load_recipe
 
     train_recipe(load_recipe(recipe), settings or [], extend)
@@ -163,22 +163,22 @@ def merge(
     base: Annotated[
         Literal["auto", "trained", "original"],
         typer.Option(
-            help="Add the update to the base as it was trained on, to the original weights, or "
-            "to whichever scores better on the held-out rows."
+            help="Merge into the quantised base of training, into the original weights, or (auto) "
+            "into whichever scores better on the held-out rows."
         ),
     ] = "auto",
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"] | None,
-        typer.Option(help="Of the written weights; the original's unless given."),
+        typer.Option(help="Dtype of the written weights; default: that of the original."),
     ] = None,
-    shard: Annotated[str, typer.Option(help="Largest size of a file.")] = "5GB",
-    format: Annotated[Literal["hf"], typer.Option(help="A Hugging Face directory.")] = "hf",
+    shard: Annotated[str, typer.Option(help="Maximum size of a file.")] = "5GB",
+    format: Annotated[Literal["hf"], typer.Option(help="hf: a Hugging Face directory.")] = "hf",
     verify: Annotated[
         bool,
         typer.Option(help="Read the files back and compare; --base auto always does."),
     ] = True,
 ) -> None:
-    """Add the adapter to its base: a model that needs nothing of ours, and a proof of it."""
+    """Merge the adapter into its base, write a Hugging Face directory, and verify it."""
     from qlora_lite.run import merging
 
     with Display() as display:
@@ -192,9 +192,9 @@ def merge(
 def extract(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    rank: Annotated[int, typer.Option(min=1, help="Of the adapter to write.")],
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter to write.")],
 ) -> None:
-    """A PEFT adapter of another rank: DyLoRA has every one, MoRA the nearest."""
+    """Write a PEFT adapter of another rank: exact for DyLoRA, the nearest one for MoRA."""
     from qlora_lite.run import extracting
 
     with Display() as display:
@@ -209,22 +209,22 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="RUN|MODEL...",
-            help="Runs, model directories or hub ids; data.KEY=VALUE says how --data is read.",
+            help="Runs, model directories or hub ids; data.KEY=VALUE sets how --data is read.",
         ),
     ],
     data: Annotated[
-        str | None, typer.Option(help="Rows to score; a run's held-out rows unless given.")
+        str | None, typer.Option(help="File to score; default: the held-out rows of the run.")
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Perplexity and accuracy, with the bare base beside the adapter where there is one."""
+    """Score perplexity and accuracy; a run is scored with and without its adapter."""
     from qlora_lite.cli.tables import score_table
     from qlora_lite.run.scoring import score_targets
 
     settings = [text for text in targets if "=" in text and not Path(text).exists()]
     models = [text for text in targets if text not in settings]
     if not models:
-        raise typer.BadParameter("name a run or a model to score")
+        raise typer.BadParameter("give a run or a model to score")
     with Display() as display:
         rows = score_targets(models, data, settings, device, display)
     show(console, score_table(rows))
@@ -233,27 +233,27 @@ def evaluate(
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, a model or a hub id.")],
-    prompt: Annotated[str | None, typer.Option(help="Answer this, and end.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Answer this one prompt and exit.")] = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer.")] = 256,
     temperature: Annotated[
-        float, typer.Option(min=0, help="0 takes the most likely token every time.")
+        float, typer.Option(min=0, help="0 always takes the most likely token.")
     ] = 0.0,
     device: Device = "auto",
 ) -> None:
-    """Talk to it: /reset forgets, /exit or Ctrl-D ends. Through a pipe a line is a turn."""
-    from qlora_lite.cli.chat import converse, say_answer
+    """Chat. /reset clears the history, /exit or Ctrl-D ends; piped input is one turn per line."""
+    from qlora_lite.cli.chat import converse, print_answer
     from qlora_lite.run.chat import ChatSession, load_for_chat
 
     with Display() as display:
         loaded = load_for_chat(model, device, display)
-    talk = ChatSession(
+    session = ChatSession(
         loaded, max_new_tokens=max_new_tokens, temperature=temperature, system=system
     )
     if prompt is None:
-        converse(console, talk)
+        converse(console, session)
     else:
-        say_answer(console, talk, prompt)
+        print_answer(console, session, prompt)
 
 
 app.command()(inspect)
@@ -261,7 +261,7 @@ app.command()(inspect)
 
 @app.command()
 def demo() -> None:
-    """The whole story on the embedded model, offline: train, kill, continue, merge, compare."""
-    from qlora_lite.demo.story import tell
+    """Run everything on the embedded model, offline: train, kill, resume, merge, verify."""
+    from qlora_lite.demo.story import run_demo
 
-    tell(console)
+    run_demo(console)

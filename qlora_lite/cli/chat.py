@@ -1,4 +1,4 @@
-"""A conversation in the terminal, or through a pipe: one line is one turn of the user's."""
+"""A conversation in the terminal or through a pipe: each input line is one user turn."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -10,11 +10,11 @@ from qlora_lite.foundation.errors import DataError
 if TYPE_CHECKING:
     from qlora_lite.run.chat import ChatSession
 
-HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, /help says this"
+HELP = "/reset clears the history, /exit or Ctrl-D ends, /help prints this"
 
 
-def converse(console: Console, talk: "ChatSession") -> None:
-    """Turn by turn until the input ends."""
+def converse(console: Console, session: "ChatSession") -> None:
+    """Answer turn by turn until the input ends."""
     is_person = sys.stdin.isatty()
     if is_person:
         console.print(HELP, style="dim", markup=False)
@@ -22,35 +22,36 @@ def converse(console: Console, talk: "ChatSession") -> None:
         if text in ("/exit", "/quit"):
             break
         if text == "/reset":
-            talk.reset()
-            console.print("(forgotten)", style="dim")
+            session.reset()
+            console.print("(history cleared)", style="dim")
         elif text == "/help":
             console.print(HELP, style="dim", markup=False)
         elif text:
             try:
-                say_answer(console, talk, text)
-            except DataError as error:  # a question that does not fit ends no conversation
+                print_answer(console, session, text)
+            except DataError as error:  # the prompt is too long; the conversation goes on
                 console.print(str(error), style="yellow", markup=False, soft_wrap=True)
 
 
-def say_answer(console: Console, talk: "ChatSession", text: str) -> None:
-    """One answer, piece by piece.
+def print_answer(console: Console, session: "ChatSession", text: str) -> None:
+    """Stream one answer to the console.
 
     Raises:
-        DataError: if the question does not fit.
+        DataError: if the prompt does not fit the context.
     """
-    for piece in talk.ask(text):
+    for piece in session.ask(text):
         console.file.write(piece)
         console.file.flush()
     console.print()
-    if talk.num_dropped:
+    if session.num_dropped:
         console.print(
-            f"(the context is full: the oldest {talk.num_dropped} turns were dropped)", style="dim"
+            f"(the context is full: the oldest {session.num_dropped} turns were dropped)",
+            style="dim",
         )
 
 
 def _next_turn(console: Console, is_person: bool) -> str | None:
-    """What the user says next; None at the end."""
+    """The next input line; None at the end of the input."""
     try:
         return console.input("[bold cyan]> [/]" if is_person else "").strip()
     except EOFError:

@@ -1,15 +1,12 @@
-"""A run as it goes: bars on a terminal, plain lines anywhere else.
-
-What is said once (device, plan, a training row, scores) is printed; what moves goes to a `Meter`.
-"""
+"""The watcher of the commands: prints the stages of a run, and its progress through a `Meter`."""
 
 import time
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from qlora_lite.cli.meter import Bars, Lines, Meter
 from qlora_lite.cli.rows import show_row
 from qlora_lite.cli.tables import merge_table, plan_lines, plan_table, show
 from qlora_lite.foundation.console import console as default_console
@@ -17,86 +14,20 @@ from qlora_lite.foundation.console import sparkline
 from qlora_lite.foundation.units import format_bytes, format_count, format_seconds
 from qlora_lite.foundation.watch import Watcher
 
-LINES = 20
-"""About so many plain lines show a training run."""
-PATIENCE = 20.0
-"""Seconds after which a plain line is due in any case."""
-
-
-class Meter(Protocol):
-    """Shows something that goes from 0 to a total; `lines` is how many plain ones it is worth."""
-
-    def begin(self, what: str, total: int, lines: int) -> None: ...
-
-    def move(self, done: int, text: str) -> None: ...
-
-    def end(self) -> None: ...
-
-
-class Bars:
-    """One bar that moves, on a terminal."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._progress: Progress | None = None
-        self._task = TaskID(0)
-
-    def begin(self, what: str, total: int, lines: int) -> None:
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[text]}", markup=False),
-            console=self.console,
-        )
-        self._task = self._progress.add_task(what, total=total, text="")
-        self._progress.start()
-
-    def move(self, done: int, text: str) -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, completed=done, text=text)
-
-    def end(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-
-
-class Lines:
-    """A line now and then, without control codes: for a pipe or a log file."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._what = ""
-        self._every: int | None = None
-        self._next, self._last_line = 0, 0.0
-
-    def begin(self, what: str, total: int, lines: int) -> None:
-        self._what = what
-        self._every = max(1, total // lines) if lines else None
-        self._next, self._last_line = 0, time.monotonic()
-
-    def move(self, done: int, text: str) -> None:
-        now = time.monotonic()
-        is_due = self._every is not None and done >= self._next
-        if is_due or now - self._last_line > PATIENCE:
-            self.console.print(f"{self._what} {text}", markup=False, soft_wrap=True)
-            self._last_line = now
-            if self._every is not None:
-                self._next = (done // self._every + 1) * self._every
-
-    def end(self) -> None:
-        pass
+TRAINING_LINES = 20
+"""About how many plain lines a training run prints."""
 
 
 class Display(Watcher):
-    """Shows a run to a person. Use it as a context, so that no bar outlives an error."""
+    """Prints what a run reports. Use it in a `with` block: an error then stops the bar."""
 
     def __init__(self, console: Console = default_console) -> None:
         self.console = console
         self.meter: Meter = Bars(console) if console.is_terminal else Lines(console)
         self._losses: list[float] = []
         self._loading = False
-        self._began = (0.0, 0)
+        self._start = (0.0, 0)
+        """Clock and step at which this process started to train."""
         self._total = 0
 
     def __enter__(self) -> "Display":
@@ -109,8 +40,8 @@ class Display(Watcher):
         self.say(text)
 
     def say(self, text: str, style: str = "") -> None:
-        """A line of plain text, not wrapped where nobody's terminal asks for it."""
-        # styled as text of its own: a style of the print would colour the bar below it too
+        """Print one line of plain text. Do not wrap it when stdout is not a terminal."""
+        # a style passed to print() would also colour the bar below
         self.console.print(Text(text, style), soft_wrap=not self.console.is_terminal)
 
     def planned(self, plan: Any) -> None:
@@ -148,15 +79,15 @@ class Display(Watcher):
 
     def started(self, step: int, total: int) -> None:
         if step:
-            self.say(f"going on after step {step:,}")
-        self._began, self._total = (time.monotonic(), step), total
-        self.meter.begin("training", total, LINES)
+            self.say(f"resuming after step {step:,}")
+        self._start, self._total = (time.monotonic(), step), total
+        self.meter.begin("training", total, TRAINING_LINES)
 
     def stepped(self, metrics: dict[str, Any]) -> None:
         self._losses.append(metrics["loss"])
         step = metrics["step"]
-        began, first = self._began
-        left = (time.monotonic() - began) / (step - first) * (self._total - step)
+        start, first = self._start
+        left = (time.monotonic() - start) / (step - first) * (self._total - step)
         parts = [
             f"step {step:,}/{self._total:,}",
             f"loss {metrics['loss']:.3f}",
@@ -177,7 +108,7 @@ class Display(Watcher):
         self.meter.end()
 
     def finished(self, result: Any) -> None:
-        """What a run came to: scores, memory against the plan, and where it is."""
+        """Scores, measured memory against the plan, and where the results are."""
         if result.already_finished:
             self.say(f"{result.directory} is finished after {result.steps:,} steps")
         if result.scores:
@@ -192,7 +123,7 @@ class Display(Watcher):
         self.say(f"report:  {result.directory / 'report.html'}")
 
     def merged(self, result: Any) -> None:
-        """What a merge wrote, and the candidates that it chose from."""
+        """What a merge wrote, and the candidates it chose from."""
         if result.table:
             show(self.console, merge_table(result.table))
         dtype = str(result.dtype).removeprefix("torch.")
@@ -202,13 +133,15 @@ class Display(Watcher):
 
 
 def lost_rows(stats: Any) -> str:
-    """What became of rows that were too long; nothing if none was."""
+    """How many rows were too long, and what was done with them; empty if there were none."""
     counts = {
         "dropped": stats.dropped_rows,
         "split": stats.split_rows,
         "cut": stats.truncated_rows,
     }
-    told = [f"{count:,} {what}" for what, count in counts.items() if count]
-    if not told:
+    parts = [f"{count:,} {what}" for what, count in counts.items() if count]
+    if not parts:
         return ""
-    return f"rows longer than data.max_tokens: {', '.join(told)} ({stats.lost_share:.1%} of tokens)"
+    return (
+        f"rows longer than data.max_tokens: {', '.join(parts)} ({stats.lost_share:.1%} of tokens)"
+    )

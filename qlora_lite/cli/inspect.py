@@ -1,4 +1,4 @@
-"""The verb `inspect`: what adapters learned, as tables, JSON and figures."""
+"""The command `inspect`: what adapters learned, as tables, JSON and figures."""
 
 from collections.abc import Sequence
 from itertools import takewhile
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from qlora_lite.analysis.findings import Comparison, Grid, Inspection, LayerRow, PhiRow
 
 SHOWN_VALUES = 4
-"""Singular values of a layer in the table; JSON and figures have all."""
+"""Singular values shown per layer; JSON and figures have all."""
 SOME_DIRECTIONS = 4
-"""phi is shown for one direction, for so many, and for all."""
+"""phi is shown for 1, for this many and for all directions."""
 NARROWEST_NAME = 18
-"""Columns of a layer's name, in a terminal too narrow for all of it."""
+"""Minimum width of the layer names on a narrow terminal."""
 
 
 def inspect(
@@ -32,7 +32,7 @@ def inspect(
         typer.Argument(
             metavar="RUN|ADAPTER...",
             help="Runs, PEFT adapter directories or loralib checkpoints (.pt, .bin); "
-            "every two of them are compared.",
+            "each pair of them is compared.",
         ),
     ],
     base: Annotated[
@@ -40,17 +40,19 @@ def inspect(
         typer.Option(help="The base of adapters that are not runs: a directory or a hub id."),
     ] = None,
     alpha: Annotated[
-        float | None, typer.Option(min=0, help="Of a loralib checkpoint, which does not record it.")
+        float | None,
+        typer.Option(min=0, help="LoRA alpha of a loralib checkpoint, which does not record it."),
     ] = None,
     top: Annotated[
         int | None,
-        typer.Option(min=1, help="Directions of the delta for amplification; all unless given."),
+        typer.Option(min=1, help="Directions of the delta used for amplification; default: all."),
     ] = None,
     i: Annotated[
         int | None, typer.Option("-i", min=1, help="Directions of the first target in phi(i, j).")
     ] = None,
     j: Annotated[
-        int | None, typer.Option("-j", min=1, help="Directions of the second; as many as -i.")
+        int | None,
+        typer.Option("-j", min=1, help="Directions of the second target; default: as -i."),
     ] = None,
     json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write everything as JSON.")
@@ -60,16 +62,14 @@ def inspect(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
 ) -> None:
-    """What was learned: ranks, spectra, norms, amplification, and the subspaces that two share."""
+    """Show what was learned: ranks, spectra, norms, amplification, and shared subspaces (phi)."""
     from qlora_lite.analysis.figures import require_matplotlib
     from qlora_lite.export.directory import require_free
     from qlora_lite.foundation.files import make_folder, write_json
     from qlora_lite.inspection import inspect as inspecting
 
     if json is not None and json.exists():
-        raise ExportError(
-            f"{json} exists already. Nothing is overwritten: give another --json FILE"
-        )
+        raise ExportError(f"{json} exists already and is not overwritten. Give another --json FILE")
     if json is not None:
         make_folder(json.parent)
     if figures is not None:
@@ -82,7 +82,7 @@ def inspect(
         _show(display, inspection, i or j, j or i)
         if json is not None:
             write_json(json, inspection.to_dict())
-            display.say(f"everything as JSON: {json}")
+            display.say(f"JSON: {json}")
         if figures is not None:
             inspecting.write_figures(inspection, figures)
             display.say(f"figures: {figures}")
@@ -95,8 +95,8 @@ def _show(display: Display, inspection: "Inspection", i: int | None, j: int | No
         show(console, layer_table(report.layers, report.is_scaled))
         if any(row.amplification for row in report.layers):
             display.say(
-                "||U'WV|| of the weight W in the strongest directions U, V of its delta dW, in its "
-                "own and in random ones; amplified: ||dW|| / the first (Hu et al. 2021, table 4)"
+                "||U'WV|| of the weight W for the top directions U, V of its delta dW, of W itself "
+                "and for random ones; amplified: ||dW|| / the first (Hu et al. 2021, table 4)"
             )
             show(console, amplification_table(report.layers))
     for comparison in inspection.comparisons:
@@ -104,12 +104,12 @@ def _show(display: Display, inspection: "Inspection", i: int | None, j: int | No
             inspection.targets[n].target for n in (comparison.first, comparison.second)
         )
         display.say(f"phi of {first} (i) and {second} (j)", style="bold")
-        display.say(f"singular directions of {_of(comparison)}; i = j unless said")
+        display.say(f"singular directions of {_of(comparison)}; i = j in columns with one number")
         show(console, phi_table(comparison.layers, i, j))
 
 
 def layer_table(rows: Sequence["LayerRow"], is_scaled: bool) -> Table:
-    """A line for each layer; columns that no layer has anything for are left out."""
+    """One line per layer; columns that are empty for all layers are left out."""
     columns = {
         ">rank": [str(row.rank) for row in rows],
         ">kept": [str(row.kept_rank) for row in rows],
@@ -124,21 +124,21 @@ def layer_table(rows: Sequence["LayerRow"], is_scaled: bool) -> Table:
 
 
 def amplification_table(rows: Sequence["LayerRow"]) -> Table:
-    """A line for each layer whose weight is known, as table 4 of the paper."""
-    looks = {row.path: row.amplification for row in rows if row.amplification}
+    """One line per layer whose weight is known, as table 4 of the paper."""
+    found = {row.path: row.amplification for row in rows if row.amplification}
     columns = {
-        ">directions": [str(look.rank) for look in looks.values()],
-        ">of dW": [_number(look.weight_there) for look in looks.values()],
-        ">W's own": [_number(look.weight_at_top) for look in looks.values()],
-        ">random": [_number(look.weight_by_chance) for look in looks.values()],
-        ">amplified": [_number(look.factor) for look in looks.values()],
+        ">directions": [str(each.rank) for each in found.values()],
+        ">of dW": [_number(each.weight_there) for each in found.values()],
+        ">of W": [_number(each.weight_at_top) for each in found.values()],
+        ">random": [_number(each.weight_by_chance) for each in found.values()],
+        ">amplified": [_number(each.factor) for each in found.values()],
     }
-    return _table(_layers(list(looks)) | columns)
+    return _table(_layers(list(found)) | columns)
 
 
 def phi_table(rows: Sequence["PhiRow"], i: int | None, j: int | None) -> Table:
-    """A line for each layer: phi(i, j) if these are given, else for one, some and all directions;
-    beside each side what chance would give for the last, and under all their mean."""
+    """One line per layer and a line of means. Columns for each side: phi(i, j) if these are given,
+    else for one, some and all directions; then what chance would give for the last of them."""
     from qlora_lite.analysis.subspace import phi_by_chance
 
     cells: dict[str, list[float | None]] = {}
@@ -159,7 +159,7 @@ def phi_table(rows: Sequence["PhiRow"], i: int | None, j: int | None) -> Table:
 
 
 def _sizes(grid: "Grid", i: int | None, j: int | None) -> dict[str, tuple[int, int] | None]:
-    """The cells of a grid that are shown, by their headings; None where it is too small."""
+    """The shown cells of a grid by their headings; None where the grid is too small."""
     there = (len(grid), len(grid[0]) if grid else 0)
     if i is not None and j is not None:
         wanted = {f"({i},{j})": (i, j)}
@@ -181,11 +181,11 @@ def _of(comparison: "Comparison") -> str:
         return "the factors: right ones of A, left ones of B"
     if kinds == {"delta"}:
         return "the deltas, right and left"
-    return "the factors (right ones of A, left ones of B), or of the delta where there are none"
+    return "the factors (right ones of A, left ones of B), or of the delta if there are no factors"
 
 
 def _layers(paths: Sequence[str], *below: str) -> dict[str, list[str]]:
-    """The column of paths, under what all of them begin with."""
+    """The column of layer paths without their common prefix, which is its heading."""
     parents = [path.split(".")[:-1] for path in paths]
     same = takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False))
     shared = "".join(f"{parts[0]}." for parts in same)
@@ -211,8 +211,8 @@ def _gates(gates: Sequence[float] | None) -> str:
 
 
 def _table(columns: dict[str, list[str]]) -> Table:
-    """Numbers, under headings that begin with >, stay on one line; so that they fit 80 columns,
-    these headings break at their spaces."""
+    """A table of text columns and, under headings that start with >, numbers. Numbers are not
+    wrapped; their headings break at spaces, so that the table fits 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for number, name in enumerate(columns):
         is_number = name.startswith(">")

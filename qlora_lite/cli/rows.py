@@ -1,7 +1,7 @@
-"""Rows of data for the eye: every token, and which are trained.
+"""Print rows of data with every token, and which tokens are trained.
 
-On a terminal that has colours trained tokens are coloured, and every second token is underlined.
-Elsewhere trained stretches stand between [[ and ]], and nothing tells tokens apart.
+With colours, trained tokens are coloured and every second token is underlined. Without, trained
+spans are put between [[ and ]], and token borders are not shown.
 """
 
 from collections.abc import Sequence
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from qlora_lite.data.preview import LengthBar, Preview, PreviewRow
 
 LONGEST_TEXT = 2000
-"""Characters of a row that are shown."""
+"""Characters shown of a row."""
 _BAR_WIDTH = 40
 
 
 def show_row(console: Console, row: "PreviewRow") -> None:
-    """One row under a line that says where it stands."""
+    """Print one row below its source and token counts."""
     head = f"{row.where}: {row.num_tokens:,} tokens, {row.num_trained:,} of them trained"
     console.print(head, style="bold", markup=False, soft_wrap=True)
     console.print(row_text(row.pieces, has_colour=console.color_system is not None), soft_wrap=True)
 
 
 def row_text(pieces: Sequence["Piece"], has_colour: bool) -> Text:
-    """The tokens of a row."""
+    """The text of a row with its trained tokens marked, cut at `LONGEST_TEXT`."""
     from qlora_lite.data.coloured import bracketed, coloured
 
     text = coloured(pieces) if has_colour else Text(bracketed(pieces))
@@ -38,7 +38,7 @@ def row_text(pieces: Sequence["Piece"], has_colour: bool) -> Text:
 
 
 def show_preview(console: Console, preview: "Preview") -> None:
-    """Rows, then the figures of all of them."""
+    """Print some rows, then statistics of all rows."""
 
     def say(line: str, style: str | None = None) -> None:
         console.print(line, style=style, markup=False, soft_wrap=True)
@@ -61,19 +61,19 @@ def show_preview(console: Console, preview: "Preview") -> None:
     for bar in _histogram(preview.lengths):
         say(bar)
     if preview.num_repeated:
-        say(f"{preview.num_repeated:,} rows left out: the held-out file has them as well", "yellow")
+        say(f"{preview.num_repeated:,} rows left out: the held-out file contains them", "yellow")
     if preview.too_long:
         say(f"too long: {', '.join(preview.too_long)}", "yellow")
     if preview.stats.rewritten_turns:
         say(
-            f"{preview.stats.rewritten_turns:,} assistant turns are not repeated word for word "
-            "by the chat template; what is trained is what it writes",
+            f"{preview.stats.rewritten_turns:,} assistant turns are changed by the chat template; "
+            "the text that it writes is trained",
             "yellow",
         )
 
 
 def _lengths_line(name: str, stats: Any) -> str:
-    """Counts and lengths of a source's rows."""
+    """Counts and token lengths of the rows of one source."""
     return (
         f"{name}: {stats.rows:,} rows read; tokens p50 {stats.p50}, p95 {stats.p95}, "
         f"max {stats.longest}; dropped {stats.dropped_rows:,}, split {stats.split_rows:,}, "

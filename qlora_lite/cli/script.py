@@ -1,4 +1,4 @@
-"""A recipe file as a command of its own: `python recipes/qwen3_8b.py optim.lr=1e-4`."""
+"""A recipe file as a command: `python recipes/qwen3_8b.py optim.lr=1e-4`."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -15,27 +15,28 @@ Assignments = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="Settings laid over the recipe's: optim.lr=1e-4 adapter=rslora base.quant=int8",
+        help="Override settings of the recipe: optim.lr=1e-4 adapter=rslora base.quant=int8",
         show_default=False,
     ),
 ]
 Extend = Annotated[
-    bool, typer.Option("--extend", help="Train a finished run longer: optim.steps or epochs.")
+    bool,
+    typer.Option("--extend", help="Train a finished run longer; raise optim.steps or epochs."),
 ]
 
 
 def main(recipe: "Recipe") -> None:
-    """What `qlora-lite train FILE` does, for the file that calls it. Does not return."""
+    """Do what `qlora-lite train FILE` does for the file that calls this. Does not return."""
 
     def train(settings: Assignments = None, extend: Extend = False) -> None:
-        """Train this recipe; the same command again continues an interrupted run."""
+        """Train this recipe. The same command continues an interrupted run."""
         train_recipe(recipe, settings or [], extend)
 
     sys.exit(status_of(lambda: typer.run(train)))
 
 
 def train_recipe(recipe: "Recipe", assignments: list[str], extend: bool) -> None:
-    """Train, and show it."""
+    """Train and print the progress."""
     from qlora_lite.recipe import vary
     from qlora_lite.run.training import run_recipe
 

@@ -1,24 +1,20 @@
-"""How a command ends: the one place that turns errors into messages and exit statuses.
+"""How a command ends: turn errors into messages and exit statuses, in this one place.
 
-| status | meaning                                                                   |
-|--------|---------------------------------------------------------------------------|
-| 0      | done                                                                      |
-| 1      | our bug: traceback, and a line that asks to report it                     |
-| 2      | the user's mistake, or a limit of the machine: one message, no traceback  |
-| 130    | interrupted; where there was a state, it is saved                         |
+| status | meaning                                                                          |
+|--------|----------------------------------------------------------------------------------|
+| 0      | done                                                                             |
+| 1      | bug in qlora-lite: traceback, and a line that asks to report it                  |
+| 2      | the user's mistake, or a limit of the machine: one message, no traceback         |
+| 130    | interrupted; the training state, if any, is saved                                |
 """
 
 import errno
-import logging
 import os
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable
-from types import FrameType
-from typing import NoReturn
 
+from qlora_lite.cli.terminal import prepare_process
 from qlora_lite.foundation.console import errors
 from qlora_lite.foundation.errors import DataError, Interrupted, QloraLiteError
 
@@ -28,17 +24,17 @@ _LIMITS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
     *(errno.ENOTDIR, errno.ENAMETOOLONG, errno.EISDIR, errno.ELOOP),
 )
-"""Errors of the operating system that only the user can do something about."""
+"""Errors of the operating system that the user can fix: permissions, space, paths."""
 
 _PLEASE_REPORT = (
-    "this is a mistake in qlora-lite, not one of yours. Please report it with the lines above and "
-    "the command"
+    "this is a bug in qlora-lite, not your mistake. Please report it with the lines above and the "
+    "command"
 )
 
 
 def status_of(command: Callable[[], object]) -> int:
-    """Carry out a command; say what went wrong on stderr. A `SystemExit` of its own passes."""
-    _prepare_terminal()
+    """Run a command, print its error on stderr, and return its exit status. `SystemExit` passes."""
+    prepare_process()
     try:
         command()
     except (Exception, Interrupted, KeyboardInterrupt) as error:
@@ -56,7 +52,7 @@ def _explain(error: BaseException) -> int:
         case Interrupted():
             status, kind, message = INTERRUPTED, "interrupted", str(error)
         case BrokenPipeError():
-            # whoever read the output has seen enough; nothing is left to be flushed to them
+            # the reader closed the pipe (`| head`): not an error; drop what is not flushed yet
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return DONE
         case KeyboardInterrupt():
@@ -71,7 +67,7 @@ def _explain(error: BaseException) -> int:
 
 
 def _show_sample(error: DataError) -> None:
-    """The tokens of a row in which nothing is trained."""
+    """Print the row that has no trained token, if the error carries one."""
     from qlora_lite.cli.rows import row_text
     from qlora_lite.data.tokenise import NothingTrained
 
@@ -82,21 +78,3 @@ def _show_sample(error: DataError) -> None:
 def _say(message: str, kind: str) -> None:
     errors.print(f"[bold red]{kind}:[/]", end=" ")
     errors.print(message, markup=False, soft_wrap=True)
-
-
-def _prepare_terminal() -> None:
-    """A character that the terminal lacks is a question mark; what no user can mend is not said."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _end)
-    # bitsandbytes looks for an optional package for inference on CPU, and warns if it is not there
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # what a hub that cannot be reached means is said once, by our own message
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-
-
-def _end(number: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM outside of training, which listens for itself."""
-    raise Interrupted("stopped by SIGTERM. The same command continues")

@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from qlora_lite.training.settings import Optim
 
 PIPE_WIDTH = 200
-"""Columns of a table where no terminal says how many there are."""
+"""Width of a table when stdout is not a terminal."""
 
 
 def show(console: Console, table: Table) -> None:
-    """Print a table; without a terminal no cell is folded to fit one."""
+    """Print a table. Do not fold cells when stdout is not a terminal."""
     if not console.is_terminal:
         console = Console(file=console.file, width=PIPE_WIDTH, color_system=None)
     console.print(table)
 
 
 def plan_table(plan: "Plan") -> Table:
-    """Every term of the ledger, largest first within its place in the sum, and the peak."""
-    table = _table("memory", ">bytes", "how it is reckoned", show_footer=True)
+    """The rows of the plan with their formulas, and the peak as footer."""
+    table = _table("memory", ">bytes", "formula", show_footer=True)
     for name, num_bytes, formula in plan.rows():
         table.add_row(name, format_bytes(num_bytes), formula)
     colour = "green" if plan.fits else "red"
@@ -40,36 +40,36 @@ def plan_table(plan: "Plan") -> Table:
 
 
 def plan_lines(plan: "Plan") -> list[str]:
-    """What else a plan says: sizes, host memory, and ways down where it does not fit."""
+    """The rest of a plan: parameter counts, host memory, and settings that save memory."""
     lines = [
         f"{format_count(plan.num_trained)} of {format_count(plan.num_parameters)} parameters "
-        f"trained; {plan.micro_batch_tokens:,} tokens at a time, "
-        f"{format_count(plan.flops_per_token)}FLOP a token",
+        f"trained; micro-batches of {plan.micro_batch_tokens:,} tokens, "
+        f"{format_count(plan.flops_per_token)}FLOP per token",
     ]
     if plan.ledger.host_bytes:
-        lines.append(f"main memory beside the card: {format_bytes(plan.ledger.host_bytes)}")
+        lines.append(f"host memory: {format_bytes(plan.ledger.host_bytes)}")
     if plan.savings:
         ways = [f"  {way.setting}  -{format_bytes(way.saved_bytes)}" for way in plan.savings]
-        lines += ["ways down, each taken alone:", *ways]
+        lines += ["settings that save memory, each on its own:", *ways]
     if plan.sufficient_settings:
         lines.append(f"fits with: {' '.join(plan.sufficient_settings)}")
     return lines
 
 
 def time_line(flops_per_second: float, flops_per_token: float, optim: "Optim") -> str:
-    """The time that matrix products alone need: no run is faster."""
+    """Lower bound of the training time: matrix products alone, at the measured rate."""
     rate = flops_per_second / flops_per_token
     step = optim.tokens_per_step / rate
     line = (
         f"time: at best {rate:,.0f} tokens/s here (matrix products measured at "
-        f"{flops_per_second / 1e12:.3g} TFLOP/s), {format_seconds(step)} a step of "
+        f"{flops_per_second / 1e12:.3g} TFLOP/s), {format_seconds(step)} per step of "
         f"{optim.tokens_per_step:,} tokens"
     )
     return line + (f", {format_seconds(step * optim.steps)} in all" if optim.steps else "")
 
 
 def score_table(rows: Iterable["ScoreRow"]) -> Table:
-    """One line a model."""
+    """One line per model."""
     table = _table("model", "", ">loss", ">perplexity", ">accuracy", ">tokens")
     for row in rows:
         score = row.score
@@ -85,7 +85,7 @@ def score_table(rows: Iterable["ScoreRow"]) -> Table:
 
 
 def merge_table(rows: Sequence["MergeRow"]) -> Table:
-    """Candidates of a merge, scored on the held-out rows."""
+    """Merge candidates, scored on the held-out rows."""
     table = _table("candidate", ">held-out loss", ">top-1 agreement with the adapter", "")
     for row in rows:
         agreement = "" if row.agreement is None else f"{row.agreement:.2%}"
@@ -95,7 +95,7 @@ def merge_table(rows: Sequence["MergeRow"]) -> Table:
 
 
 def _table(*columns: str, show_footer: bool = False) -> Table:
-    """A quiet table; a heading that begins with > stands over numbers."""
+    """A plain table; a heading that starts with > marks a right-aligned column of numbers."""
     table = Table(box=box.SIMPLE_HEAD, show_footer=show_footer, pad_edge=False)
     for column in columns:
         is_number = column.startswith(">")

@@ -1,7 +1,8 @@
-"""The embedded default and its story.
+"""The embedded model, its data and the demo.
 
-base/   a small Llama with tokenizer and chat template, made by `tools/build_demo_base.py`
-data/   train.jsonl and heldout.jsonl: what an object of the standard library does
+base/      a small Llama with tokenizer and chat template, made by `tools/build_demo_base.py`
+data/      train.jsonl and heldout.jsonl: questions about objects of the standard library
+story.py   the command `demo`
 """
 
 from pathlib import Path

@@ -1,9 +1,8 @@
-"""The whole story on the embedded model, by the same code as for a large one.
+"""The demo: a full run on the embedded model, by the same code as for a large one.
 
-    plan and train -> SIGKILL in the middle -> continue -> merge, measured -> answers
+    plan and train -> SIGKILL in the middle -> resume -> merge and verify -> sample answers
 
-Every sentence that the demo prints as a fact is checked; `tell` raises `BrokenClaim` if one does
-not hold.
+The demo checks what it claims; `run_demo` raises `BrokenClaim` if a claim does not hold.
 """
 
 import itertools
@@ -36,22 +35,22 @@ from qlora_lite.training.settings import Checkpoints, Evaluation, Optim
 STEPS = 60
 CHECKPOINT_EVERY = 15
 KILL_AFTER = 35
-"""Between two checkpoints, so that some steps are lost and made again."""
+"""Between two checkpoints, so that some steps are lost and repeated."""
 
-LEAST_FALL = 0.1
-"""Share by which the held-out loss must fall."""
-LEAST_AGREEMENT = 0.95
-"""Share of first guesses that the bf16 files must share with the trained model."""
+MIN_LOSS_DROP = 0.1
+"""Relative drop of the held-out loss that the demo claims."""
+MIN_AGREEMENT = 0.95
+"""Claimed top-1 agreement of the bf16 files with the trained model."""
 
 _TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
 
 
 class BrokenClaim(AssertionError):
-    """The demo claimed something that is not so."""
+    """A claim of the demo does not hold."""
 
 
 def recipe(output: Path) -> Recipe:
-    """NF4 base, LoRA on every linear layer, bf16 adapters: as for a model of any size."""
+    """NF4 base, LoRA on every linear layer, bf16 adapters: the defaults for any model."""
     return Recipe(
         base=Base(model=BASE, quant=NF4()),
         adapter=LoRA(rank=16, alpha=32),
@@ -63,37 +62,37 @@ def recipe(output: Path) -> Recipe:
     )
 
 
-def tell(console: Console, parent: Path = Path("runs")) -> Path:
-    """Tell the story in a new folder under `parent`, and return that folder.
+def run_demo(console: Console, parent: Path = Path("runs")) -> Path:
+    """Run the demo in a new folder under `parent`, and return that folder.
 
     Raises:
-        BrokenClaim: if the held-out loss did not fall, the continued run differs from the killed
+        BrokenClaim: if the held-out loss did not fall, the resumed run differs from the killed
             one, or the merged model differs from the trained one.
     """
-    began = time.perf_counter()
+    start = time.perf_counter()
     folder = _new_folder(parent)
     run = folder / "run"
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "recipe.json"
         write_json(file, {"recipe": recipe(run).to_dict()})
-        _title(console, "1. Plan and train, and be killed in the middle")
+        _title(console, "1. Plan, train, and kill the process in the middle")
         before = _train_and_kill(console, file, run)
-        _title(console, "2. The same command again")
+        _title(console, "2. Resume with the same command")
         _train(file)
-    _check_continuation(console, before, metrics.read(run / "metrics.jsonl"))
+    _check_resume(console, before, metrics.read(run / "metrics.jsonl"))
     _check_learning(console, metrics.read(run / "metrics.jsonl"))
-    _title(console, "3. Merge, and measure it")
-    _show_merge(console, merge(run, folder / "merged"))
-    _title(console, "4. Answers to questions that it has not seen")
+    _title(console, "3. Merge and verify")
+    _check_merge(console, merge(run, folder / "merged"))
+    _title(console, "4. Answers to held-out questions")
     _show_samples(console, run / "report.html")
-    console.print(f"\neverything held, in {format_seconds(time.perf_counter() - began)}")
+    console.print(f"\nevery check passed, in {format_seconds(time.perf_counter() - start)}")
     console.print(f"run:    {run}\nreport: {run / 'report.html'}\nmerged: {folder / 'merged'}")
     console.print(f"now try: qlora-lite chat {folder / 'merged'}", style="bold")
     return folder
 
 
 def _new_folder(parent: Path) -> Path:
-    """`story`, or `story-2` and so on: nothing is overwritten."""
+    """A new folder `story`, `story-2` and so on: nothing is overwritten."""
     names = itertools.chain(["story"], (f"story-{n}" for n in itertools.count(2)))
     folder = next(parent / name for name in names if not (parent / name).exists())
     folder.mkdir(parents=True)
@@ -105,12 +104,14 @@ def _command(recipe_file: Path) -> list[str]:
 
 
 def _train_and_kill(console: Console, file: Path, run: Path) -> list[dict[str, Any]]:
-    """Train in a process of its own and send it SIGKILL; returns what it had logged."""
+    """Train in a subprocess and send it SIGKILL; return the metrics that it had logged."""
     log = run / "metrics.jsonl"
     with subprocess.Popen(_command(file)) as process:
         while _last_step(log) < KILL_AFTER:
             if process.poll() is not None:
-                raise BrokenClaim(f"training ended by itself with status {process.returncode}")
+                raise BrokenClaim(
+                    f"training ended with status {process.returncode} before it was killed"
+                )
             time.sleep(0.02)
         process.kill()
     console.show_cursor(True)
@@ -126,21 +127,21 @@ def _last_step(log: Path) -> int:
 def _train(file: Path) -> None:
     status = subprocess.run(_command(file), check=False).returncode
     if status:
-        raise BrokenClaim(f"the continued run ended with status {status}")
+        raise BrokenClaim(f"the resumed run ended with status {status}")
 
 
-def _check_continuation(
+def _check_resume(
     console: Console, before: list[dict[str, Any]], after: list[dict[str, Any]]
 ) -> None:
-    """The steps that the killed process had made after its checkpoint were made again, alike."""
+    """The steps after the last checkpoint of the killed process were repeated bit for bit."""
     checkpoint = KILL_AFTER // CHECKPOINT_EVERY * CHECKPOINT_EVERY
     lost = [_numbers(event) for event in before if event["step"] > checkpoint]
     again = [_numbers(event) for event in after if event["step"] > checkpoint][: len(lost)]
     if not lost or lost != again:
-        raise BrokenClaim(f"the continued run differs from the killed one: {lost} became {again}")
+        raise BrokenClaim(f"the resumed run differs from the killed one: {lost} became {again}")
     console.print(
-        f"steps {checkpoint + 1} to {lost[-1]['step']} were lost and made again: the same losses "
-        "and gradients to the last bit",
+        f"steps {checkpoint + 1} to {lost[-1]['step']} were lost and repeated: the same losses and "
+        "gradient norms to the last bit",
         style="green",
     )
 
@@ -152,12 +153,15 @@ def _numbers(event: dict[str, Any]) -> dict[str, Any]:
 def _check_learning(console: Console, events: list[dict[str, Any]]) -> None:
     losses = [event["heldout_loss"] for event in events if "heldout_loss" in event]
     first, last = losses[0], losses[-1]
-    if last > (1 - LEAST_FALL) * first:
-        raise BrokenClaim(f"the held-out loss went from {first:.3f} to {last:.3f} only")
+    if last > (1 - MIN_LOSS_DROP) * first:
+        raise BrokenClaim(
+            f"the held-out loss fell too little: from {first:.3f} to {last:.3f}, "
+            f"needed is {MIN_LOSS_DROP:.0%}"
+        )
     console.print(f"held-out loss {first:.3f} -> {last:.3f}", style="green")
 
 
-def _show_merge(console: Console, result: MergeResult) -> None:
+def _check_merge(console: Console, result: MergeResult) -> None:
     table = Table("model", "held-out loss", "top-1 agreement", "written")
     for row in result.table:
         agreement = "" if row.agreement is None else f"{row.agreement:.1%}"
@@ -165,13 +169,13 @@ def _show_merge(console: Console, result: MergeResult) -> None:
         table.add_row(row.candidate, f"{row.loss:.4f}", agreement, written)
     console.print(table)
     if result.exact is None or not result.exact.is_exact:
-        raise BrokenClaim(f"merged in fp32 it differs from the trained model: {result.exact}")
-    if result.written is None or result.written.top1 < LEAST_AGREEMENT:
+        raise BrokenClaim(f"the fp32 merge differs from the trained model: {result.exact}")
+    if result.written is None or result.written.top1 < MIN_AGREEMENT:
         raise BrokenClaim(f"the written files differ from the trained model: {result.written}")
     console.print(
-        f"merged in fp32, the logits are the adapter's on its base to "
-        f"{result.exact.relative_error:.0e}; the bf16 files that were written have the same first "
-        f"guess at {result.written.top1:.1%} of the tokens",
+        f"merged in fp32, the logits equal those of base and adapter to "
+        f"{result.exact.relative_error:.0e}; the written bf16 files predict the same token at "
+        f"{result.written.top1:.1%} of the positions",
         style="green",
     )
 

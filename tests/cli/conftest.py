@@ -23,11 +23,11 @@ def recipe(tmp_path, tiny_base):
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run, and what training it said."""
+    """A finished run, and the outcome of the command that trained it."""
 
     recipe: Path
     run: Path
-    said: Ended
+    ended: Ended
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +35,6 @@ def trained(tmp_path_factory, tiny_base):
     """Trained once. Do not write into it."""
     folder = tmp_path_factory.mktemp("trained")
     recipe = write_recipe(folder, tiny_base)
-    said = run_command("train", recipe)
-    assert said.status == 0, said.err
-    return Trained(recipe, folder / "run", said)
+    ended = run_command("train", recipe)
+    assert ended.status == 0, ended.err
+    return Trained(recipe, folder / "run", ended)

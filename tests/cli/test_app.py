@@ -1,4 +1,4 @@
-"""The other verbs, each on a tiny base."""
+"""The other commands, each on a tiny base."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import pytest
 from tests.cli.workplace import run_command
 
 
-def test_plan_shows_bytes_verdict_and_time_and_reads_no_data(recipe):
+def test_plan_prints_bytes_verdict_and_time_without_reading_data(recipe):
     (recipe.parent / "train.jsonl").unlink()
     ended = run_command("plan", recipe)
     assert ended.status == 0
@@ -18,7 +18,7 @@ def test_plan_shows_bytes_verdict_and_time_and_reads_no_data(recipe):
         assert text in ended.out
 
 
-def test_a_plan_over_its_budget_has_status_2_and_ways_down(recipe):
+def test_a_plan_over_its_budget_has_status_2_and_lists_savings(recipe):
     ended = run_command("plan", recipe, "budget=10MiB", "base.quant=bf16")
     assert ended.status == 2
     assert "does not fit" in ended.out
@@ -34,7 +34,7 @@ def test_a_known_model_is_planned_offline(tmp_path):
     assert "8.19 G parameters" in ended.out
 
 
-def test_an_unknown_setting_answers_with_its_path_and_a_near_match(recipe):
+def test_an_unknown_setting_is_reported_with_its_path_and_the_nearest_match(recipe):
     ended = run_command("plan", recipe, "optim.learning=3", "optm.lr=1")
     assert ended.status == 2
     ended = run_command("plan", recipe, "adapter.rnak=3")
@@ -43,13 +43,13 @@ def test_an_unknown_setting_answers_with_its_path_and_a_near_match(recipe):
     assert "'rank'" in ended.err
 
 
-def test_a_recipe_that_is_not_there_is_a_mistake(tmp_path):
+def test_a_missing_recipe_has_status_2(tmp_path):
     ended = run_command("train", tmp_path / "nowhere.py")
     assert ended.status == 2
     assert "nowhere.py" in ended.err
 
 
-def test_preview_shows_tokens_lengths_and_counts(recipe):
+def test_preview_prints_tokens_lengths_and_counts(recipe):
     ended = run_command("preview", recipe, "--rows", 2)
     assert ended.status == 0
     assert "[[It is 0.<|end|>]]" in ended.out
@@ -58,19 +58,19 @@ def test_preview_shows_tokens_lengths_and_counts(recipe):
         assert text in ended.out
 
 
-def test_a_recipe_json_and_a_runs_folder_are_recipes(trained):
+def test_a_recipe_json_and_a_run_folder_are_recipes(trained):
     by_file = run_command("preview", trained.recipe)
     assert run_command("preview", trained.run).out == by_file.out
     assert run_command("preview", trained.run / "recipe.json").out == by_file.out
 
 
-def test_eval_of_a_run_has_the_bare_base_beside_it(trained):
+def test_eval_of_a_run_scores_the_bare_base_too(trained):
     ended = run_command("eval", trained.run)
     assert ended.status == 0
     bare = _losses(ended.out, "bare base")
     adapted = _losses(ended.out, "adapter")
-    said = re.search(r"loss ([\d.]+) \(at the start\) -> ([\d.]+)", trained.said.out).groups()
-    assert [f"{bare[0]:.3f}", f"{adapted[0]:.3f}"] == list(said)
+    printed = re.search(r"loss ([\d.]+) \(at the start\) -> ([\d.]+)", trained.ended.out).groups()
+    assert [f"{bare[0]:.3f}", f"{adapted[0]:.3f}"] == list(printed)
 
 
 def test_eval_scores_several_targets_on_a_file(trained, tiny_base, tmp_path):
@@ -92,28 +92,28 @@ def test_eval_scores_several_targets_on_a_file(trained, tiny_base, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["{base}"], ["{run}", "data.max_rows=3"], ["data.x=1"]])
-def test_eval_says_what_it_needs(arguments, trained, tiny_base):
+def test_eval_without_rows_or_model_has_status_2(arguments, trained, tiny_base):
     ended = run_command("eval", *(a.format(base=tiny_base, run=trained.run) for a in arguments))
     assert ended.status == 2
     assert ended.err
 
 
-def test_chat_answers_lines_of_a_pipe_one_by_one(trained):
+def test_chat_answers_piped_lines_one_by_one(trained):
     lines = "What is seven times 3?\n/reset\nWhat is seven times 3?\n/exit\nnever asked\n"
     ended = run_command("chat", trained.run, "--max-new-tokens", 8, typed=lines)
     assert ended.status == 0, ended.err
-    first, forgotten, second = ended.out.splitlines()
+    first, cleared, second = ended.out.splitlines()
     assert first == second != ""
-    assert forgotten == "(forgotten)"
+    assert cleared == "(history cleared)"
 
 
-def test_chat_answers_a_prompt_and_ends(tiny_base):
+def test_chat_answers_one_prompt_and_exits(tiny_base):
     ended = run_command("chat", tiny_base, "--prompt", "hello", "--max-new-tokens", 4)
     assert ended.status == 0
     assert ended.out.strip()
 
 
-def test_chat_with_nothing_is_a_mistake(tmp_path):
+def test_chat_with_an_empty_folder_has_status_2(tmp_path):
     assert run_command("chat", tmp_path).status == 2
 
 
@@ -127,7 +127,7 @@ def test_merge_writes_a_model_that_scores_like_the_adapter(trained, tmp_path):
     assert _losses(scores, "model")[0] == pytest.approx(_losses(scores, "adapter")[0], abs=1e-3)
 
 
-def test_a_merge_shows_the_candidates_that_it_chose_from(trained, tmp_path):
+def test_a_merge_prints_its_candidates(trained, tmp_path):
     ended = run_command("merge", trained.run, tmp_path / "merged", "--shard", "100kB")
     assert ended.status == 0, ended.err
     for candidate in ("adapter on its base", "on the base as trained", "on the original base"):
@@ -136,13 +136,13 @@ def test_a_merge_shows_the_candidates_that_it_chose_from(trained, tmp_path):
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
 
 
-def test_a_format_that_is_not_there_says_what_there_is(trained, tmp_path):
+def test_an_unknown_format_is_refused_with_the_known_ones(trained, tmp_path):
     ended = run_command("merge", trained.run, tmp_path / "out", "--format", "gguf")
     assert ended.status == 2
     assert "hf" in ended.err
 
 
-def test_extract_writes_the_ranks_that_there_are(trained, tmp_path):
+def test_extract_writes_the_trained_rank_and_refuses_another(trained, tmp_path):
     rank = json.loads((trained.run / "adapter" / "adapter_config.json").read_text())["r"]
     ended = run_command("extract", trained.run, tmp_path / "same", "--rank", rank)
     assert ended.status == 0, ended.err
@@ -164,5 +164,5 @@ def test_init_writes_a_formatted_recipe_that_loads(tiny_base, tmp_path):
 
 
 def _losses(table, what):
-    """The losses in a table's lines of one kind."""
+    """The losses in the lines of one kind of a table."""
     return [float(x) for x in re.findall(rf"{what} +([\d.]+)", table)]

@@ -1,11 +1,11 @@
-"""A run as it goes, on a terminal and through a pipe."""
+"""What a run prints on a terminal and through a pipe."""
 
 import io
 
 import pytest
 from rich.console import Console
 
-from qlora_lite.cli.display import LINES, Display
+from qlora_lite.cli.display import TRAINING_LINES, Display
 
 
 def console(is_terminal):
@@ -13,7 +13,7 @@ def console(is_terminal):
 
 
 def train_with(display, steps, first=0):
-    """What a run of so many steps tells its watcher."""
+    """Report a run of so many steps to the display; return what it printed."""
     display.started(first, steps)
     for step in range(first + 1, steps + 1):
         display.stepped(
@@ -23,10 +23,10 @@ def train_with(display, steps, first=0):
     return display.console.file.getvalue()
 
 
-def test_a_pipe_gets_whole_lines_at_even_intervals_and_no_control_codes():
+def test_a_pipe_gets_lines_at_even_intervals_without_control_codes():
     text = train_with(Display(console(is_terminal=False)), 1000)
     lines = text.splitlines()
-    assert len(lines) == LINES + 1
+    assert len(lines) == TRAINING_LINES + 1
     assert lines[0].startswith("training step 1/1,000  loss 4.999  ")
     assert "1,234 tokens/s  1.86 GiB" in lines[0]
     assert lines[-1].startswith("training step 1,000/1,000")
@@ -36,24 +36,24 @@ def test_a_pipe_gets_whole_lines_at_even_intervals_and_no_control_codes():
 
 
 @pytest.mark.parametrize("steps", [1, 7])
-def test_a_short_run_gets_a_line_a_step(steps):
+def test_a_short_run_prints_one_line_per_step(steps):
     text = train_with(Display(console(is_terminal=False)), steps)
     assert len(text.splitlines()) == steps
 
 
-def test_a_terminal_gets_one_bar_that_moves():
+def test_a_terminal_shows_one_moving_bar():
     text = train_with(Display(console(is_terminal=True)), 100)
     assert "\x1b[" in text
     assert "100/100" in text
     assert text.count("\n") < 5
 
 
-def test_a_continued_run_says_where_it_goes_on():
+def test_a_resumed_run_prints_its_first_step():
     text = train_with(Display(console(is_terminal=False)), 30, first=20)
-    assert text.splitlines()[0] == "going on after step 20"
+    assert text.splitlines()[0] == "resuming after step 20"
 
 
-def test_no_bar_outlives_an_error():
+def test_an_error_stops_the_bar():
     screen = console(is_terminal=True)
     with pytest.raises(ValueError, match="stop"), Display(screen) as display:
         display.loading(1, 100)
@@ -61,7 +61,7 @@ def test_no_bar_outlives_an_error():
     assert not screen._live_stack
 
 
-def test_notes_are_text_and_never_markup():
+def test_notes_are_printed_as_text_and_not_as_markup():
     display = Display(console(is_terminal=False))
     display.note("rows[/x] [bold]" + "x" * 200)
     assert display.console.file.getvalue() == "rows[/x] [bold]" + "x" * 200 + "\n"

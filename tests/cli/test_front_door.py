@@ -20,18 +20,18 @@ finally:
 """
 
 
-def test_help_names_every_verb_without_importing_torch_within_a_second():
+def test_help_lists_every_command_within_a_second_and_without_importing_torch():
     seconds = []
-    while not seconds or (min(seconds) > 1 and len(seconds) < 5):  # on a busy machine once more
-        began = time.perf_counter()
+    while not seconds or (min(seconds) > 1 and len(seconds) < 5):  # repeat on a busy machine
+        start = time.perf_counter()
         ended = subprocess.run(
             [sys.executable, "-c", HELP], capture_output=True, text=True, check=True
         )
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     assert min(seconds) < 1
     assert ended.stderr.strip() == "False"
-    for verb in ("init", "plan", "preview", "train", "merge", "eval", "chat", "demo"):
-        assert f" {verb} " in ended.stdout
+    for command in ("init", "plan", "preview", "train", "merge", "eval", "chat", "demo"):
+        assert f" {command} " in ended.stdout
 
 
 def test_importing_the_package_imports_nothing_heavy():
@@ -41,7 +41,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("name", sorted(set(qlora_lite.__all__) - {"__version__"}))
-def test_every_name_comes_from_its_home(name):
+def test_every_public_name_can_be_imported(name):
     value = getattr(qlora_lite, name)
     assert value.__module__.startswith("qlora_lite.")
     assert name in dir(qlora_lite)
@@ -51,7 +51,7 @@ def test_the_version_is_that_of_the_installed_package():
     assert run_command("--version").out.strip() == qlora_lite.__version__
 
 
-def test_a_name_that_is_not_there_is_an_attribute_error():
+def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="LoRAX"):
         _ = qlora_lite.LoRAX
 

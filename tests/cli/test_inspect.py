@@ -1,4 +1,4 @@
-"""`inspect` on runs and adapters, as a person sees it."""
+"""The command `inspect` on runs and adapters."""
 
 import io
 import json
@@ -18,7 +18,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory, tiny_base):
-    """A run of another rank and seed."""
+    """A run with another rank and seed."""
     folder = tmp_path_factory.mktemp("other")
     recipe = write_recipe(folder, tiny_base)
     ended = run_command("train", recipe, "adapter.rank=8", "seed=1", "optim.steps=2")
@@ -37,11 +37,11 @@ def loralib(tmp_path_factory):
 
 
 def cells(out, name):
-    """The cells of the first line of a layer, as tables name it, without that name."""
+    """The cells of the first line that starts with this layer name."""
     return next(line.split()[1:] for line in out.splitlines() if line.split()[:1] == [name])
 
 
-def test_a_run_has_a_line_for_every_layer(trained, tiny_base):
+def test_a_run_has_one_line_per_layer(trained, tiny_base):
     ended = run_command("inspect", trained.run)
     assert ended.status == 0, ended.err
     assert f"{trained.run}: run, adapter=lora, base {tiny_base}" in ended.out
@@ -67,7 +67,7 @@ def test_two_targets_have_a_table_of_phi(trained, other):
     assert values[3] == values[7] == max(4, 8) / 64
 
 
-def test_one_pair_of_numbers_may_be_asked_for(trained, other):
+def test_phi_for_one_i_and_j(trained, other):
     ended = run_command("inspect", trained.run, other, "-i", 2, "-j", 6)
     assert ended.status == 0, ended.err
     table = ended.out.partition("phi of ")[2]
@@ -75,14 +75,14 @@ def test_one_pair_of_numbers_may_be_asked_for(trained, other):
     assert len(cells(table, "0.self_attn.q_proj")) == 4
 
 
-def test_a_run_and_itself_share_everything(trained):
+def test_phi_of_a_run_with_its_own_adapter_is_one(trained):
     ended = run_command("inspect", trained.run, trained.run / "adapter")
     table = ended.out.partition("phi of ")[2]
     right_1, right_4, *_ = cells(table, "mean")
     assert right_1 == right_4 == "1.000"
 
 
-def test_without_alpha_values_are_relative_and_it_says_so(loralib, tiny_base):
+def test_without_alpha_singular_values_are_relative(loralib, tiny_base):
     ended = run_command("inspect", loralib)
     assert ended.status == 0, ended.err
     assert "--alpha" in ended.out
@@ -96,7 +96,7 @@ def test_without_alpha_values_are_relative_and_it_says_so(loralib, tiny_base):
     assert "amplified" in known.out
 
 
-def test_everything_is_written_as_json_once(trained, other, tmp_path):
+def test_json_is_written_and_not_overwritten(trained, other, tmp_path):
     file = tmp_path / "new" / "found.json"
     ended = run_command("inspect", trained.run, other, "--json", file)
     assert ended.status == 0, ended.err
@@ -113,7 +113,7 @@ def test_everything_is_written_as_json_once(trained, other, tmp_path):
     assert "exists already" in again.err
 
 
-def test_figures_are_drawn_into_a_new_folder(loralib, tmp_path):
+def test_figures_are_written_to_a_new_folder(loralib, tmp_path):
     ended = run_command("inspect", loralib, loralib, "--figures", tmp_path / "figures")
     assert ended.status == 0, ended.err
     assert len(list((tmp_path / "figures").glob("*.png"))) == 6
@@ -122,7 +122,7 @@ def test_figures_are_drawn_into_a_new_folder(loralib, tmp_path):
     assert "exists already" in again.err
 
 
-def test_figures_without_matplotlib_end_before_the_work(loralib, tmp_path, monkeypatch):
+def test_figures_without_matplotlib_are_refused_before_any_work(loralib, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     ended = run_command("inspect", loralib, "--figures", tmp_path / "figures")
     assert ended.status == 2
@@ -130,7 +130,7 @@ def test_figures_without_matplotlib_end_before_the_work(loralib, tmp_path, monke
     assert ended.out == ""
 
 
-def test_a_mistake_is_one_message(trained, other, tiny_base, tmp_path):
+def test_a_wrong_target_is_one_error_message(trained, other, tiny_base, tmp_path):
     (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04")
     mistakes = {
         "neither a run": [tiny_base],
@@ -167,7 +167,7 @@ def test_tables_fit_a_terminal(trained, other, width):
         wide = Console(width=300, file=io.StringIO())
         wide.print(table)
         full, fitted = (cells(c.file.getvalue(), names[0]) for c in (wide, console))
-        # only the list of singular values goes on below, no number is cut
+        # only the list of singular values is wrapped, no number is cut
         assert fitted == full[: len(fitted)]
         assert len(fitted) >= 5
 
@@ -191,6 +191,6 @@ def test_open_gates_are_counted():
     assert cells(console.file.getvalue(), "fc") == ["4", "2", "1.50", "2/4", "2", "1", "0", "0"]
 
 
-def test_it_wants_a_target_and_at_least_one_direction(trained):
+def test_a_target_and_at_least_one_direction_are_required(trained):
     assert run_command("inspect").status == 2
     assert run_command("inspect", trained.run, trained.run, "-i", 0).status == 2

@@ -1,4 +1,4 @@
-"""The recipes that come with the project."""
+"""The recipes of the project."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.cli.workplace import run_command, run_file
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.py"))
 BF16 = torch.bfloat16
 CUDA = DeviceRule(torch.device("cuda"), BF16, BF16, BF16, BF16, "8bit")
-"""A card of today, which planning does not need to have."""
+"""A card with bf16; planning does not need to have it."""
 
 
 @pytest.fixture(params=RECIPES, ids=lambda file: file.stem)
@@ -24,7 +24,7 @@ def file(request):
     return request.param
 
 
-def test_there_is_one_for_every_model_that_was_promised():
+def test_every_promised_model_has_a_recipe():
     names = {file.stem for file in RECIPES}
     assert names >= {"gpt2", "qwen3_0_6b", "qwen3_8b", "llama3_1_8b", "mistral_7b", "demo"}
 
@@ -61,16 +61,16 @@ def test_it_loads_and_is_at_most_a_screen(file):
     assert len(file.read_text(encoding="utf-8").splitlines()) <= 60
 
 
-def test_its_docstring_says_what_the_planner_says(file):
+def test_the_numbers_in_its_docstring_are_those_of_the_planner(file):
     recipe = load_recipe(file)
     if recipe.base.model == BASE and not Path(BASE).is_dir():
         pytest.skip("the embedded base is not built")
     rule = choose("cpu") if recipe.base.model == BASE else CUDA
-    said = file.read_text(encoding="utf-8").split('"""')[1].replace("\n", " ")
+    docstring = file.read_text(encoding="utf-8").split('"""')[1].replace("\n", " ")
     peak, tokens, smallest, row, flops = re.search(
         r"Needs ([\d.]+ .iB) .* with ([\d,]+) tokens at a time, ([\d.]+ .iB) with one row of "
         r"([\d,]+).* ([\d.]+) GFLOP a token",
-        said,
+        docstring,
     ).groups()
     plan = plan_recipe(recipe, rule)
     one_row = plan_recipe(recipe.but(f"optim.micro_batch_tokens={recipe.data.max_tokens}"), rule)
@@ -82,14 +82,14 @@ def test_its_docstring_says_what_the_planner_says(file):
     assert float(flops) == pytest.approx(plan.flops_per_token / 1e9, rel=0.01)
 
 
-def test_the_file_itself_is_the_train_command(file, tmp_path, monkeypatch):
+def test_running_the_file_is_the_train_command(file, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(file.parent))
     arguments = [
         "base.model=a/folder/that/is/not/there",
         f"output={tmp_path / 'run'}",
         "device=cpu",
     ]
-    by_verb = run_command("train", file, *arguments)
-    assert run_file(file, *arguments) == by_verb
-    assert by_verb.status == 2
-    assert "a/folder/that/is/not/there" in by_verb.err
+    by_command = run_command("train", file, *arguments)
+    assert run_file(file, *arguments) == by_command
+    assert by_command.status == 2
+    assert "a/folder/that/is/not/there" in by_command.err

@@ -1,4 +1,4 @@
-"""How commands end."""
+"""Exit statuses and error messages."""
 
 import errno
 
@@ -16,7 +16,7 @@ def _raising(error):
     return command
 
 
-def test_a_command_that_returns_is_done(capsys):
+def test_a_command_that_returns_has_status_0(capsys):
     assert status_of(lambda: None) == 0
     assert capsys.readouterr() == ("", "")
 
@@ -37,7 +37,7 @@ def test_a_limit_of_the_disk_names_the_file(number, capsys):
 
 
 @pytest.mark.parametrize("error", [ValueError("unforeseen"), OSError(errno.EIO, "broken", "x")])
-def test_our_bug_shows_its_traceback_with_status_1(error, capsys):
+def test_a_bug_prints_its_traceback_with_status_1(error, capsys):
     assert status_of(_raising(error)) == 1
     err = capsys.readouterr().err
     assert "Traceback" in err
@@ -50,7 +50,7 @@ def test_an_interruption_has_status_130(error, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_usage_error_has_status_2_and_a_near_match():
+def test_a_usage_error_has_status_2_and_the_nearest_match():
     ended = run_command("trian")
     assert ended.status == 2
     assert "Did you mean 'train'" in ended.err
@@ -60,14 +60,14 @@ def test_an_unknown_option_has_status_2(recipe):
     assert run_command("train", recipe, "--steps=3").status == 2
 
 
-def test_pydantic_is_never_heard(recipe):
+def test_errors_in_settings_do_not_mention_pydantic(recipe):
     ended = run_command("plan", recipe, "optim.lr=-1", "data.max_tokens=many", "adapter.rnk=3")
     assert ended.status == 2
     assert "pydantic" not in ended.out + ended.err
     assert "adapter.rnk" in ended.err
 
 
-def test_a_mistake_in_a_recipe_file_is_the_users(recipe):
+def test_a_wrong_field_in_a_recipe_file_has_status_2(recipe):
     recipe.write_text(recipe.read_text().replace("rank=4", "rnk=4"), encoding="utf-8")
     ended = run_command("plan", recipe)
     assert ended.status == 2
@@ -75,14 +75,14 @@ def test_a_mistake_in_a_recipe_file_is_the_users(recipe):
     assert "rnk" in ended.err
 
 
-def test_errors_of_data_reach_the_user(recipe, tmp_path):
+def test_an_error_in_the_data_names_its_line(recipe, tmp_path):
     (tmp_path / "train.jsonl").write_text('{"messages": 3}\n', encoding="utf-8")
     ended = run_command("train", recipe)
     assert ended.status == 2
     assert "line 1" in ended.err
 
 
-def test_a_reader_that_has_seen_enough_is_no_mistake(recipe):
+def test_a_closed_pipe_has_status_0(recipe):
     program = "from qlora_lite.cli import main; main()"
     process = start_process("-c", program, "plan", recipe)
     process.stdout.close()

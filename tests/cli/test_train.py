@@ -1,4 +1,4 @@
-"""`qlora-lite train`: what it shows, and how it goes on."""
+"""`qlora-lite train`: what it prints, and how it resumes."""
 
 import re
 import signal
@@ -6,37 +6,37 @@ import signal
 from tests.cli.workplace import run_command, run_file, start_process
 
 
-def test_a_run_says_plan_row_progress_scores_memory_and_path(trained):
-    said = trained.said.out
+def test_a_run_prints_plan_row_progress_scores_memory_and_path(trained):
+    printed = trained.ended.out
     stages = [
         "compute fp32",  # the device
         "linear layers in nf4",  # the plan
         "76 rows to train on, 4 held out",
-        "[[It is",  # one row, with what of it is trained
+        "[[It is",  # one row with its trained tokens
         "step 1/6",
         "step 6/6",
         "(at the start) ->",
         "predicted (",
         str(trained.run / "adapter"),
     ]
-    places = [said.index(stage) for stage in stages]
+    places = [printed.index(stage) for stage in stages]
     assert places == sorted(places)
-    assert re.search(r"step 6/6  loss \d\.\d+  [▁-█]+  [\d,]+ tokens/s  \d+ MiB  .* left", said)
+    assert re.search(r"step 6/6  loss \d\.\d+  [▁-█]+  [\d,]+ tokens/s  \d+ MiB  .* left", printed)
 
 
 def test_the_held_out_loss_falls(trained):
     before, after = re.search(
-        r"loss ([\d.]+) \(at the start\) -> ([\d.]+)", trained.said.out
+        r"loss ([\d.]+) \(at the start\) -> ([\d.]+)", trained.ended.out
     ).groups()
     assert float(after) < float(before) - 1
 
 
-def test_nothing_that_is_piped_has_control_codes(trained):
-    assert "\x1b" not in trained.said.out + trained.said.err
-    assert "\r" not in trained.said.out
+def test_piped_output_has_no_control_codes(trained):
+    assert "\x1b" not in trained.ended.out + trained.ended.err
+    assert "\r" not in trained.ended.out
 
 
-def test_the_same_command_on_a_finished_run_says_so(trained):
+def test_train_reports_that_a_run_is_already_finished(trained):
     ended = run_command("train", trained.recipe)
     assert ended.status == 0
     assert f"{trained.run} is finished after 6 steps" in ended.out
@@ -51,12 +51,12 @@ def test_a_finished_run_is_extended_on_request(recipe):
     assert "--extend" in refused.err
     extended = run_command("train", recipe, "optim.steps=4", "--extend")
     assert extended.status == 0
-    assert "going on after step 2" in extended.out
+    assert "resuming after step 2" in extended.out
     assert "step 4/4" in extended.out
     assert (run / "adapter").is_dir()
 
 
-def test_what_a_new_kind_keeps_is_said(recipe):
+def test_train_reports_which_settings_another_method_keeps(recipe):
     ended = run_command("train", recipe, "adapter=rslora", "optim.steps=1")
     assert ended.status == 0
     assert "adapter=rslora: kept rank=4" in ended.out
@@ -78,7 +78,7 @@ def test_ctrl_c_saves_with_status_130_and_the_file_itself_continues(recipe):
     recipe.write_text(text, encoding="utf-8")
     ended = run_file(recipe, *rarely, "--extend")
     assert ended.status == 0, ended.err
-    assert f"going on after step {done}" in ended.out
+    assert f"resuming after step {done}" in ended.out
     assert f"step {done + 1}/{done + 1}" in ended.out
 
 

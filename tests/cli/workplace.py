@@ -1,4 +1,4 @@
-"""A workplace of data and a recipe file, and the commands run in this process."""
+"""A folder with data and a recipe file, and commands that run in this process."""
 
 import contextlib
 import io
@@ -38,7 +38,7 @@ if __name__ == "__main__":
 
 @dataclass(frozen=True)
 class Ended:
-    """A command that came to its end."""
+    """The outcome of a command."""
 
     status: int
     out: str
@@ -46,7 +46,7 @@ class Ended:
 
 
 def run_command(*arguments: object, typed: str = "") -> Ended:
-    """`qlora-lite ARGUMENTS` in this process; `typed` is what comes through its pipe."""
+    """`qlora-lite ARGUMENTS` in this process; `typed` is its standard input."""
     return _ended(lambda: main([str(argument) for argument in arguments]), typed)
 
 
@@ -89,7 +89,7 @@ def write_recipe(folder: Path, base: Path) -> Path:
 
 
 def start_process(*arguments: object) -> subprocess.Popen[str]:
-    """Python in a process of its own, with lines as they are written, on one thread."""
+    """Python in a subprocess, with unbuffered output and one thread."""
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""The demo tells the truth: it ends well, and it fails where a claim does not hold."""
+"""The demo: it passes, and it fails when a claim does not hold."""
 
 import os
 import subprocess
@@ -17,17 +17,17 @@ def events(*losses, start=31):
     return [{"step": start + i, "loss": loss, "seconds": i} for i, loss in enumerate(losses)]
 
 
-def test_steps_made_again_must_be_the_same_to_the_last_bit():
+def test_repeated_steps_must_be_the_same_to_the_last_bit():
     before = events(3.0, 2.5, 2.25)
     again = [dict(event, seconds=99.0) for event in before]
-    story._check_continuation(QUIET, before, [*again, *events(2.0, start=34)])
+    story._check_resume(QUIET, before, [*again, *events(2.0, start=34)])
     with pytest.raises(BrokenClaim, match="differs from the killed one"):
-        story._check_continuation(QUIET, before, events(3.0, 2.5, 2.25 + 2**-40))
+        story._check_resume(QUIET, before, events(3.0, 2.5, 2.25 + 2**-40))
 
 
-def test_a_continuation_with_nothing_to_compare_proves_nothing():
+def test_a_resumed_run_without_repeated_steps_is_refused():
     with pytest.raises(BrokenClaim):
-        story._check_continuation(QUIET, events(3.0, start=30), events(3.0, start=30))
+        story._check_resume(QUIET, events(3.0, start=30), events(3.0, start=30))
 
 
 def test_the_held_out_loss_must_fall():
@@ -39,13 +39,13 @@ def test_the_held_out_loss_must_fall():
         story._check_learning(QUIET, scorings(4.0, 3.9))
 
 
-def test_a_demo_never_overwrites_another(tmp_path):
+def test_a_demo_does_not_overwrite_another(tmp_path):
     names = [story._new_folder(tmp_path).name for _ in range(3)]
     assert names == ["story", "story-2", "story-3"]
 
 
 @pytest.mark.slow
-def test_the_whole_story_holds(tmp_path):
+def test_the_demo_passes(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "qlora_lite", "demo"],
         cwd=tmp_path,
@@ -55,6 +55,6 @@ def test_the_whole_story_holds(tmp_path):
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    for words in ("SIGKILL", "to the last bit", "going on after step 30", "everything held"):
+    for words in ("SIGKILL", "to the last bit", "resuming after step 30", "every check passed"):
         assert words in " ".join(result.stdout.split())
     assert (tmp_path / "runs" / "story" / "merged" / "model.safetensors").is_file()
