@@ -12,7 +12,7 @@ from qlora_lite.foundation.units import format_bytes, format_count, format_secon
 
 if TYPE_CHECKING:
     from qlora_lite.memory.plan import Plan
-    from qlora_lite.report.page import MergeRow
+    from qlora_lite.report.contents import MergeRow
     from qlora_lite.run.scoring import ScoreRow
     from qlora_lite.training.settings import Optim
 

@@ -1,8 +1,8 @@
-"""A line chart as a piece of SVG, without a plotting library.
+"""Line charts as SVG, without a plotting library.
 
-Colours come from the variables in `STYLE`, which follow the reader's light or dark theme. A page
-puts `STYLE` among its own styles and the charts into its body.
-Values that are not finite leave a gap in their curve.
+Colours come from the variables in `STYLE`, which follow the light or dark theme of the browser. A
+page includes `STYLE` in its styles and the charts in its body. Values that are not finite leave a
+gap in their curve.
 """
 
 import html
@@ -39,16 +39,16 @@ class Curve:
     """One line of a chart."""
 
     name: str
-    """What the legend and the spoken label call it."""
+    """For the legend and the label of screen readers."""
     points: Sequence[tuple[float, float]]
     kind: str
-    """How `STYLE` draws it: train, raw, heldout or level."""
+    """CSS class in `STYLE`: train, raw, heldout or level."""
     dots: bool = False
     """Mark every point and show its value under the pointer, unless there are very many."""
 
     @property
     def drawn(self) -> list[tuple[float, float]]:
-        """The points that have a place in the picture."""
+        """The points with drawable values."""
         return [(x, y) for x, y in self.points if is_drawable(y)]
 
 
@@ -59,7 +59,8 @@ def chart(
     size: tuple[int, int] = (360, 190),
     from_zero: bool = True,
 ) -> str:
-    """Curves over steps. `unit` stands above the vertical axis, `title` is what is read aloud."""
+    """Curves over steps. `unit` is the label above the vertical axis, `title` is for screen
+    readers."""
     width, height = size
     curves = [curve for curve in curves if curve.drawn]
     if not curves:
@@ -72,13 +73,13 @@ def chart(
     frame = _Frame(x_low, x_high, ys[0], ys[-1], size)
     names = [("", unit), *((c.kind, c.name) for c in curves if len(curves) > 1)]
     body = _axes(frame, xs, ys) + _legend(names) + "".join(_line(curve, frame) for curve in curves)
-    return _svg(size, f"{title}. {'; '.join(_spoken(curve) for curve in curves)}", body)
+    return _svg(size, f"{title}. {'; '.join(_label(curve) for curve in curves)}", body)
 
 
 def smooth(points: Sequence[tuple[float, float]]) -> tuple[list[tuple[float, float]], int]:
-    """Means over a window centred on each point, and how many points the window holds.
+    """Means over a window centred on each point, and the number of points in the window.
 
-    The window is a twentieth of the curve; it leaves out what is not finite.
+    The window is a twentieth of the curve; values that are not finite are skipped.
     """
     reach = len(points) // 40
     means = []
@@ -90,7 +91,7 @@ def smooth(points: Sequence[tuple[float, float]]) -> tuple[list[tuple[float, flo
 
 
 def is_drawable(value: Any) -> bool:
-    """A number that has a place on an axis: finite, and not absurdly far away."""
+    """A finite number of at most 1e30."""
     return isinstance(value, int | float) and abs(value) < 1e30
 
 
@@ -99,7 +100,7 @@ def ticks(
 ) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten, about `most` of them, from `low` to `high`.
 
-    `whole` numbers only; `outward`: the first is at or below `low`, the last at or above `high`.
+    whole: whole numbers only. outward: the first is at or below `low`, the last at or above `high`.
     """
     power = 10.0 ** math.floor(math.log10((high - low) / most))
     steps = (power, 2 * power, 5 * power, 10 * power)
@@ -113,7 +114,7 @@ def ticks(
 
 
 def tick_labels(values: Sequence[float]) -> list[str]:
-    """The values of an axis with one exponent and just the decimals that tell them apart."""
+    """Labels of an axis with one common exponent and as few decimals as keep them distinct."""
     most = max((abs(value) for value in values), default=0.0)
     exponent = math.floor(math.log10(most)) if most and not 1e-2 <= most < 1e6 else 0
     scaled = [value / 10.0**exponent for value in values]
@@ -128,7 +129,7 @@ def tick_labels(values: Sequence[float]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Frame:
-    """From values to places in the picture."""
+    """Maps values to pixel coordinates."""
 
     x_low: float
     x_high: float
@@ -146,7 +147,7 @@ class _Frame:
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:
-    """Lowest and highest value, moved apart where they are one."""
+    """Lowest and highest value, widened if they are equal."""
     low, high = min(values), max(values)
     if high - low > max(1e-6 * abs(high), 1e-30):
         return low, high
@@ -169,7 +170,7 @@ def _axes(frame: _Frame, xs: Sequence[float], ys: Sequence[float]) -> str:
 
 
 def _legend(names: Sequence[tuple[str, str]]) -> str:
-    """Names in a row, each behind a stroke of its line; one without a kind is only text."""
+    """Names in a row, each after a sample of its line; names without a kind are plain text."""
     parts, x = [], float(_LEFT)
     for kind, name in names:
         if kind:
@@ -184,7 +185,7 @@ def _line(curve: Curve, frame: _Frame) -> str:
     places, pen = [], "M"
     for x, y in curve.points:
         if is_drawable(y):
-            # the empty stroke after a move shows a point that has no neighbours
+            # the zero-length stroke after a move shows a point without neighbours
             places.append(f"{pen}{frame.x(x):.1f} {frame.y(y):.1f}{'h0' if pen == 'M' else ''}")
             pen = "L"
         else:
@@ -199,8 +200,8 @@ def _line(curve: Curve, frame: _Frame) -> str:
     return f'<path class="{curve.kind}" d="{"".join(places)}"/>{"".join(dots)}'
 
 
-def _spoken(curve: Curve) -> str:
-    """What a curve says, for those who cannot see it."""
+def _label(curve: Curve) -> str:
+    """A curve in words, for screen readers."""
     (first, begin), (last, end) = curve.drawn[0], curve.drawn[-1]
     return f"{curve.name}: {begin:.4g} at step {first:,}, {end:.4g} at step {last:,}"
 

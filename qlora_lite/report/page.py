@@ -1,17 +1,15 @@
-"""The page that a run leaves: curves, samples, predicted and measured memory, settings.
+"""The HTML page of a run: curves, samples, predicted and measured memory, settings.
 
-One HTML file that asks nothing of any other: styles and drawings are inline, nothing runs, and a
-content policy forbids every request. The data behind the page lies in it as JSON, so that `merge`
-reads the page back, adds its table and writes it again. Long runs are thinned to what a screen can
-show; `metrics.jsonl` has all of it.
+The file is self-contained: styles and drawings are inline, no script runs, and a content security
+policy forbids every request. The report is embedded as JSON, so that `merge` can read the page,
+add its table and write it again.
 """
 
 import html
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,109 +18,38 @@ from qlora_lite.foundation.files import write_text
 from qlora_lite.foundation.units import format_bytes, format_count, format_seconds
 from qlora_lite.report import charts
 from qlora_lite.report.charts import Curve, is_drawable
+from qlora_lite.report.contents import (
+    MAX_EVENTS,
+    Metrics,
+    Report,
+    Sample,
+    from_json,
+    thinned,
+    to_json,
+)
 
-Metrics = Sequence[Mapping[str, Any]]
-
-MOST_EVENTS = 600
-"""Metrics that a page keeps: about one for every pixel of a curve, and 150 kB of JSON."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One held-out prompt, answered by the bare base and by the trained model."""
-
-    prompt: str
-    before: str
-    after: str
-    expected: str | None
-
-
-@dataclass(frozen=True)
-class MergeRow:
-    """One candidate of a merge, scored on the held-out rows."""
-
-    candidate: str
-    loss: float
-    agreement: float | None
-    """Share of the positions where the most likely token is that of the adapter on its base."""
-    written: bool
-
-
-@dataclass(frozen=True)
-class Report:
-    """What the page shows. Settings, metrics and facts hold what JSON can hold."""
-
-    title: str
-    recipe: Mapping[str, Any]
-    metrics: Metrics
-    """Events of `metrics.jsonl`: training ones have `loss`, scoring ones `heldout_loss`."""
-    facts: Mapping[str, str]
-    memory: Sequence[tuple[str, int, int | None]]
-    """(what, predicted bytes, measured bytes if they were measured); the first row is the peak."""
-    samples: Sequence[Sample]
-    merges: Sequence[MergeRow] = ()
-
-
-# -- the page as a file ----------------------------------------------------------------------------
+# -- write and read --------------------------------------------------------------------------------
 
 
 def write(path: Path, report: Report) -> None:
-    """Write the page at once, over the one that may be there."""
+    """Write the page atomically, replacing an existing one."""
     write_text(path, render(report))
 
 
 def read(path: Path) -> Report:
-    """The report that `write` put into a page; sequences come back as tuples.
+    """The report in a page that `write` wrote; sequences become tuples.
 
     Raises:
-        RunError: if there is no such page, or it was not written by `write`.
+        RunError: if the page does not exist or was not written by `write`.
     """
     page = path.read_text(encoding="utf-8") if path.is_file() else ""
     data = re.search(r'<script type="application/json" id="report">(.*?)</script>', page, re.DOTALL)
     if data is None:
         raise RunError(
-            f"{path} holds no data of a report. The page that `qlora-lite train` wrote is needed: "
-            "bring it back, or train into another output=..."
+            f"{path} holds no report data. Restore the page that `qlora-lite train` wrote, or "
+            "train into another output=..."
         )
     return from_json(data[1])
-
-
-def to_json(report: Report) -> str:
-    """The whole report as one JSON object."""
-    return json.dumps(asdict(report))
-
-
-def from_json(text: str) -> Report:
-    """The inverse of `to_json`; sequences come back as tuples."""
-    fields = json.loads(text)
-    return Report(
-        title=fields["title"],
-        recipe=fields["recipe"],
-        metrics=tuple(fields["metrics"]),
-        facts=fields["facts"],
-        memory=tuple((what, predicted, measured) for what, predicted, measured in fields["memory"]),
-        samples=tuple(Sample(**sample) for sample in fields["samples"]),
-        merges=tuple(MergeRow(**row) for row in fields["merges"]),
-    )
-
-
-def thinned(metrics: Metrics) -> Metrics:
-    """At most `MOST_EVENTS` of the events; short runs stay whole, and so does what was thinned.
-
-    Of each stretch of steps the lowest and the highest loss stay, so that no spike of it is lost.
-    """
-    if len(metrics) <= MOST_EVENTS:
-        return metrics
-    kept: set[int] = set()
-    for key in ("loss", "heldout_loss"):
-        indices = [i for i, event in enumerate(metrics) if key in event]
-        losses = {i: y if is_drawable(y := metrics[i][key]) else math.inf for i in indices}
-        stretch = math.ceil(len(indices) / (MOST_EVENTS // 4 - 1)) or 1
-        for start in range(0, len(indices), stretch):
-            part = indices[start : start + stretch]
-            kept |= {min(part, key=losses.__getitem__), max(part, key=losses.__getitem__)}
-        kept |= {*indices[:1], *indices[-1:]}
-    return tuple(metrics[i] for i in sorted(kept))
 
 
 # -- the page, from top to bottom ------------------------------------------------------------------
@@ -229,7 +156,7 @@ def _memory_chart(report: Report) -> str:
 
 
 def _points(metrics: Metrics, key: str) -> list[tuple[float, float]]:
-    """(step, value) of the events that have a value."""
+    """(step, value) of the events that have this key."""
     return [(event["step"], event[key]) for event in metrics if event.get(key) is not None]
 
 
@@ -247,9 +174,9 @@ def _scores(metrics: Metrics) -> str:
 
 
 def _thinning(metrics: Metrics) -> str:
-    if metrics[-1]["step"] <= MOST_EVENTS:
+    if metrics[-1]["step"] <= MAX_EVENTS:
         return ""
-    return "<p><small>Of long runs a part of the steps is kept; metrics.jsonl has all.</small></p>"
+    return "<p><small>Not all steps are shown; metrics.jsonl has all of them.</small></p>"
 
 
 def _samples(report: Report) -> str:
@@ -279,7 +206,7 @@ def _merges(report: Report) -> str:
         )
         for row in report.merges
     ]
-    caption = "Scored on the held-out rows; agreement is with the adapter on its quantised base"
+    caption = "Scores on the held-out rows; agreement with the adapter on its quantised base"
     head = ("candidate", "loss", "top-1 agreement", "written")
     return _section("Merge", _table(caption, head, rows))
 
@@ -296,7 +223,7 @@ def _memory(report: Report) -> str:
         compared = f"{measured / predicted - 1:+.1%}" if measured is not None and predicted else ""
         found = "–" if measured is None else format_bytes(measured)
         rows.append((_text(what), format_bytes(predicted), found, compared, bars))
-    caption = "What the plan predicted (pale), and what the run measured"
+    caption = "Predicted by the plan (pale), and measured by the run"
     head = ("part", "predicted", "measured", "difference", "to scale")
     return _section("Memory", _table(caption, head, rows, kind="memory"))
 
@@ -334,12 +261,12 @@ def _facts(report: Report) -> str:
 
 
 def _section(heading: str, content: str) -> str:
-    """A part of the page, or nothing if it has no content."""
+    """A section of the page; empty if it has no content."""
     return f"<section><h2>{heading}</h2>{content}</section>" if content else ""
 
 
 def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """A table of ready HTML whose first column names its rows."""
+    """A table with row headers in its first column; cells are HTML already."""
     heads = "".join(f'<th scope="col">{name}</th>' for name in head)
     lines = "".join(
         f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>'
@@ -357,7 +284,7 @@ _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n
 
 
 def _text(text: str) -> str:
-    """Anything as HTML text: markup is escaped, control characters are shown as their pictures."""
+    """Any text as HTML: markup is escaped, control characters become their Unicode pictures."""
     printable = text.translate(_PICTURES).encode("utf-8", "replace").decode("utf-8")
     return html.escape(printable)
 

@@ -18,7 +18,7 @@ from qlora_lite.foundation.units import format_seconds
 from qlora_lite.memory.measure import peak_bytes
 from qlora_lite.memory.plan import Plan
 from qlora_lite.recipe import Recipe
-from qlora_lite.report.page import Report, Sample
+from qlora_lite.report.contents import Report, Sample
 from qlora_lite.report.page import write as write_report
 from qlora_lite.run.folder import RunFolder, git_revision
 from qlora_lite.run.loading import LoadedModel

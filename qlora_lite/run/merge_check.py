@@ -26,7 +26,7 @@ from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.watch import Watcher
 from qlora_lite.recipe import Recipe
-from qlora_lite.report.page import MergeRow
+from qlora_lite.report.contents import MergeRow
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.job import held_out_batches
 from qlora_lite.run.loading import load_run

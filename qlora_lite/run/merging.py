@@ -34,7 +34,7 @@ from qlora_lite.model.load import load_tokenizer
 from qlora_lite.recipe import Recipe
 from qlora_lite.recipe_files import load_recipe
 from qlora_lite.report import page as reports
-from qlora_lite.report.page import MergeRow, Report
+from qlora_lite.report.contents import MergeRow, Report
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.merge_check import MergeCheck
 from qlora_lite.training import metrics

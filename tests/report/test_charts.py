@@ -1,4 +1,4 @@
-"""Charts: round ticks, gaps where nothing finite is, and a picture for any list of numbers."""
+"""Charts: round ticks, gaps for values that are not finite, and any list of numbers."""
 
 import math
 import re
@@ -32,7 +32,7 @@ def curve_path(svg: str) -> str:
         (0, 3e7, 3, ["0", "1e7", "2e7", "3e7"]),
     ],
 )
-def test_ticks_are_round_numbers_that_their_labels_tell_apart(low, high, most, labels):
+def test_ticks_are_round_numbers_with_distinct_labels(low, high, most, labels):
     assert tick_labels(ticks(low, high, most)) == labels
 
 
@@ -54,7 +54,7 @@ def test_smoothing_is_the_mean_around_each_point():
     assert means[79] == (79, (77**2 + 78**2 + 79**2) / 3)
 
 
-def test_smoothing_leaves_out_what_is_not_finite():
+def test_smoothing_skips_values_that_are_not_finite():
     points = [(float(x), NAN if x == 40 else 3.0) for x in range(80)]
     assert smooth(points) == ([(float(x), 3.0) for x in range(80)], 5)
 
@@ -72,23 +72,23 @@ def test_the_highest_value_lies_above_the_lowest():
     assert y_first < y_last  # SVG counts downwards
 
 
-def test_points_tell_their_value_unless_there_are_very_many():
+def test_points_show_their_value_unless_there_are_very_many():
     assert "<title>step 2: 1.25</title>" in chart("Loss", [line(3, 1.25, dots=True)])
     assert "<title>" not in chart("Loss", [line(*range(1000), dots=True)])
 
 
-def test_a_chart_says_what_it_shows():
+def test_a_chart_has_a_label_for_screen_readers():
     svg = chart("Loss <mean>", [line(3, 2, 1.5)])
     label = "Loss &lt;mean&gt;. loss: 3 at step 1, 1.5 at step 3"
     assert f'role="img" aria-label="{label}"' in svg
 
 
-def test_a_chart_without_values_says_so():
+def test_a_chart_without_values_shows_that():
     assert "no values" in chart("Loss", [line(NAN, INF), line()])
 
 
 @given(st.lists(st.floats(allow_subnormal=True), max_size=30), st.booleans())
-def test_any_numbers_make_a_picture_inside_its_frame(values, from_zero):
+def test_any_numbers_are_drawn_inside_the_frame(values, from_zero):
     svg = chart("Loss", [line(*values)], from_zero=from_zero)
     ElementTree.fromstring(svg)
     for path in re.findall(r'<path class="train" d="([^"]*)"', svg):

@@ -1,4 +1,4 @@
-"""The page of a run: self-contained, safe with any text, small, and readable back."""
+"""The page of a run: self-contained, safe with any text, small, and readable by `merge`."""
 
 import json
 import math
@@ -9,24 +9,15 @@ from pathlib import Path
 import pytest
 
 from qlora_lite.foundation.errors import RunError
-from qlora_lite.report.page import (
-    MOST_EVENTS,
-    MergeRow,
-    Report,
-    Sample,
-    from_json,
-    read,
-    render,
-    thinned,
-    to_json,
-    write,
-)
+from qlora_lite.report.contents import MergeRow, Report, Sample
+from qlora_lite.report.page import read, render, write
+from tests.report.reports import EMPTY, REPORT, long_run, scoring, training
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 
 class Page(HTMLParser):
-    """What a reader finds in a page; every element must be closed in order."""
+    """The tags and the text of a page; checks that every element is closed in order."""
 
     def __init__(self, page: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -60,69 +51,6 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def training(step: int, loss: float) -> dict[str, float]:
-    return {
-        "step": step,
-        "tokens": 2048 * step,
-        "loss": loss,
-        "lr": 2e-4 / step,
-        "grad_norm": 1.0 + 1 / step,
-        "trained_tokens": 900,
-        "tokens_per_second": 2000.123456789 + step % 7,
-        "seconds": 1.0123456789 * step,
-        "peak_bytes": 1_900_000_000,
-    }
-
-
-def scoring(step: int, loss: float) -> dict[str, float]:
-    return {
-        "step": step,
-        "heldout_loss": loss,
-        "heldout_perplexity": math.exp(loss),
-        "heldout_accuracy": 0.4375,
-        "seconds": 1.0123456789 * step,
-    }
-
-
-def long_run(num_steps: int, scored_every: int) -> list[dict[str, float]]:
-    events = []
-    for step in range(1, num_steps + 1):
-        events.append(training(step, 1.5 + 2 / step**0.5 + 0.1 * math.sin(step)))
-        if step % scored_every == 0:
-            events.append(scoring(step, 1.6 + 2 / step**0.5))
-    return events
-
-
-REPORT = Report(
-    title="Qwen3 on GSM8K",
-    recipe={
-        "base": {"model": "Qwen/Qwen3-0.6B", "revision": None, "quant": {"kind": "nf4"}},
-        "adapter": {"kind": "lora", "rank": 16, "ranks": {}},
-        "optim": {"lr": 0.0002, "betas": [0.9, 0.999]},
-        "seed": 7,
-    },
-    metrics=(
-        scoring(0, 3.4125),
-        training(1, 3.25),
-        training(2, 2.75),
-        scoring(2, 2.0625),
-    ),
-    facts={"device": "CPU: fp32 compute", "torch": "2.13.0"},
-    memory=(
-        ("peak", 2 * 2**30, 1945 * 2**20),
-        ("frozen base", 512 * 2**20, 512 * 2**20),
-        ("optimizer states", 80 * 2**20, None),
-    ),
-    samples=(
-        Sample("What is 2 + 2?", "two two two", "4", "four"),
-        Sample("Say nothing.", "well", "", None),
-    ),
-    merges=(
-        MergeRow("adapter on quantised base", 2.0625, None, False),
-        MergeRow("merged on trained base", 2.0626, 0.9984, True),
-    ),
-)
-EMPTY = Report(title="Empty", recipe={}, metrics=(), facts={}, memory=(), samples=())
 HOSTILE = "</script><script>alert(1)</script><!-- <b>&amp; ]]> \x00\x1b[31m \ud800 \"'\u2028"
 
 
@@ -131,12 +59,7 @@ def test_a_page_reads_back_as_the_report_it_was_written_from(tmp_path: Path):
     assert read(tmp_path / "report.html") == REPORT
 
 
-@pytest.mark.parametrize("report", [REPORT, EMPTY])
-def test_a_report_survives_json(report: Report):
-    assert from_json(to_json(report)) == report
-
-
-def test_merge_adds_its_table_to_the_page_that_is_there(tmp_path: Path):
+def test_merge_adds_its_table_to_an_existing_page(tmp_path: Path):
     path = tmp_path / "report.html"
     write(path, replace(REPORT, metrics=long_run(3000, 100), merges=()))
     before = path.read_text()
@@ -147,7 +70,7 @@ def test_merge_adds_its_table_to_the_page_that_is_there(tmp_path: Path):
     assert path.read_text() == before
 
 
-def test_the_page_asks_for_nothing_and_runs_nothing():
+def test_the_page_loads_nothing_and_runs_nothing():
     page = Page(render(REPORT))
     assert not {"link", "img", "iframe", "object", "embed", "base"} & {
         name for name, _ in page.tags
@@ -189,7 +112,7 @@ def test_the_page_shows_the_numbers():
         assert expected in text
 
 
-def test_the_page_can_be_read_aloud():
+def test_the_page_is_accessible_to_screen_readers():
     page = Page(render(REPORT))
     assert page.all("html") == [{"lang": "en"}]
     assert len(page.all("h1")) == 1
@@ -205,7 +128,7 @@ def test_the_page_follows_a_light_or_dark_theme():
     assert "@media (prefers-color-scheme: dark)" in render(REPORT)
 
 
-def test_any_text_is_shown_as_text(tmp_path: Path):
+def test_any_text_is_escaped(tmp_path: Path):
     report = Report(
         title=HOSTILE,
         recipe={HOSTILE: {HOSTILE: HOSTILE}},
@@ -230,19 +153,19 @@ def test_the_embedded_data_is_plain_json():
     assert json.loads(data)["recipe"] == REPORT.recipe
 
 
-def test_an_empty_run_makes_a_page():
+def test_an_empty_run_has_a_page():
     page = Page(render(EMPTY))
     assert "No step was logged." in page.text
     assert page.all("table") == []
 
 
-def test_one_step_makes_a_page():
+def test_a_run_of_one_step_has_a_page():
     text = Page(render(replace(REPORT, metrics=(training(1, 3.25),)))).text
     assert "1 step" in text
     assert "step 1: 3.25" in text
 
 
-def test_numbers_that_are_not_finite_do_not_stop_the_page():
+def test_numbers_that_are_not_finite_are_accepted():
     broken = {"loss": math.nan, "grad_norm": math.inf, "lr": None}
     metrics = (training(1, 3.0), training(2, 2.5) | broken, scoring(2, math.nan))
     report = replace(REPORT, metrics=metrics, merges=(MergeRow("merged", math.inf, 0.1, False),))
@@ -256,25 +179,10 @@ def test_the_page_of_a_long_run_stays_small(scored_every: int):
     assert "10,000 steps" in Page(page).text
 
 
-def test_thinning_keeps_short_runs_both_ends_and_every_spike():
-    short = long_run(MOST_EVENTS // 2, scored_every=1)
-    assert thinned(short) == short
-    events = long_run(10_000, scored_every=100)
-    events[5000] |= {"loss": 9.0}
-    events[7000] |= {"loss": math.nan}
-    kept = thinned(events)
-    assert len(kept) <= MOST_EVENTS
-    assert (kept[0], *kept[-2:]) == (events[0], *events[-2:])
-    assert events[5000] in kept
-    assert events[7000] in kept
-    assert [event for event in kept if "heldout_loss" in event] == events[100::101]
-    assert thinned(kept) == kept
-
-
 @pytest.mark.parametrize("content", [None, "<html></html>"])
-def test_a_page_without_data_is_refused_with_its_name(tmp_path: Path, content: str | None):
+def test_a_page_without_report_data_is_refused(tmp_path: Path, content: str | None):
     path = tmp_path / "report.html"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(RunError, match=r"report\.html holds no data"):
+    with pytest.raises(RunError, match=r"report\.html holds no report data"):
         read(path)
