@@ -1,10 +1,10 @@
-"""Look at what an adapter learned: functions on its factors, its deltas and the weights under them.
+"""What an adapter learned: functions on its factors, its deltas and the weights of its base.
 
 rank.py      singular values, effective rank, kept rank, gates
-norms.py     how large the delta is beside its weight
-subspace.py  how far two adapters share directions (phi), and what a delta amplifies
-findings.py  all of these as plain values
-figures.py   the values as PNG files
-loralib.py   the factors of a loralib checkpoint
-weights.py   the weights of a base, one at a time
+norms.py     norms of deltas relative to their weights
+subspace.py  subspace similarity of two adapters (phi), and amplification
+findings.py  the results as plain values
+figures.py   the results as PNG files
+loralib.py   read the factors of a loralib checkpoint
+weights.py   read the weights of a base, one at a time
 """

@@ -1,13 +1,13 @@
-"""What an inspection found as PNG files: spectra, numbers over depth, maps of phi.
+"""The results of an inspection as PNG files: spectra, values over depth, maps of phi.
 
 | file                  | shows                                                                    |
 |-----------------------|--------------------------------------------------------------------------|
 | spectra-N.png         | the singular values of target N's deltas                                 |
 | layers-N.png          | its ranks, relative norms and amplification over depth                   |
-| phi-N-M-SIDE-NAME.png | phi(i, j) of targets N and M in all layers of a name; as figure 3 of     |
+| phi-N-M-SIDE-NAME.png | phi(i, j) of targets N and M in all layers with a name; as figure 3 of   |
 |                       | Hu et al. 2021                                                           |
 
-Drawn by matplotlib (extra `[figures]`) into files, without a screen and without its global state.
+Needs matplotlib (extra `[figures]`); works without a display and does not use pyplot.
 """
 
 import re
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANELS, MAPS = 4, 8
-"""Side by side."""
+"""Panels and phi maps per row."""
 DOTS_PER_INCH = 110
 
 
 def require_matplotlib() -> None:
-    """A look whether there is anything to draw with, before the work.
+    """Check this before the work.
 
     Raises:
         ExportError: if matplotlib is not installed.
@@ -37,13 +37,12 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ExportError(
-            "figures are drawn by matplotlib, which is not installed. "
-            "Install it with: pip install matplotlib"
+            "figures need matplotlib, which is not installed. Run: pip install matplotlib"
         ) from error
 
 
 def draw(inspection: Inspection, directory: Path) -> None:
-    """All figures, into an existing directory."""
+    """Write all figures to an existing directory."""
     for number, report in enumerate(inspection.targets, 1):
         _draw_spectra(directory / f"spectra-{number}.png", report)
         _draw_depth(directory / f"layers-{number}.png", report)
@@ -55,8 +54,8 @@ def draw(inspection: Inspection, directory: Path) -> None:
 
 
 def _draw_spectra(file: Path, report: TargetReport) -> None:
-    """A panel for each name of a layer, a curve for each layer: the deeper, the lighter."""
-    # a logarithm has no place for components that are nothing
+    """One panel per layer name, one curve per layer; deeper layers are lighter."""
+    # only the values above rounding: the axis is logarithmic
     spectra = {row.path: row.singular_values[: row.kept_rank] for row in report.layers}
     names = by_name(spectra)
     title = f"singular values of the deltas of {report.target}"
@@ -71,7 +70,7 @@ def _draw_spectra(file: Path, report: TargetReport) -> None:
 
 
 def _draw_depth(file: Path, report: TargetReport) -> None:
-    """A panel for each quantity, a curve for each name of a layer."""
+    """One panel per quantity, one curve per layer name."""
     quantities = _quantities(report.layers)
     colours = {n: f"C{i % 10}" for i, n in enumerate(by_name(row.path for row in report.layers))}
     figure, panels = _panels(report.target, len(quantities), PANELS, (4.2, 3.0))
@@ -87,7 +86,7 @@ def _draw_depth(file: Path, report: TargetReport) -> None:
 
 
 def _quantities(rows: Iterable[LayerRow]) -> dict[str, dict[str, float]]:
-    """What is known of the layers, by path."""
+    """Known values by quantity and layer path."""
     found: dict[str, dict[str, float]] = {}
     for row in rows:
         known = {
@@ -103,7 +102,7 @@ def _quantities(rows: Iterable[LayerRow]) -> dict[str, dict[str, float]]:
 
 
 def _draw_phi(directory: Path, comparison: Comparison, targets: str) -> None:
-    """A file for each side and each name of a layer, with a map for each layer."""
+    """One file per side and layer name, with one map per layer."""
     rows = {row.path: row for row in comparison.layers}
     for name, paths in by_name(rows).items():
         sides = {
@@ -120,7 +119,7 @@ def _draw_phi(directory: Path, comparison: Comparison, targets: str) -> None:
 
 
 def _draw_maps(file: Path, title: str, grids: Mapping[str, Grid]) -> None:
-    """i goes down, j to the right."""
+    """phi as images: i downwards, j to the right."""
     from matplotlib.ticker import MaxNLocator
 
     figure, panels = _panels(title, len(grids), MAPS, (2.4, 2.2))
@@ -135,7 +134,7 @@ def _draw_maps(file: Path, title: str, grids: Mapping[str, Grid]) -> None:
 
 
 def by_name(paths: Iterable[str]) -> dict[str, list[str]]:
-    """Paths by their last part, in the order in which they come."""
+    """Paths grouped by their last part, in their order."""
     names: dict[str, list[str]] = {}
     for path in paths:
         names.setdefault(path.rpartition(".")[2], []).append(path)
@@ -143,7 +142,7 @@ def by_name(paths: Iterable[str]) -> dict[str, list[str]]:
 
 
 def depth(path: str, otherwise: int) -> int:
-    """Number of the block that a layer lies in, as its path says it."""
+    """Block number of a layer, the first number in its path."""
     numbers = re.findall(r"(?:^|\.)(\d+)\.", path)
     return int(numbers[0]) if numbers else otherwise
 
@@ -151,7 +150,7 @@ def depth(path: str, otherwise: int) -> int:
 def _panels(
     title: str, count: int, columns: int, inches: tuple[float, float]
 ) -> tuple["Figure", list["Axes"]]:
-    """A figure with `count` panels of this size, row by row."""
+    """A figure with `count` panels, at most `columns` per row; `inches` is the panel size."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -169,12 +168,12 @@ def _panels(
 
 
 def _shades(count: int) -> list[tuple[float, float, float, float]]:
-    """From the first layer's to the last one's."""
+    """One colour per layer, from the first to the last."""
     from matplotlib import colormaps
 
     return [colormaps["viridis"](0.85 * i / max(count - 1, 1)) for i in range(count)]
 
 
 def _save(figure: "Figure", file: Path) -> None:
-    """A figure that is not pyplot's is drawn by Agg, whatever the environment asks for."""
+    """A figure without pyplot uses the Agg backend, whatever MPLBACKEND is."""
     figure.savefig(file, format="png")

@@ -1,4 +1,4 @@
-"""What an inspection found, as plain values: for tables, JSON and figures alike."""
+"""The results of an inspection as plain values, for tables, JSON and figures."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -14,34 +14,34 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Amplification:
-    """A weight W in the strongest directions U, V of its delta: table 4 of Hu et al. 2021."""
+    """A weight W projected on the top directions U, V of its delta: table 4 of Hu et al. 2021."""
 
     rank: int
-    """How many directions U and V are."""
+    """Number of columns of U and V."""
     weight_there: float
     """||U^T W V||_F"""
     weight_at_top: float
-    """The same in the strongest directions of W itself."""
+    """The same for the top directions of W itself."""
     weight_by_chance: float
-    """The same in random directions."""
+    """The same for random directions."""
     factor: float | None
     """||dW||_F / ||U^T W V||_F; None if the scale of the delta is not known."""
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer of one target. What needs the base or the scale is None without them."""
+    """One layer of one target. Values that need the base or the scale are None without them."""
 
     path: str
     shape: Shape
     rank: int
-    """That the layer was given."""
+    """Rank of the adapter at this layer."""
     kept_rank: int
-    """Singular values that are more than rounding."""
+    """Number of singular values above rounding."""
     effective_rank: float
     """exp of the entropy of the normalised singular values."""
     singular_values: tuple[float, ...]
-    """Of the delta, falling; relative to the largest if its scale is not known."""
+    """Of the delta, descending; relative to the largest if its scale is not known."""
     norm: float | None
     """||dW||_F"""
     weight_norm: float | None
@@ -50,7 +50,7 @@ class LayerRow:
     """||dW||_F / ||W||_F"""
     amplification: Amplification | None
     gates: tuple[float, ...] | None
-    """Of a method that has them."""
+    """Gates of the layer, for methods that have them."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ class TargetReport:
 
 @dataclass(frozen=True)
 class PhiRow:
-    """phi of one layer that two targets have."""
+    """phi of two targets at one layer."""
 
     path: str
     shape: Shape
     of: Literal["factors", "delta"]
-    """Whose singular directions are compared: those of the trained A and B where both targets have
-    them, else those of the deltas."""
+    """Which singular directions are compared: of the trained A and B if both targets have them,
+    else of the deltas."""
     right: Grid
     """Of A, or the delta's right directions: inputs."""
     left: Grid
@@ -83,7 +83,7 @@ class PhiRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """phi of two targets, by their numbers in the order in which they were given."""
+    """phi of two targets; `first` and `second` are indices into the targets."""
 
     first: int
     second: int
@@ -92,12 +92,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Inspection:
-    """All that was asked for."""
+    """The result of `inspect`."""
 
     targets: tuple[TargetReport, ...]
     comparisons: tuple[Comparison, ...]
-    """Of every two targets."""
+    """One per pair of targets."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """For JSON."""
         return dataclasses.asdict(self)

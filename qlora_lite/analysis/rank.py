@@ -1,8 +1,8 @@
-"""How much rank a delta really has: its singular values, and numbers made of them.
+"""The effective and numerical rank of a delta, from its singular values.
 
-    delta = U diag(s) V^T          U (d_out, n),  s (n,) falling,  V (d_in, n)
+    delta = U diag(s) V^T          U (d_out, n),  s (n,) descending,  V (d_in, n)
 
-Of a pair the dense matrix is never formed. With a QR of both factors,
+For a pair the dense matrix is never formed. With a QR of both factors,
 
     up = Q1 R1,   down^T = Q2 R2,   R1 R2^T = U' diag(s) V'^T    ->    U = Q1 U',   V = Q2 V'
 
@@ -24,14 +24,14 @@ class SVD:
     left: Tensor
     """(d_out, n), orthonormal columns."""
     values: Tensor
-    """(n,), falling."""
+    """(n,), descending."""
     right: Tensor
     """(d_in, n), orthonormal columns."""
 
 
 def svd_of_pair(down: Tensor, up: Tensor) -> SVD:
-    """The SVD of `up @ down` from its factors, in fp64: components that are nothing come out as
-    nothing, and not as the rounding of fp32.
+    """The SVD of `up @ down` from its factors, in fp64, so that zero components stay near zero
+    instead of at the rounding of fp32.
 
     Args:
         down: (rank, d_in)
@@ -53,8 +53,7 @@ def effective_rank(values: Tensor) -> float:
     """exp(-sum p_i ln p_i) with p_i = s_i / sum s, of singular values (n,).
 
     Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality": between 1
-    (one direction) and n (all alike). Their p are the values themselves, not their squares. 0 for a
-    delta of zero.
+    (one direction) and n (all equal). Uses the values, not their squares. 0 for a zero delta.
     """
     total = values.sum()
     if total == 0:
@@ -63,10 +62,10 @@ def effective_rank(values: Tensor) -> float:
 
 
 def kept_rank(values: Tensor, shape: tuple[int, int]) -> int:
-    """How many singular values (n,) of a matrix (d_out, d_in) are more than rounding.
+    """Number of singular values (n,) of a matrix (d_out, d_in) above rounding.
 
-    As numpy's `matrix_rank`: above max(shape) * eps * the largest, eps of the dtype that the values
-    were computed in. Pruned components, closed gates and padding with zeros do not count.
+    As numpy's `matrix_rank`: above max(shape) * eps * the largest value, with eps of their dtype.
+    Pruned components, closed gates and zero padding do not count.
     """
     if not len(values):
         return 0
@@ -75,6 +74,6 @@ def kept_rank(values: Tensor, shape: tuple[int, int]) -> int:
 
 
 def gate_values(layer: AdapterLayer) -> Tensor | None:
-    """All gates of a layer in a row, (n,) in fp32; None if it has none."""
+    """All gates of a layer, concatenated, (n,) in fp32; None if it has no gates."""
     gates = [getattr(layer, name) for name, role in layer.roles.items() if role is Role.GATE]
     return torch.cat([gate.detach().float().flatten() for gate in gates]) if gates else None

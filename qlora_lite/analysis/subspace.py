@@ -1,12 +1,12 @@
-"""How far two adapters share directions, and which directions of a weight a delta amplifies.
+"""Subspace similarity of two adapters (phi), and how much a delta amplifies its directions.
 
     phi(A1, A2, i, j) = ||U1_i^T U2_j||_F^2 / min(i, j)     U_i: the i strongest singular directions
     amplification     = ||dW||_F / ||U^T W V||_F            U, V: those of dW
 
-Hu et al. 2021, arXiv:2106.09685, eq. 4 in section 7.2 and section 7.3 with table 4. phi is 1 where
-the smaller subspace lies in the larger one, and 0 where they are orthogonal. The paper takes the
-right singular directions of A; those of B are its left ones. For a delta that is no pair both are
-the delta's own.
+Hu et al. 2021, arXiv:2106.09685, eq. 4 in section 7.2 and section 7.3 with table 4. phi is 1 if
+the smaller subspace lies in the larger one, and 0 if they are orthogonal. The paper uses the right
+singular directions of A; for B we use the left ones. A delta that is not a pair has its own left
+and right directions.
 """
 
 import math
@@ -22,8 +22,8 @@ _SPARE_PROBES = 8
 
 
 def right_directions(a: Tensor) -> Tensor:
-    """Right singular directions of A (rank, d_in), strongest first, (d_in, n) in fp64. Only those
-    that A has: rows of zeros add none."""
+    """Right singular directions of A (rank, d_in), strongest first, (d_in, n) in fp64. Directions
+    with zero singular values are left out."""
     _, values, directions = torch.linalg.svd(a.double(), full_matrices=False)
     kept: Tensor = directions[: kept_rank(values, (a.shape[0], a.shape[1]))]
     return kept.T
@@ -61,12 +61,12 @@ def phi_grid(first: Tensor, second: Tensor) -> Tensor:
 
 
 def phi_by_chance(i: int, j: int, d: int) -> float:
-    """What phi is on average for two random subspaces of R^d: E||U_i^T U_j||_F^2 = i j / d."""
+    """Mean phi of two random subspaces of R^d: E||U_i^T U_j||_F^2 = i j / d."""
     return max(i, j) / d
 
 
 def projected_norm(weight: Tensor, left: Tensor, right: Tensor) -> float:
-    """||U^T W V||_F: how much of a weight lies in some directions (table 4).
+    """||U^T W V||_F: norm of a weight projected on some directions (table 4).
 
     Args:
         weight: (d_out, d_in)
@@ -83,11 +83,11 @@ def projected_norm_by_chance(weight_norm: float, rank: int, shape: tuple[int, in
 
 
 def top_norm(weight: Tensor, rank: int) -> float:
-    """||U^T W V||_F where U and V are the strongest `rank` directions of W (d_out, d_in) itself:
-    the most that any U and V of this rank can reach.
+    """||U^T W V||_F where U and V are the top `rank` directions of W (d_out, d_in) itself: the
+    maximum over all U and V of this rank.
 
     By block Krylov iteration (Musco and Musco 2015, arXiv:1504.05477) from a fixed random block: a
-    (4096, 4096) weight takes a fraction of a second where its SVD takes eleven. The value is never
+    (4096, 4096) weight takes a fraction of a second, its SVD eleven seconds. The value is never
     above the true one; on a random matrix, whose flat spectrum is the hardest case, it was up to
     0.4 % below.
     """
@@ -103,7 +103,7 @@ def top_norm(weight: Tensor, rank: int) -> float:
 
 
 def amplification(values: Tensor, left: Tensor, right: Tensor, weight: Tensor) -> float:
-    """||dW||_F / ||U^T W V||_F: how much louder the delta is in its own directions than the weight.
+    """||dW||_F / ||U^T W V||_F: size of the delta relative to the weight in the same directions.
 
     Args:
         values: all singular values of dW, (n,)

@@ -1,6 +1,6 @@
-"""The weights of a base, for adapters that come without: read one at a time from its files.
+"""Read the weights of a base from its files, one at a time, without loading a model.
 
-No model is loaded, and nothing is rounded: a checkpoint that is quantised itself is dequantised.
+Weights are not rounded; those of a quantised checkpoint are dequantised.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Part:
 
 
 class BaseWeights:
-    """The matrices of a model, read from its files one at a time and as they are stored."""
+    """The weight matrices of a model, read one at a time."""
 
     def __init__(self, model: str, rule: DeviceRule) -> None:
         shape = model_shape(read_config(model))
@@ -41,14 +41,14 @@ class BaseWeights:
         self._matrices = {p.module: p for p in matrices if p.name.endswith(".weight")}
 
     def shape(self, path: str) -> Shape | None:
-        """Of the weight at `path`, if there is one."""
+        """Shape of the weight at `path`; None if there is none."""
         p = self._find(path)
         if p is None:
             return None
         return (p.d_in, p.d_out) if p.role == "embedding" else (p.d_out, p.d_in)
 
     def read(self, part: Part) -> Tensor:
-        """(d_out, d_in) in fp32."""
+        """The weight, (d_out, d_in) in fp32."""
         p, name = self._find(part.path), self._stored(part.path)
         assert p is not None, part.path
         if is_packed(self.checkpoint, name):
@@ -74,5 +74,5 @@ class BaseWeights:
         return next((n for n in self._spellings(name) if n in self.checkpoint), name)
 
     def _spellings(self, name: str) -> tuple[str, str, str]:
-        """With or without the name of the decoder inside the model: not everybody saves it."""
+        """With and without the prefix of the decoder: checkpoints differ in this."""
         return name, f"{self._decoder}.{name}", name.removeprefix(f"{self._decoder}.")

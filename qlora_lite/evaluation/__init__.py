@@ -1,1 +1,5 @@
-"""Scores and samples of a model."""
+"""Evaluate a model.
+
+perplexity.py  loss, perplexity and accuracy on rows
+generation.py  answers to prompts, whole or streamed
+"""

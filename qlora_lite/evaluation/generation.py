@@ -1,4 +1,4 @@
-"""Let a model speak: the answer to a conversation, whole or piece by piece."""
+"""Generate the answer to a prompt, whole or streamed."""
 
 from collections.abc import Iterator
 from threading import Thread
@@ -34,7 +34,7 @@ def stream(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
 ) -> Iterator[str]:
-    """The answer piece by piece, as it is generated."""
+    """Yield the answer in pieces as they are generated."""
     ids = torch.tensor([prompt_ids], device=model.device)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     settings = _settings(tokenizer, end_ids, max_new_tokens, temperature)

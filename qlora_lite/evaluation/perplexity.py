@@ -1,4 +1,4 @@
-"""How well a model predicts rows: mean loss, perplexity, and how often its first guess is right."""
+"""Score a model on rows: mean loss, perplexity and top-1 accuracy."""
 
 import math
 from collections.abc import Iterable
@@ -18,25 +18,25 @@ class Score:
     """A model's score on some rows."""
 
     loss: float
-    """Mean negative log-likelihood of a trained token, in nats."""
+    """Mean negative log-likelihood of the target tokens, in nats."""
     accuracy: float
-    """Share of trained tokens that are the model's first guess."""
+    """Share of target tokens that are the top-1 prediction."""
     num_targets: int
     guesses: Tensor
-    """The model's first guess at every trained token, in order: (num_targets,)."""
+    """Top-1 prediction for every target token, in order: (num_targets,)."""
 
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
 
     def agreement(self, other: "Score") -> float:
-        """Share of tokens at which two models guess the same."""
+        """Top-1 agreement: share of tokens for which both models predict the same."""
         return (self.guesses == other.guesses).float().mean().item()
 
 
 @torch.no_grad()
 def score(model: CausalModel, batches: Iterable[Batch]) -> Score:
-    """Score `model` on batches; logits exist a chunk of trained tokens at a time."""
+    """Score `model` on batches. Logits are computed for one chunk of target tokens at a time."""
     loss_sum = 0.0
     hits = 0
     guesses: list[Tensor] = []

@@ -1,9 +1,11 @@
-"""What an adapter adds to each weight, one layer at a time, whoever trained it.
+"""What an adapter adds to each weight, one layer at a time.
 
-A run's layers are rebuilt from its files and its base as a merge does, so that a delta of any
-method is there, and the weight as training held it. Adapters of other trainers are in `pairs`.
+`RunDeltas` rebuilds the layers of a run from its files and its base as a merge does, so it has the
+deltas of every method and the weights as used in training. Adapters of other trainers are in
+`foreign_adapters.py`.
 
-An embedding counts as a linear layer from tokens to features: its delta is (hidden, vocabulary).
+An embedding is treated as a linear layer from tokens to features: its delta has the shape (hidden,
+vocabulary).
 """
 
 from dataclasses import dataclass
@@ -27,26 +29,26 @@ from qlora_lite.run.merging import merge_source
 
 @dataclass(frozen=True)
 class Delta:
-    """What is added to one weight, and what is known beside it."""
+    """What is added to one weight, and that weight if it is known."""
 
     shape: Shape
     rank: int
-    """That the layer was given."""
+    """Rank of the adapter at this layer."""
     pair: Factors | None
-    """A folded LoRA pair."""
+    """The delta as a folded LoRA pair."""
     dense: Tensor | None
-    """(d_out, d_in), where the pair is not all of the delta; otherwise None."""
+    """(d_out, d_in) if the pair is missing or not exact; otherwise None."""
     weight: Tensor | None
-    """(d_out, d_in) in fp32, if the base is at hand."""
+    """(d_out, d_in) in fp32, if the base is available."""
     gates: Tensor | None = None
 
     @property
     def is_pair_trained(self) -> bool:
-        """The pair is what was trained, not a larger one that it was folded into."""
+        """The pair consists of the trained factors; it was not folded into a larger one."""
         return self.pair is not None and self.pair.rank == self.rank
 
     def svd(self) -> SVD:
-        """Of a pair all its directions; of a dense delta as well."""
+        """The SVD of the delta, from its factors if possible."""
         if self.dense is not None:
             return svd_of_dense(self.dense)
         assert self.pair is not None
@@ -55,42 +57,42 @@ class Delta:
 
 @dataclass(frozen=True)
 class BaseId:
-    """What is known of the base that an adapter belongs to."""
+    """What is known about the base of an adapter."""
 
     name: str | None
-    """As it was recorded: a hub id or a directory."""
+    """Hub id or directory, as recorded."""
     fingerprint: str | None
-    """Of its files, if they are or were at hand."""
+    """Of its files, if known."""
 
-    def is_other_than(self, other: "BaseId") -> bool:
-        """By their files if both are known, else by their names; not if neither says anything."""
+    def differs_from(self, other: "BaseId") -> bool:
+        """Compare fingerprints if both are known, else names; unknown bases do not differ."""
         if self.fingerprint and other.fingerprint:
             return self.fingerprint != other.fingerprint
         return bool(self.name and other.name) and self.name != other.name
 
 
 class Deltas(Protocol):
-    """The deltas of one target, each made when it is asked for."""
+    """The deltas of one target, computed one layer at a time."""
 
     target: str
-    """As it was given."""
+    """As given by the user."""
     what: str
-    """A word or two on what it is."""
+    """Kind of target, for the output."""
     base: BaseId
     notes: list[str]
     is_scaled: bool
-    """False where the scale of the deltas is not known."""
+    """False if the scale of the deltas is not known."""
     shapes: dict[str, Shape]
-    """By the layer's path, in the order of the model or file."""
+    """By layer path, in the order of the model or file."""
 
     def read(self, path: str) -> Delta: ...
 
     def num_bytes(self, path: str) -> int:
-        """That are read from the base for this layer."""
+        """Bytes read from the base for this layer."""
 
 
 def require_finite(target: str, path: str, delta: Delta) -> Delta:
-    """Numbers that singular values exist of.
+    """Return the delta if all its numbers are finite.
 
     Raises:
         AdapterError: if a tensor holds NaN or infinity.
@@ -99,8 +101,8 @@ def require_finite(target: str, path: str, delta: Delta) -> Delta:
     for tensor in (*pair, delta.dense, delta.weight):
         if tensor is not None and not tensor.isfinite().all():
             raise AdapterError(
-                f"{path} of {target} holds numbers that are not finite: its training failed, or "
-                "the file or its base is damaged. Take a checkpoint from before, or copy it again"
+                f"{path} of {target} has values that are not finite: its training diverged, or the "
+                "file or its base is damaged. Use an earlier checkpoint, or copy the file again"
             )
     return delta
 

@@ -1,9 +1,10 @@
-"""Adapters of other trainers, PEFT's and loralib's: pairs in memory, and the weights of their base.
+"""Adapters of other trainers (PEFT, loralib): LoRA pairs in memory, and the weights of their base.
 
-| target                    | alpha          | the base                                            |
-|---------------------------|----------------|-----------------------------------------------------|
-| a PEFT adapter directory  | recorded       | the one given, else the local one that is recorded  |
-| a loralib checkpoint      | may be given   | the one given                                       |
+| target                  | alpha        | base                                              |
+|-------------------------|--------------|---------------------------------------------------|
+| PEFT adapter directory  | recorded     | --base, else the recorded one if it is a local    |
+|                         |              | directory                                         |
+| loralib checkpoint      | --alpha      | --base                                            |
 """
 
 from collections.abc import Mapping
@@ -22,14 +23,14 @@ from qlora_lite.methods.dora import at_length
 
 
 class PairDeltas:
-    """Pairs in memory, with weights where a base is at hand.
+    """LoRA pairs in memory, with the weights of the base if it is available.
 
     Args:
-        parts: where the weight of a pair is, if that is known.
-        base: what it is called, if that is known.
+        parts: where the weight of each pair is in the base.
+        base: its name, if known.
 
     Raises:
-        AdapterError: if something is no pair, or the base has no such weight.
+        AdapterError: if the factors do not form a pair, or the base has no such weight.
     """
 
     def __init__(
@@ -56,8 +57,8 @@ class PairDeltas:
             }
             if lost := len(pairs) - len(self._parts):
                 notes.append(
-                    "nothing is said of the weights of pairs that belong to some parts of a fused "
-                    f"one, since the file does not tell to which: {lost}"
+                    f"no norms and amplification for {lost} pairs: they adapt some parts of a "
+                    "fused weight, and the file does not record which"
                 )
 
     def read(self, path: str) -> Delta:
@@ -68,8 +69,8 @@ class PairDeltas:
         if pair.magnitude is not None:
             if weight is None:
                 raise AdapterError(
-                    f"{self.target} is a DoRA: what it adds hangs on the weights of its base. Give "
-                    "that with --base MODEL"
+                    f"{self.target} is a DoRA adapter: its deltas depend on the base weights. Pass "
+                    "--base MODEL"
                 )
             direction = weight + (pair.up @ pair.down).to(weight.device)
             dense = at_length(direction, pair.magnitude.to(weight.device)) - weight
@@ -83,28 +84,28 @@ class PairDeltas:
 
 
 def _shape(target: str, path: str, pair: Factors) -> Shape:
-    """(d_out, d_in) of two matrices that fit each other."""
+    """(d_out, d_in) of a pair; raises AdapterError if the factors do not fit each other."""
     down, up = pair.down, pair.up
     if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1]:
         raise AdapterError(
             f"{path} of {target} has factors of {tuple(down.shape)} and {tuple(up.shape)}; needed "
             "are (rank, d_in) and (d_out, rank) of a linear layer. The file is damaged, or adapts "
-            "layers of another kind: save it again without them"
+            "other kinds of layers: save it again without them"
         )
     return up.shape[0], down.shape[1]
 
 
 def _has_place(target: str, shape: Shape, part: Part, weights: BaseWeights) -> bool:
-    """The base has this weight; False if it is not known which rows of it are meant."""
-    there, (d_out, d_in) = weights.shape(part.path), shape
-    if there == (part.num * d_out, d_in):
+    """The base has this weight; False if the rows of a fused weight are not known."""
+    in_base, (d_out, d_in) = weights.shape(part.path), shape
+    if in_base == (part.num * d_out, d_in):
         return True
-    if there is not None and part.num > 1 and there[1] == d_in and there[0] % d_out == 0:
+    if in_base is not None and part.num > 1 and in_base[1] == d_in and in_base[0] % d_out == 0:
         return False
-    has = "has nothing there" if there is None else f"maps {there[1]} to {there[0]} there"
+    has = "has no such layer" if in_base is None else f"has {in_base[1]} to {in_base[0]} there"
     raise AdapterError(
         f"{target} adapts {part.path}, from {d_in} to {part.num * d_out} features; the base "
-        f"{weights.model} {has}. It was trained on another base: give that one with --base"
+        f"{weights.model} {has}. The adapter was trained on another base: give it with --base"
     )
 
 
@@ -118,9 +119,9 @@ def open_peft(target: str, base: str | None, rule: DeviceRule, notes: list[str])
         try:
             weights = BaseWeights(recorded, rule)
         except BaseModelError as error:
-            notes.append(f"nothing is said of the weights of its base: {error}")
+            notes.append(f"no norms and amplification, its base cannot be read: {error}")
     else:
-        named = f", which is {recorded}" if recorded else ""
+        named = f" {recorded}" if recorded else ""
         notes.append(f"norms and amplification need the base{named}: --base MODEL")
     if adapter.full_tensors:
         notes.append(f"tensors that were trained whole are not shown: {len(adapter.full_tensors)}")
@@ -131,24 +132,23 @@ def open_peft(target: str, base: str | None, rule: DeviceRule, notes: list[str])
 
 
 def _in_order_of_depth(path: str) -> list[tuple[int, str]]:
-    """A file has them by letters, layer 10 before layer 2."""
+    """Sort key: layer 2 before layer 10; files are sorted as text."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
 
 
 def _read_peft(directory: Path) -> PeftAdapter:
-    """Raises AdapterError in words of this command, where those of `read_peft` are of training."""
+    """`read_peft` with the error messages of this command."""
     is_ours = (directory / NATIVE).is_file()
     has_pairs = (directory / CONFIG).is_file()
     if is_ours and not (has_pairs and not read_peft_config(directory).get("use_dora")):
         raise AdapterError(
-            f"{directory} holds no plain LoRA pairs, and its deltas need the base and the recipe "
-            f"of its run. Give the run: {directory.resolve().parent}"
+            f"{directory} has no plain LoRA pairs; its deltas need the base and the recipe of the "
+            f"run. Give the run: {directory.resolve().parent}"
         )
     adapter = read_peft(directory)
     if not adapter.layers and not adapter.embeddings:
         raise AdapterError(
-            f"{directory} holds no LoRA pair: nothing has a rank there. Give an adapter that "
-            "adapts linear layers or an embedding"
+            f"{directory} has no LoRA pair. Give an adapter of linear layers or of an embedding"
         )
     return adapter
 
@@ -160,8 +160,8 @@ def open_loralib(
     notes = []
     if alpha is None:
         notes.append(
-            "its scale alpha / r is not in the file: singular values are relative to the largest "
-            "of their layer, and there are no norms. Give --alpha"
+            "the file does not record alpha: singular values are relative to the largest of their "
+            "layer, and there are no norms. Give --alpha"
         )
     elif base is None:
         notes.append("norms and amplification need the base: --base MODEL")

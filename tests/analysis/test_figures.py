@@ -1,4 +1,4 @@
-"""Which figures there are, from values made by hand."""
+"""The written files, for inspections built by hand."""
 
 from qlora_lite.analysis.figures import by_name, depth, draw
 from qlora_lite.analysis.findings import Comparison, Inspection, LayerRow, PhiRow, TargetReport
@@ -7,7 +7,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def row(path, **changed):
-    """Of a loralib checkpoint: no weight, no scale."""
+    """A row of a loralib checkpoint: no weight, no scale."""
     values = {
         "shape": (6, 8),
         "rank": 2,
@@ -34,15 +34,15 @@ def inspection(*grids):
     return Inspection(reports, (Comparison(0, 1, phi),))
 
 
-def test_layers_of_one_name_belong_together():
+def test_layers_are_grouped_by_name():
     paths = ["a.0.q", "a.0.k", "a.1.q", "q"]
     assert by_name(paths) == {"q": ["a.0.q", "a.1.q", "q"], "k": ["a.0.k"]}
 
 
-def test_what_is_not_known_is_left_out(tmp_path):
+def test_unknown_values_have_no_figure(tmp_path):
     draw(inspection(((0.5, 0.25),), ((1.0,),)), tmp_path)
     names = {file.name for file in tmp_path.iterdir()}
-    # the left grids are empty, and a name becomes one of a file
+    # the left grids are empty; [0] becomes _0_ in file names
     assert names == {
         "spectra-1.png",
         "spectra-2.png",
@@ -54,7 +54,7 @@ def test_what_is_not_known_is_left_out(tmp_path):
     assert all(file.read_bytes().startswith(SIGNATURE) for file in tmp_path.iterdir())
 
 
-def test_without_any_phi_there_is_no_map(tmp_path):
+def test_without_phi_there_is_no_map(tmp_path):
     draw(inspection((), ()), tmp_path)
     assert not list(tmp_path.glob("phi*"))
 

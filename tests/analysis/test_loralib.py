@@ -1,4 +1,4 @@
-"""State dicts of loralib, written by hand as its layers lay them out."""
+"""State dicts in the layout of loralib, written by hand."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_a_merged_layer_is_a_pair_for_each_part(tmp_path, num_parts):
     assert_close(found, expected, **FP32)
 
 
-def test_the_papers_own_checkpoints_are_wrapped(tmp_path):
+def test_checkpoints_of_the_paper_are_unwrapped(tmp_path):
     state = {"fc.lora_A": random(4, 30), "fc.lora_B": random(20, 4)}
     torch.save({"model_state_dict": state, "step": 3}, tmp_path / "model.pt")
     assert [pair.path for pair in read_loralib(tmp_path / "model.pt")] == ["fc"]
@@ -73,7 +73,7 @@ def test_a_damaged_file_is_named(tmp_path, cut):
         read_loralib(file)
 
 
-def test_text_is_no_checkpoint(tmp_path):
+def test_a_text_file_is_refused(tmp_path):
     (tmp_path / "lora.bin").write_text("hello world")
     with pytest.raises(AdapterError, match="cannot be read"):
         read_loralib(tmp_path / "lora.bin")
@@ -89,7 +89,7 @@ def test_code_in_a_file_is_not_run(tmp_path, capsys):
 @pytest.mark.parametrize("content", [{"fc.weight": torch.ones(2, 2)}, [torch.ones(2)], {}])
 def test_a_file_without_factors_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "lora.pt")
-    with pytest.raises(AdapterError, match="no loralib checkpoint"):
+    with pytest.raises(AdapterError, match="is not a loralib checkpoint"):
         read_loralib(tmp_path / "lora.pt")
 
 

@@ -1,4 +1,4 @@
-"""Norms, held against numpy's of the dense matrices."""
+"""Norms, compared with those of numpy for the dense matrices."""
 
 import numpy as np
 import pytest
@@ -22,13 +22,13 @@ def test_the_norm_of_a_delta_comes_from_its_singular_values(matrices):
     assert delta_norm(values) == pytest.approx(np.linalg.norm(dense), rel=FP32)
 
 
-def test_many_weights_in_half_precision_are_summed_without_loss():
+def test_a_large_fp16_weight_is_summed_without_loss():
     weight = torch.full((300, 300), 0.1, dtype=torch.float16)
     expected = np.linalg.norm(weight.double().numpy())
     assert weight_norm(weight) == pytest.approx(expected, rel=FP32)
 
 
-def test_the_relative_norm_is_their_quotient(matrices):
+def test_the_relative_norm_is_the_quotient_of_both(matrices):
     values, dense, weight = matrices
     expected = np.linalg.norm(dense) / np.linalg.norm(weight.numpy())
     assert relative_norm(values, weight) == pytest.approx(expected, rel=FP32)

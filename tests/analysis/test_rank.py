@@ -1,4 +1,4 @@
-"""Singular values and ranks, held against dense decompositions and matrices made by hand."""
+"""Singular values and ranks, compared with dense decompositions and hand-made matrices."""
 
 import math
 
@@ -43,7 +43,7 @@ def test_a_pair_has_the_singular_values_of_its_dense_product(d_out, d_in, rank):
 
 
 @pytest.mark.parametrize("shape", [(33, 48, 4), (6, 9, 8)])
-def test_the_directions_of_a_pair_are_orthonormal_and_give_the_product_back(shape):
+def test_the_directions_of_a_pair_are_orthonormal_and_reproduce_the_product(shape):
     down, up = pair(*shape)
     svd = svd_of_pair(down, up)
     eye = torch.eye(len(svd.values), dtype=torch.float64)
@@ -67,7 +67,7 @@ def test_a_dense_delta_has_the_same_decomposition():
     assert_close(dense.left * dense.values @ dense.right.T, up @ down, **FP32)
 
 
-def test_alike_values_have_their_number_as_effective_rank():
+def test_n_equal_values_have_effective_rank_n():
     assert effective_rank(torch.full((7,), 0.3)) == pytest.approx(7)
 
 
@@ -82,7 +82,7 @@ def test_the_effective_rank_is_that_of_the_values_and_not_of_their_squares():
     assert effective_rank(torch.tensor([0.03, 0.01])) == pytest.approx(by_hand)
 
 
-def test_a_delta_of_zero_has_no_rank():
+def test_a_zero_delta_has_rank_0():
     down, up = pair(10, 12, 3)
     values = svd_of_pair(down, torch.zeros_like(up)).values
     assert effective_rank(values) == 0
@@ -90,7 +90,7 @@ def test_a_delta_of_zero_has_no_rank():
     assert kept_rank(values[:0], (10, 12)) == 0
 
 
-def test_components_that_are_nothing_are_not_kept():
+def test_zero_components_are_not_kept():
     down, up = pair(40, 60, 6)
     up[:, [1, 4]] = 0
     padded = torch.cat([down, torch.zeros(3, 60)]), torch.cat([up, torch.zeros(40, 3)], 1)

@@ -1,4 +1,4 @@
-"""phi and amplification, held against numpy and against subspaces that are known by hand."""
+"""phi and amplification, compared with numpy and with subspaces known by hand."""
 
 import numpy as np
 import pytest
@@ -24,31 +24,31 @@ def random(*shape, seed=0):
 
 
 def naive_phi(a1, a2, i, j):
-    """Equation 4, word by word."""
+    """Equation 4, literally."""
     _, _, v1 = np.linalg.svd(a1.double().numpy(), full_matrices=False)
     _, _, v2 = np.linalg.svd(a2.double().numpy(), full_matrices=False)
     return np.linalg.norm(v1[:i] @ v2[:j].T, "fro") ** 2 / min(i, j)
 
 
-def test_an_adapter_shares_everything_with_itself():
+def test_phi_of_an_adapter_with_itself_is_one():
     a = right_directions(random(6, 40))
     assert all(phi(a, a, i, i) == pytest.approx(1) for i in range(1, 7))
     assert phi(a, a, 2, 5) == pytest.approx(1)
 
 
-def test_orthogonal_subspaces_share_nothing():
+def test_phi_of_orthogonal_subspaces_is_zero():
     axes = torch.eye(10)
     first, second = right_directions(axes[:3]), right_directions(axes[3:8])
     assert phi(first, second, 3, 5) == 0
 
 
-def test_half_a_shared_plane_is_one_half():
+def test_planes_that_share_one_axis_have_phi_one_half():
     axes = torch.eye(4)
     first, second = right_directions(axes[[0, 1]]), right_directions(axes[[1, 2]])
     assert phi(first, second, 2, 2) == pytest.approx(0.5)
 
 
-def test_an_angle_is_the_square_of_its_cosine():
+def test_phi_of_two_lines_is_the_squared_cosine_of_their_angle():
     angle = torch.tensor(0.7)
     turned = torch.stack([angle.cos(), angle.sin()])[None]
     first, second = right_directions(torch.eye(2)[:1]), right_directions(turned)
@@ -87,7 +87,7 @@ def test_rows_of_zeros_have_no_direction():
     assert right_directions(torch.zeros(5, 30)).shape == (30, 0)
 
 
-def test_more_directions_than_there_are_is_our_mistake():
+def test_too_many_directions_fail_an_assertion():
     a = right_directions(random(4, 30))
     with pytest.raises(AssertionError, match="5 of 4"):
         phi(a, a, 5, 1)
@@ -142,7 +142,7 @@ def test_the_top_norm_of_a_falling_spectrum_is_exact():
     assert found == top_norm(u * values @ v.T, 5)
 
 
-def test_random_directions_hold_what_chance_gives():
+def test_random_directions_have_the_projected_norm_of_chance():
     weight = random(40, 50)
     squares = [
         projected_norm(

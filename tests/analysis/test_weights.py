@@ -1,4 +1,4 @@
-"""The weights of a base, against transformers' own."""
+"""The weights of a base, compared with those of transformers."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_a_part_is_a_share_of_the_rows(tiny_gpt2):
 
 @pytest.mark.parametrize("spelled", ["transformer.h.1.mlp.c_fc", "h.1.mlp.c_fc"])
 @pytest.mark.parametrize("is_bare", [True, False])
-def test_the_name_of_the_decoder_may_be_missing_on_either_side(
+def test_the_prefix_of_the_decoder_may_be_missing_on_either_side(
     tmp_path, tiny_gpt2, spelled, is_bare
 ):
     directory = tiny_gpt2

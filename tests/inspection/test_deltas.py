@@ -1,4 +1,4 @@
-"""The layers of a run, one by one, against the trained model in memory."""
+"""The layers of a run, compared with the trained model in memory."""
 
 from typing import ClassVar
 
@@ -21,7 +21,7 @@ from tests.workbench import CPU, Bench
 
 EXACT = {"atol": 0, "rtol": 0}
 FP32 = {"atol": 2e-6, "rtol": 1e-5}
-"""Products summed in another order."""
+"""Another order of summation."""
 
 
 @pytest.fixture(params=CASES)
@@ -58,7 +58,7 @@ def test_every_method_has_the_deltas_and_weights_of_the_trained_model(bench, tin
 
 
 class Gated(LoRA):
-    """A method with gates, which is not in the catalogue."""
+    """A method with gates that is not in the catalogue."""
 
 
 class GatedLayer(LoRALayer):
@@ -76,14 +76,14 @@ class GatedLayer(LoRALayer):
 
 
 class GatedMethod(LoRAMethod):
-    """Builds them."""
+    """Builds `GatedLayer`s."""
 
     def build(self, base, spec, start, generator):
         lora = super().build(base, spec, start, generator)
         return GatedLayer(base, lora.a.data, lora.b.data, lora.scale)
 
 
-def test_gates_are_found_and_closed_ones_take_their_rank_along(tiny_llama, monkeypatch):
+def test_gates_are_found_and_closed_gates_reduce_the_rank(tiny_llama, monkeypatch):
     monkeypatch.setitem(METHODS, Gated, GatedMethod)
     bench = Bench(tiny_llama, Gated(rank=4, targets=["q_proj"]))
     for layer in bench.attached.layers.values():
@@ -95,10 +95,10 @@ def test_gates_are_found_and_closed_ones_take_their_rank_along(tiny_llama, monke
         assert kept_rank(delta.svd().values, delta.shape) == 2
 
 
-def test_bases_are_told_apart_by_their_files_and_else_by_their_names():
+def test_bases_are_compared_by_fingerprint_or_else_by_name():
     here, moved, other = BaseId("/a", "f1"), BaseId("/b", "f1"), BaseId("/a", "f2")
-    assert not here.is_other_than(moved)
-    assert here.is_other_than(other)
-    assert here.is_other_than(BaseId("/b", None))
-    assert not here.is_other_than(BaseId("/a", None))
-    assert not here.is_other_than(BaseId(None, None))
+    assert not here.differs_from(moved)
+    assert here.differs_from(other)
+    assert here.differs_from(BaseId("/b", None))
+    assert not here.differs_from(BaseId("/a", None))
+    assert not here.differs_from(BaseId(None, None))

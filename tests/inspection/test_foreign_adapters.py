@@ -1,4 +1,4 @@
-"""PEFT's adapters, written by PEFT itself, and loralib's, written by hand."""
+"""PEFT adapters, written by PEFT, and loralib checkpoints, written by hand."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ FP32 = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def write_peft(directory, base, seed=0, **settings):
-    """A LoRA that has learned something, and its model."""
+    """Write a LoRA adapter with random factors; return its model."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | settings
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
@@ -47,7 +47,7 @@ def write_peft(directory, base, seed=0, **settings):
     ],
     ids=["plain", "ranks and rslora", "alphas"],
 )
-def test_a_peft_adapter_has_pefts_own_deltas_and_the_weights_of_its_base(
+def test_a_peft_adapter_has_the_deltas_of_peft_and_the_weights_of_its_base(
     tmp_path, tiny_llama, tiny_gpt2, family, settings
 ):
     base = {"llama": tiny_llama, "gpt2": tiny_gpt2}[family]
@@ -68,7 +68,7 @@ def test_a_peft_adapter_has_pefts_own_deltas_and_the_weights_of_its_base(
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_dora_of_pefts_has_the_deltas_of_its_merge(tmp_path, tiny_llama, tiny_gpt2, family):
+def test_a_peft_dora_adapter_has_the_deltas_of_its_merge(tmp_path, tiny_llama, tiny_gpt2, family):
     base = {"llama": tiny_llama, "gpt2": tiny_gpt2}[family]
     model = write_peft(tmp_path / "adapter", base, use_dora=True)
     found = open_peft(str(tmp_path / "adapter"), None, CPU, [])
@@ -84,18 +84,18 @@ def test_a_dora_of_pefts_has_the_deltas_of_its_merge(tmp_path, tiny_llama, tiny_
     config["base_model_name_or_path"] = "some/where"
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     alone = open_peft(str(tmp_path / "adapter"), None, CPU, [])
-    with pytest.raises(AdapterError, match=r"is a DoRA.*--base MODEL"):
+    with pytest.raises(AdapterError, match=r"is a DoRA adapter.*--base MODEL"):
         alone.read(next(iter(alone.shapes)))
 
 
-def test_layers_come_in_the_order_of_depth(tmp_path):
+def test_layers_are_ordered_by_depth(tmp_path):
     base = save_tiny(tmp_path / "base", num_hidden_layers=12)
     write_peft(tmp_path / "adapter", base, target_modules=["q_proj"])
     found = open_peft(str(tmp_path / "adapter"), None, CPU, [])
     assert list(found.shapes) == [f"model.layers.{n}.self_attn.q_proj" for n in range(12)]
 
 
-def test_an_adapted_embedding_is_a_layer_from_tokens_to_features(tmp_path, tiny_llama):
+def test_an_embedding_is_a_layer_from_tokens_to_features(tmp_path, tiny_llama):
     model = write_peft(tmp_path / "adapter", tiny_llama, target_modules=["embed_tokens"])
     found = open_peft(str(tmp_path / "adapter"), None, CPU, [])
     assert found.shapes == {"model.embed_tokens": (64, 400)}
@@ -106,14 +106,14 @@ def test_an_adapted_embedding_is_a_layer_from_tokens_to_features(tmp_path, tiny_
     assert_close(delta.weight, module.base_layer.weight.detach().T, **EXACT)
 
 
-def test_a_head_that_is_tied_has_the_weight_of_the_embedding(tmp_path, tiny_tied_llama):
+def test_a_tied_head_has_the_weight_of_the_embedding(tmp_path, tiny_tied_llama):
     write_peft(tmp_path / "adapter", tiny_tied_llama, target_modules=["lm_head"])
     found = open_peft(str(tmp_path / "adapter"), None, CPU, [])
     model = AutoModelForCausalLM.from_pretrained(tiny_tied_llama, dtype=torch.float32)
     assert_close(found.read("lm_head").weight, model.lm_head.weight.detach(), **EXACT)
 
 
-def test_without_its_base_there_are_the_pairs_alone(tmp_path, tiny_llama):
+def test_an_adapter_without_its_base_has_pairs_and_no_weights(tmp_path, tiny_llama):
     base = tmp_path / "base"
     shutil.copytree(tiny_llama, base)
     write_peft(tmp_path / "adapter", base)
@@ -130,7 +130,7 @@ def test_without_its_base_there_are_the_pairs_alone(tmp_path, tiny_llama):
     assert given.base.fingerprint
 
 
-def test_a_local_base_that_cannot_be_read_is_no_obstacle(tmp_path, tiny_llama):
+def test_an_unreadable_recorded_base_is_a_note_and_a_given_one_an_error(tmp_path, tiny_llama):
     base = tmp_path / "base"
     shutil.copytree(tiny_llama, base)
     write_peft(tmp_path / "adapter", base)
@@ -156,10 +156,10 @@ def test_a_quantised_base_is_dequantised(tmp_path, tiny_llama):
 def test_another_base_is_refused(tmp_path, tiny_llama):
     write_peft(tmp_path / "adapter", tiny_llama)
     narrow = save_tiny(tmp_path / "narrow", intermediate_size=96)
-    with pytest.raises(AdapterError, match=r"down_proj.* maps 96 to 64 there.*--base"):
+    with pytest.raises(AdapterError, match=r"down_proj.* has 96 to 64 there.*--base"):
         open_peft(str(tmp_path / "adapter"), str(narrow), CPU, [])
     short = save_tiny(tmp_path / "short", num_hidden_layers=1)
-    with pytest.raises(AdapterError, match=r"layers\.1.* nothing there"):
+    with pytest.raises(AdapterError, match=r"layers\.1.* has no such layer"):
         open_peft(str(tmp_path / "adapter"), str(short), CPU, [])
 
 
@@ -222,7 +222,7 @@ def test_some_parts_of_a_fused_weight_have_no_known_rows(tmp_path, tiny_gpt2):
     file = write_loralib(tmp_path / "lora.pt", 2, 64, 64)
     found = open_loralib(file, str(tiny_gpt2), 6, CPU)
     assert found.read("transformer.h.0.attn.c_attn[1]").weight is None
-    assert "does not tell to which: 2" in found.notes[0]
+    assert "for 2 pairs" in found.notes[0]
 
 
 def test_a_linear_layer_of_loralib_has_its_weight(tmp_path, tiny_gpt2):

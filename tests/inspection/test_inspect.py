@@ -1,4 +1,4 @@
-"""`inspect` on real runs and adapters, held against dense matrices and numpy."""
+"""`inspect` on runs and adapters, compared with dense matrices and numpy."""
 
 import json
 import shutil
@@ -22,12 +22,12 @@ from tests.tiny import save_tiny
 SIX_DIGITS = 1e-5
 """Values are kept with six digits."""
 TOP = 5e-3
-"""The largest norm of a rank is found by iteration."""
+"""`top_norm` is computed by iteration."""
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
 class Listener(Watcher):
-    """Keeps what it is told."""
+    """Records notes and progress."""
 
     def __init__(self):
         self.notes, self.bytes = [], []
@@ -41,7 +41,7 @@ class Listener(Watcher):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Short runs on one base, and an adapter of PEFT's."""
+    """Short runs on one base, and a PEFT adapter."""
     folder = tmp_path_factory.mktemp("inspecting")
     base, rows = save_tiny(folder / "base"), write_rows(folder / "rows.jsonl")
     changes = {
@@ -74,7 +74,7 @@ def rows_of(folder, name, **options):
 
 
 def check_row(row, delta, weight, rank):
-    """One line against dense matrices in fp64; `rank` is what amplification looks at."""
+    """Compare one row with dense matrices in fp64; `rank` is the one of amplification."""
     delta, weight = delta.detach().double().numpy(), weight.detach().double().numpy()
     u, values, vh = np.linalg.svd(delta, full_matrices=False)
     assert row.shape == delta.shape
@@ -99,7 +99,7 @@ def check_row(row, delta, weight, rank):
 
 
 @pytest.mark.parametrize("name", ["rank-4", "dora", "pissa"])
-def test_every_line_of_a_run_is_what_its_loaded_model_says(folder, name):
+def test_every_row_of_a_run_matches_its_loaded_model(folder, name):
     layers = load_run(folder / name).attached.layers
     rows = rows_of(folder, name)
     assert list(rows) == list(layers)
@@ -115,12 +115,12 @@ def test_a_pair_keeps_its_rank_and_a_dense_delta_that_of_the_weight(folder):
     assert len(rows_of(folder, "dora")[Q_PROJ].singular_values) == 64
 
 
-def test_a_start_that_was_taken_out_of_the_weights_is_mentioned(folder):
+def test_a_start_subtracted_from_the_weights_is_a_note(folder):
     (report,) = look(folder, "pissa").targets
     assert "before quantisation" in report.notes[0]
 
 
-def test_an_adapted_embedding_is_shown_and_what_was_trained_whole_is_not(folder):
+def test_an_embedding_has_a_row_and_fully_trained_tensors_have_none(folder):
     (report,) = look(folder, "wide").targets
     (row,) = (row for row in report.layers if row.path == "model.embed_tokens")
     (embedding,) = load_run(folder / "wide").attached.embeddings.values()
@@ -128,14 +128,14 @@ def test_an_adapted_embedding_is_shown_and_what_was_trained_whole_is_not(folder)
     assert "fully trained tensors are not shown: 5" in report.notes[0]
 
 
-def test_fewer_directions_may_be_looked_at(folder):
+def test_top_limits_the_directions_of_amplification(folder):
     layers = load_run(folder / "dora").attached.layers
     for path, row in rows_of(folder, "dora", top=2).items():
         check_row(row, layers[path].delta(), layers[path].base.dense(), rank=2)
     assert rows_of(folder, "rank-4", top=50)[Q_PROJ].amplification.rank == 4
 
 
-def test_an_adapter_of_peft_has_norms_by_the_base_that_it_names(folder):
+def test_a_peft_adapter_has_norms_from_its_recorded_base(folder):
     model = AutoModelForCausalLM.from_pretrained(folder / "base")
     model = peft.PeftModel.from_pretrained(model, folder / "peft").base_model.model
     for path, row in rows_of(folder, "peft").items():
@@ -156,7 +156,7 @@ def test_an_adapter_that_learned_nothing_has_a_delta_of_zero(folder, tmp_path):
     write_figures(inspection, tmp_path / "figures")
 
 
-def test_a_layer_that_was_pruned_to_nothing_has_rank_0(folder, tmp_path):
+def test_a_fully_pruned_layer_has_rank_0(folder, tmp_path):
     inspection = look(folder, "adalora", "rank-4")
     rows = {row.path: row for row in inspection.targets[0].layers}
     kept = {path: sum(gate != 0 for gate in row.gates) for path, row in rows.items()}
@@ -193,10 +193,10 @@ def test_phi_of_two_ranks_is_that_of_their_own_factors(folder):
         assert (len(row.right), len(row.right[0])) == (4, 8)
         assert np.array(row.right) == pytest.approx(np.array(right), rel=1e-4, abs=1e-6)
         assert np.array(row.left) == pytest.approx(np.array(left), rel=1e-4, abs=1e-6)
-    assert any("no phi" in note and note.endswith(" 6") for note in listener.notes)
+    assert any("no phi for 6 layers" in note for note in listener.notes)
 
 
-def test_a_run_shares_everything_with_its_own_peft_adapter(folder):
+def test_phi_of_a_run_and_its_own_peft_adapter_is_one(folder):
     inspection = look(folder, "rank-4", "rank-4/adapter")
     for row in inspection.comparisons[0].layers:
         for grid in (row.right, row.left):
@@ -206,7 +206,7 @@ def test_a_run_shares_everything_with_its_own_peft_adapter(folder):
     assert norms[0] == pytest.approx(norms[1], rel=SIX_DIGITS)
 
 
-def test_methods_that_train_no_pair_of_their_rank_are_compared_by_their_deltas(folder, tmp_path):
+def test_methods_without_a_trained_pair_are_compared_by_their_deltas(folder, tmp_path):
     rows = folder / "rows.jsonl"
     melora = ("adapter=melora", "adapter.num_blocks=4", "optim.steps=4")
     run_recipe(small_recipe(folder / "base", rows, tmp_path / "melora", *melora))
@@ -221,12 +221,12 @@ def test_methods_that_train_no_pair_of_their_rank_are_compared_by_their_deltas(f
     assert np.array(row.right) == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
-def test_three_targets_are_compared_two_by_two(folder):
+def test_three_targets_are_compared_pairwise(folder):
     inspection = look(folder, "rank-4", "dora", "rank-8")
     assert [(c.first, c.second) for c in inspection.comparisons] == [(0, 1), (0, 2), (1, 2)]
 
 
-def test_directions_that_are_asked_for_must_be_there(folder):
+def test_more_directions_than_the_rank_are_refused(folder):
     look(folder, "rank-4", "rank-8", i=4, j=8)
     with pytest.raises(AdapterError, match=r"got 5 directions of .*rank-4.* has 4"):
         look(folder, "rank-4", "rank-8", i=5, j=8)
@@ -243,13 +243,13 @@ def test_adapters_of_different_bases_are_not_compared(folder, tmp_path):
     other = save_tiny(tmp_path / "other", seed=1)
     recipe = small_recipe(other, folder / "rows.jsonl", tmp_path / "run", "optim.steps=2")
     run_recipe(recipe)
-    with pytest.raises(AdapterError, match=r"belongs to the base .*base.*other"):
+    with pytest.raises(AdapterError, match=r"has the base .*base.*other"):
         inspect([folder / "rank-4", tmp_path / "run"])
-    with pytest.raises(AdapterError, match="belongs to the base"):
+    with pytest.raises(AdapterError, match="phi needs adapters of the same base"):
         inspect([folder / "peft", tmp_path / "run"])
 
 
-def test_a_base_that_is_given_decides_for_adapters_that_name_another(folder, tmp_path):
+def test_a_given_base_overrides_the_recorded_one(folder, tmp_path):
     shutil.copytree(folder / "peft", tmp_path / "peft")
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "somewhere/else"
@@ -274,7 +274,7 @@ def save_loralib(file, path=Q_PROJ, d_out=64, d_in=64):
     return file, factors["lora_B"] @ factors["lora_A"]
 
 
-def test_shapes_that_differ_are_of_different_bases(folder, tmp_path):
+def test_different_shapes_are_different_bases(folder, tmp_path):
     file, _ = save_loralib(tmp_path / "lora.pt", d_in=80)
     with pytest.raises(AdapterError, match="different bases"):
         inspect([folder / "rank-4", file])
@@ -307,13 +307,13 @@ def test_a_run_and_a_loralib_checkpoint_are_compared(folder, tmp_path):
     assert [row.path for row in comparison.layers] == [Q_PROJ]
 
 
-def test_what_is_neither_a_run_nor_an_adapter_says_what_is_needed(folder, tmp_path):
+def test_other_files_are_refused(folder, tmp_path):
     for target in (tmp_path, folder / "base", tmp_path / "nowhere", folder / "rows.jsonl"):
         with pytest.raises(AdapterError, match="neither a run"):
             inspect([target])
 
 
-def test_an_adapter_folder_without_pairs_points_to_its_run(folder):
+def test_an_adapter_folder_without_pairs_is_refused_with_its_run(folder):
     with pytest.raises(AdapterError, match=r"Give the run: .*dora"):
         look(folder, "dora/adapter")
     with pytest.raises(AdapterError, match=r"Give the run: .*pissa"):
@@ -331,14 +331,14 @@ def test_a_damaged_run_is_one_clear_error(folder, tmp_path, file, content):
         inspect([tmp_path / "run"])
 
 
-def test_a_run_that_is_not_finished_is_refused(folder, tmp_path):
+def test_an_unfinished_run_is_refused(folder, tmp_path):
     shutil.copytree(folder / "rank-4", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapter")
     with pytest.raises(RunError, match="not finished"):
         inspect([tmp_path / "run"])
 
 
-# -- what is told and written ----------------------------------------------------------------------
+# -- progress, JSON and figures ---------------------------------------------------------------------
 
 
 def test_the_bytes_read_from_the_bases_add_up(folder):
@@ -349,14 +349,14 @@ def test_the_bytes_read_from_the_bases_add_up(folder):
     assert [done for done, _ in listener.bytes] == sorted(done for done, _ in listener.bytes)
 
 
-def test_everything_is_plain_values(folder):
+def test_the_result_is_json(folder):
     inspection = look(folder, "dora", "rank-4")
     values = json.loads(json.dumps(inspection.to_dict(), allow_nan=False))
     assert values["targets"][1]["layers"][0]["path"] == Q_PROJ
     assert len(values["comparisons"][0]["layers"][0]["right"]) == 4
 
 
-def test_figures_are_pictures_of_every_target_and_name(folder, tmp_path):
+def test_figures_show_every_target_and_layer_name(folder, tmp_path):
     from matplotlib.image import imread
 
     write_figures(look(folder, "rank-4", "rank-8"), tmp_path / "figures")
@@ -376,7 +376,7 @@ def test_figures_overwrite_nothing(folder, tmp_path):
         write_figures(look(folder, "peft"), tmp_path)
 
 
-def test_figures_without_matplotlib_say_what_to_install(folder, tmp_path, monkeypatch):
+def test_figures_without_matplotlib_are_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ExportError, match="pip install matplotlib"):
         write_figures(look(folder, "peft"), tmp_path / "figures")
