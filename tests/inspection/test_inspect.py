@@ -338,7 +338,7 @@ def test_an_unfinished_run_is_refused(folder, tmp_path):
         inspect([tmp_path / "run"])
 
 
-# -- progress, JSON and figures ---------------------------------------------------------------------
+# -- progress, JSON and figures --------------------------------------------------------------------
 
 
 def test_the_bytes_read_from_the_bases_add_up(folder):
