@@ -11,7 +11,7 @@ and knows no method by name. The order inside one optimizer step:
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Flag, auto
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import Field, field_validator
@@ -173,13 +173,26 @@ class ParameterAccess(Protocol):
         """The sum of a tensor over all processes; the tensor itself in one process."""
 
 
-class Method:
-    """One adapter method in one run. Every hook does nothing unless a paper needs it."""
+def read_rounded(access: ParameterAccess, parameter: nn.Parameter) -> Tensor:
+    """The value that the forward uses: `access.read`, rounded to the parameter's own dtype."""
+    return access.read(parameter).to(parameter.dtype)
+
+
+L = TypeVar("L", bound=AdapterLayer)
+"""The layer class that a method builds."""
+
+
+class Method(Generic[L]):
+    """One adapter method in one run. Every hook does nothing unless a paper needs it.
+
+    Subclass as `class DoRAMethod(Method[DoRALayer])`: `build` returns layers of that class, and
+    `layers` holds them.
+    """
 
     def __init__(self, settings: AdapterSettings) -> None:
         self.settings = settings
         self.plans: dict[str, LayerPlan] = {}
-        self.layers: dict[str, AdapterLayer] = {}
+        self.layers: dict[str, L] = {}
 
     logit_copies: ClassVar[int] = 3
     """Chunks of fp32 logits that the loss of this method holds at a time, for the memory plan."""
@@ -228,7 +241,7 @@ class Method:
         spec: LinearSpec,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
-    ) -> AdapterLayer:
+    ) -> L:
         """The layer at its start.
 
         Args:
@@ -238,7 +251,7 @@ class Method:
         """
         raise NotImplementedError
 
-    def set_layers(self, layers: Mapping[str, AdapterLayer]) -> None:
+    def set_layers(self, layers: Mapping[str, L]) -> None:
         """All layers are built and in place."""
         self.layers = dict(layers)
 

@@ -19,16 +19,17 @@ too many on ties and fails where nothing is to be cut. E rests in fp32 and does 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from qlora_lite.adapters.layer import AdapterLayer, Factors, Role
-from qlora_lite.adapters.method import AdapterSettings, Footprint, ParameterAccess, StepInfo
-from qlora_lite.methods.lora import LoRALayer, LoRAMethod
+from qlora_lite.adapters.layer import Role
+from qlora_lite.adapters.method import AdapterSettings, Footprint, Method, ParameterAccess, StepInfo
+from qlora_lite.methods.gated import GatedLayer, gated_footprint
+from qlora_lite.methods.lora import LoRALayer
 from qlora_lite.methods.rm_lora import distance_from_orthonormal
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
@@ -76,42 +77,14 @@ class AdaLoRA(AdapterSettings):
         return self
 
 
-class AdaLoRALayer(LoRALayer):
+class AdaLoRALayer(GatedLayer):
     """y = W x + c P diag(E) Q drop(x)"""
 
     roles: ClassVar[dict[str, Role]] = LoRALayer.roles | {"e": Role.GATE}
-
-    def __init__(
-        self, base: FrozenLinear, a: Tensor, b: Tensor, scale: float, dropout: float
-    ) -> None:
-        super().__init__(base, a, b, scale, dropout)
-        self.e = nn.Parameter(torch.zeros(a.shape[0]))
-
-    def update(self, x: Tensor) -> Tensor:
-        x = F.dropout(x, self.dropout, self.training)
-        low = F.linear(x, self.a.to(x.dtype)) * self.e.to(x.dtype)
-        return F.linear(low, self.b.to(x.dtype)) * self.scale
-
-    def live_factors(self) -> tuple[Tensor, Tensor] | None:
-        return self.a.float(), self.b.float() * (self.scale * self.e.float())
-
-    def factors(self, rank: int | None = None) -> Factors | None:
-        """Triplets whose E is zero are left out."""
-        kept = self.e.detach() != 0
-        if rank is not None and rank < int(kept.sum()):
-            return None
-        a, b, e = (t.detach().float() for t in (self.a, self.b, self.e))
-        return Factors(a[kept], b[:, kept] * (self.scale * e[kept]))
-
-    def warm_start(self, factors: Factors) -> None:
-        super().warm_start(factors)
-        self.e.data[: factors.rank] = 1.0
-
-    def trainable_count(self) -> int:
-        return super().trainable_count() + self.e.numel()
+    gate_name: ClassVar[str] = "e"
 
 
-class AdaLoRAMethod(LoRAMethod):
+class AdaLoRAMethod(Method[AdaLoRALayer]):
     """Scores every triplet, and keeps as many as the budget of the step allows."""
 
     settings: AdaLoRA
@@ -125,9 +98,8 @@ class AdaLoRAMethod(LoRAMethod):
         """Masks of the triplets that the final budget keeps, by path; empty before."""
 
     def footprint(self, spec: LinearSpec) -> Footprint:
-        lora = super().footprint(spec)
-        trained = lora.trained + lora.width
-        return Footprint(lora.width, trained, statistics=3 * trained)
+        gated = gated_footprint(spec.d_in, spec.d_out, self.plans[spec.path].rank)
+        return replace(gated, statistics=3 * gated.trained)
 
     def build(
         self,
@@ -135,20 +107,20 @@ class AdaLoRAMethod(LoRAMethod):
         spec: LinearSpec,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
-    ) -> AdapterLayer:
+    ) -> AdaLoRALayer:
         plan = self.plans[spec.path]
         a = START_STD * torch.randn(plan.rank, spec.d_in, generator=generator)
         b = START_STD * torch.randn(spec.d_out, plan.rank, generator=generator)
         scale = plan.scale
         if self.settings.scaling == "alpha/r":
             scale = self.settings.alpha / (plan.rank + 1e-5)
-        return AdaLoRALayer(base, a, b, scale, self.settings.dropout)
+        return AdaLoRALayer(base, a, b, torch.zeros(plan.rank), scale, self.settings.dropout)
 
     def penalty(self) -> Tensor | None:
         if not self.settings.orthogonality:
             return None
         errors = []
-        for layer in self._layers().values():
+        for layer in self.layers.values():
             errors += [
                 distance_from_orthonormal(layer.a.float()),
                 distance_from_orthonormal(layer.b.float().T),
@@ -191,14 +163,11 @@ class AdaLoRAMethod(LoRAMethod):
         return {f"{part}:{name}": t for part, held in parts.items() for name, t in held.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        device = next(iter(self._layers().values())).e.device
+        device = next(iter(self.layers.values())).base.weight.device
         parts = {"sensitivity": self._sensitivity, "deviation": self._deviation, "kept": self._kept}
         for key, tensor in state.items():
             part, _, name = key.partition(":")
             parts[part][name] = tensor.to(device)
-
-    def _layers(self) -> dict[str, AdaLoRALayer]:
-        return {p: layer for p, layer in self.layers.items() if isinstance(layer, AdaLoRALayer)}
 
     def _phases(self, total: int) -> tuple[int, int]:
         """Steps done when the cuts begin, and when the budget is final."""
@@ -242,8 +211,8 @@ class AdaLoRAMethod(LoRAMethod):
         return of["e"] + of["a"].mean(1) + of["b"].mean(0)
 
     def _mask(self, access: ParameterAccess, kept: Mapping[str, Tensor]) -> None:
-        for path, layer in self._layers().items():
-            access.write(layer.e, access.read(layer.e) * kept[path])
+        for path, layer in self.layers.items():
+            access.write(layer.gate, access.read(layer.gate) * kept[path])
 
 
 def budget(done: int, warm: int, fixed: int, first: int, last: int) -> int:

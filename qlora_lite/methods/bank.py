@@ -119,7 +119,7 @@ class BankedLayer(LoRALayer):
 
     def fresh_down(self, generator: torch.Generator, rank: int | None = None) -> Tensor:
         """A new A in fp32, drawn as LoRA's; rows from `rank` on are zero and stay so."""
-        a = kaiming_uniform(self.a.shape[0], self.base.d_in, generator)
+        a = kaiming_uniform(self.rank, self.base.d_in, generator)
         if rank is not None:
             a[rank:] = 0.0
         return a

@@ -21,11 +21,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from qlora_lite.adapters.layer import AdapterLayer
-from qlora_lite.adapters.method import AdapterSettings, Footprint, ParameterAccess, StepInfo
+from qlora_lite.adapters.method import AdapterSettings, Footprint, Method, ParameterAccess, StepInfo
 from qlora_lite.adapters.ranks import LayerPlan, scale_of
 from qlora_lite.methods.bank import BankedLayer
-from qlora_lite.methods.lora import LoRALayer, LoRAMethod
+from qlora_lite.methods.lora import fresh_factors
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
 
@@ -92,17 +91,17 @@ class COLALayer(BankedLayer):
 
     def extend(self, access: ParameterAccess, link: int, generator: torch.Generator) -> None:
         """Tie the live link and begin number `link`."""
-        rank = self.settings.rank_of_link(link, self.a.shape[0])
+        rank = self.settings.rank_of_link(link, self.rank)
         self.finish_link(access, self.fresh_down(generator, rank), cap=None)
         self.links.fill_(link)
         self._rescale()
 
     def _rescale(self) -> None:
-        rank = self.settings.rank_of_link(int(self.links), self.a.shape[0])
+        rank = self.settings.rank_of_link(int(self.links), self.rank)
         self.scale = scale_of(self.settings.alpha, rank, self.settings.scaling)
 
 
-class COLAMethod(LoRAMethod):
+class COLAMethod(Method[COLALayer]):
     """Ends a link and begins the next where its share of the run ends."""
 
     settings: COLA
@@ -134,10 +133,9 @@ class COLAMethod(LoRAMethod):
         spec: LinearSpec,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
-    ) -> AdapterLayer:
-        lora = super().build(base, spec, start, generator)
-        assert isinstance(lora, LoRALayer)
-        return COLALayer(base, lora.a.data, lora.b.data, self.settings)
+    ) -> COLALayer:
+        a, b = fresh_factors(spec, self.plans[spec.path].rank, generator)
+        return COLALayer(base, a, b, self.settings)
 
     def schedule_position(self, step: int, total: int) -> tuple[int, int]:
         link = self._link(step, total)
@@ -153,7 +151,6 @@ class COLAMethod(LoRAMethod):
             return
         self._tied = done  # late, where that step was skipped or ended a run that was extended
         for layer in self.layers.values():
-            assert isinstance(layer, COLALayer)
             layer.extend(access, link, step.generator)
 
     def state_dict(self) -> dict[str, Any]:

@@ -25,9 +25,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from qlora_lite.adapters.layer import AdapterLayer, Factors, Role
-from qlora_lite.adapters.method import AdapterSettings, Footprint
-from qlora_lite.methods.lora import LoRALayer, LoRAMethod
+from qlora_lite.adapters.layer import Factors, Role
+from qlora_lite.adapters.method import AdapterSettings, Footprint, Method
+from qlora_lite.methods.lora import LoRALayer, fresh_factors
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
 
@@ -102,7 +102,7 @@ class DoRALayer(LoRALayer):
         return at_length(direction, self.m)
 
     def factors(self, rank: int | None = None) -> Factors | None:
-        if rank is not None and rank < self.a.shape[0]:
+        if rank is not None and rank < self.rank:
             return None
         up = self.scale * self.b.detach().float()
         return Factors(self.a.detach().float(), up, magnitude=self.m.detach().float())
@@ -121,7 +121,7 @@ class DoRALayer(LoRALayer):
         return super().trainable_count() + self.base.d_out
 
 
-class DoRAMethod(LoRAMethod):
+class DoRAMethod(Method[DoRALayer]):
     """Nothing happens around a step."""
 
     def footprint(self, spec: LinearSpec) -> Footprint:
@@ -136,7 +136,7 @@ class DoRAMethod(LoRAMethod):
         spec: LinearSpec,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
-    ) -> AdapterLayer:
-        lora = super().build(base, spec, start, generator)
-        assert isinstance(lora, LoRALayer)
-        return DoRALayer(base, lora.a.data, lora.b.data, lora.scale, lora.dropout)
+    ) -> DoRALayer:
+        plan = self.plans[spec.path]
+        a, b = fresh_factors(spec, plan.rank, generator)
+        return DoRALayer(base, a, b, plan.scale, self.settings.dropout)

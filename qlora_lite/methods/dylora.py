@@ -35,10 +35,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora_lite.adapters.layer import Factors
-from qlora_lite.adapters.method import AdapterSettings, ParameterAccess, StepInfo
+from qlora_lite.adapters.method import AdapterSettings, Method, ParameterAccess, StepInfo
 from qlora_lite.adapters.ranks import scale_of
 from qlora_lite.foundation.errors import AdapterError
-from qlora_lite.methods.lora import LoRALayer, LoRAMethod, kaiming_uniform
+from qlora_lite.methods.lora import LoRALayer, fresh_factors
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
 
@@ -127,7 +127,7 @@ class DyLoRALayer(LoRALayer):
         self.scales = tuple(scales)
         self.eval_rank = eval_rank
         self.last_only = last_only
-        self.drawn = len(a)
+        self.drawn = self.rank
         """Rank of the forward in training; before the first draw the one that needs most memory."""
 
     def update(self, x: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class DyLoRALayer(LoRALayer):
 
     def factors(self, rank: int | None = None) -> Factors:
         """The rank-b output as a pair, for every b."""
-        down, up = self._pair(self.eval_rank if rank is None else min(rank, len(self.a)))
+        down, up = self._pair(self.eval_rank if rank is None else min(rank, self.rank))
         return Factors(down.detach(), up.detach())
 
     def _pair(self, rank: int) -> tuple[Tensor, Tensor]:
@@ -160,7 +160,7 @@ class DyLoRALayer(LoRALayer):
         super().warm_start(factors)
 
 
-class DyLoRAMethod(LoRAMethod):
+class DyLoRAMethod(Method[DyLoRALayer]):
     """Draws the rank of every step; in the frozen variant holds what was not drawn."""
 
     settings: DyLoRA
@@ -178,10 +178,11 @@ class DyLoRAMethod(LoRAMethod):
         generator: torch.Generator,
     ) -> DyLoRALayer:
         settings, rank = self.settings, self.plans[spec.path].rank
+        a, b = fresh_factors(spec, rank, generator)
         return DyLoRALayer(
             base,
-            kaiming_uniform(rank, spec.d_in, generator),
-            torch.zeros(spec.d_out, rank),
+            a,
+            b,
             [scale_of(settings.alpha, b, settings.scaling) for b in range(1, rank + 1)],
             min(settings.eval_rank or rank, rank),
             settings.variant == "frozen",
@@ -189,30 +190,26 @@ class DyLoRAMethod(LoRAMethod):
         )
 
     def begin_step(self, step: StepInfo) -> None:
-        layers, settings = self._layers(), self.settings
-        high = max(len(layer.a) for layer in layers)
+        layers, settings = self.layers.values(), self.settings
+        high = max(layer.rank for layer in layers)
         low = min(settings.min_rank, high)
         chances = rank_chances(low, high, settings.distribution, settings.p)
         rank = low + int(torch.multinomial(chances, 1, generator=step.generator))
         for layer in layers:
-            layer.drawn = min(rank, len(layer.a))
+            layer.drawn = min(rank, layer.rank)
 
     def before_step(self, access: ParameterAccess, step: StepInfo) -> None:
         if self.settings.variant == "frozen":
-            self.before = {
-                p: access.read(p) for layer in self._layers() for p in (layer.a, layer.b)
-            }
+            layers = self.layers.values()
+            self.before = {p: access.read(p) for layer in layers for p in (layer.a, layer.b)}
 
     def after_step(self, access: ParameterAccess, step: StepInfo) -> None:
         before, self.before = self.before, {}
         if step.skipped or not before:
             return
-        for layer in self._layers():
+        for layer in self.layers.values():
             a, b, drawn = before[layer.a], before[layer.b], layer.drawn - 1
             a[drawn] = access.read(layer.a)[drawn]
             b[:, drawn] = access.read(layer.b)[:, drawn]
             access.write(layer.a, a)
             access.write(layer.b, b)
-
-    def _layers(self) -> list[DyLoRALayer]:
-        return [layer for layer in self.layers.values() if isinstance(layer, DyLoRALayer)]

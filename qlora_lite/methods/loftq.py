@@ -19,7 +19,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qlora_lite.adapters.layer import AdapterLayer
 from qlora_lite.adapters.method import AdapterSettings, Method, Requirement
 from qlora_lite.adapters.split_state import require_fit
 from qlora_lite.foundation.errors import AdapterError
@@ -51,7 +50,7 @@ class LoftQ(AdapterSettings):
     """Power iterations of a randomised SVD, minutes faster on large weights; exact unless given."""
 
 
-class LoftQMethod(Method):
+class LoftQMethod(Method[LoRALayer]):
     """Nothing happens around a step; everything before the first."""
 
     settings: LoftQ
@@ -99,7 +98,7 @@ class LoftQMethod(Method):
         spec: LinearSpec,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
-    ) -> AdapterLayer:
+    ) -> LoRALayer:
         assert start is not None, f"{spec.path} was loaded without its start"
         scale = self.plans[spec.path].scale
         a, b = start["a"].clone(), start["b"].clone()

@@ -34,6 +34,11 @@ def kaiming_uniform(rank: int, d_in: int, generator: torch.Generator) -> Tensor:
     return torch.empty(rank, d_in).uniform_(-bound, bound, generator=generator)
 
 
+def fresh_factors(spec: LinearSpec, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A (rank, d_in) and B (d_out, rank) at LoRA's start, in fp32: A Kaiming uniform, B zero."""
+    return kaiming_uniform(rank, spec.d_in, generator), torch.zeros(spec.d_out, rank)
+
+
 class LoRALayer(AdapterLayer):
     """y = W x + s B A drop(x)"""
 
@@ -45,6 +50,7 @@ class LoRALayer(AdapterLayer):
         super().__init__(base)
         self.a = nn.Parameter(a)
         self.b = nn.Parameter(b)
+        self.rank = a.shape[0]
         self.scale = scale
         self.dropout = dropout
 
@@ -56,11 +62,10 @@ class LoRALayer(AdapterLayer):
         return self.a.float(), self.b.float() * self.scale
 
     def warm_start(self, factors: Factors) -> None:
-        rank = self.a.shape[0]
-        if factors.rank > rank:
+        if factors.rank > self.rank:
             raise AdapterError(
-                f"the adapter to start from has rank {factors.rank}, this layer has rank {rank}. "
-                f"Set adapter.rank={factors.rank} or more"
+                f"the adapter to start from has rank {factors.rank}, this layer has rank "
+                f"{self.rank}. Set adapter.rank={factors.rank} or more"
             )
         # a smaller pair fills the first components; the others keep their fresh start (B = 0)
         with torch.no_grad():
@@ -68,11 +73,10 @@ class LoRALayer(AdapterLayer):
             self.b[:, : factors.rank] = factors.up / self.scale
 
     def trainable_count(self) -> int:
-        rank = self.a.shape[0]
-        return rank * (self.base.d_in + self.base.d_out)
+        return self.rank * (self.base.d_in + self.base.d_out)
 
 
-class LoRAMethod(Method):
+class LoRAMethod(Method[LoRALayer]):
     """Nothing happens around a step."""
 
     def build(
@@ -81,8 +85,7 @@ class LoRAMethod(Method):
         spec: LinearSpec,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
-    ) -> AdapterLayer:
+    ) -> LoRALayer:
         plan = self.plans[spec.path]
-        a = kaiming_uniform(plan.rank, spec.d_in, generator)
-        b = torch.zeros(spec.d_out, plan.rank)
+        a, b = fresh_factors(spec, plan.rank, generator)
         return LoRALayer(base, a, b, plan.scale, self.settings.dropout)

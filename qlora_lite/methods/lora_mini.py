@@ -124,7 +124,7 @@ class LoRAMiniLayer(AdapterLayer):
         return self.a_in.shape[0] * (self.a_aux.shape[0] + self.b_aux.shape[1])
 
 
-class LoRAMiniMethod(Method):
+class LoRAMiniMethod(Method[LoRAMiniLayer]):
     """Nothing happens around a step."""
 
     settings: LoRAMini
@@ -161,7 +161,7 @@ class LoRAMiniMethod(Method):
         spec: LinearSpec,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
-    ) -> AdapterLayer:
+    ) -> LoRAMiniLayer:
         plan = self.plans[spec.path]
         a, b = self._inner_sizes(spec)
         if start is None:

@@ -97,7 +97,7 @@ class MELoRALayer(AdapterLayer):
         return rank * (self.base.d_in + self.base.d_out)
 
 
-class MELoRAMethod(Method):
+class MELoRAMethod(Method[MELoRALayer]):
     """Nothing happens around a step."""
 
     settings: MELoRA
@@ -130,7 +130,7 @@ class MELoRAMethod(Method):
         spec: LinearSpec,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
-    ) -> AdapterLayer:
+    ) -> MELoRALayer:
         plan, num = self.plans[spec.path], self.settings.num_blocks
         minis = [kaiming_uniform(plan.rank, spec.d_in // num, generator) for _ in range(num)]
         b = torch.zeros(num, spec.d_out // num, plan.rank)

@@ -44,7 +44,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora_lite.adapters.layer import AdapterLayer, Factors, Role
-from qlora_lite.adapters.method import AdapterSettings, Footprint, Method, ParameterAccess, StepInfo
+from qlora_lite.adapters.method import (
+    AdapterSettings,
+    Footprint,
+    Method,
+    ParameterAccess,
+    StepInfo,
+    read_rounded,
+)
 from qlora_lite.adapters.ranks import LayerPlan
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.model.frozen import FrozenLinear
@@ -251,6 +258,10 @@ class MoRALayer(AdapterLayer):
         blocks = torch.block_diag(*turned.unbind(1))
         return tile(unwrap(blocks, self.base.d_in).T, self.base.d_out).T
 
+    def restart(self, access: ParameterAccess) -> None:
+        """Keep M and train a new one. Only ReMoRA's layers do."""
+        raise NotImplementedError
+
     def trainable_count(self) -> int:
         return len(self.m) ** 2
 
@@ -292,6 +303,13 @@ class ReMoRALayer(MoRALayer):
         found.setdefault(self.cycle[self.turn], []).append(self.m)
         return found
 
+    def restart(self, access: ParameterAccess) -> None:
+        """Add M to the sums and start a new M at zero; the layer's function stays the same."""
+        finished = read_rounded(access, self.m)
+        self.finish(finished)
+        access.write(self.m, torch.zeros_like(finished))
+        access.reset_optimizer_state(self.m)
+
     @torch.no_grad()
     def finish(self, m: Tensor) -> None:
         """Keep `m`, the value that M has; the next M, to be set to zero, has the other type."""
@@ -303,7 +321,7 @@ class ReMoRALayer(MoRALayer):
 # -- method ----------------------------------------------------------------------------------------
 
 
-class MoRAMethod(Method):
+class MoRAMethod(Method[MoRALayer]):
     """Around a step nothing happens but ReMoRA's restarts, of all layers at once."""
 
     settings: MoRA
@@ -343,7 +361,7 @@ class MoRAMethod(Method):
         spec: LinearSpec,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
-    ) -> AdapterLayer:
+    ) -> MoRALayer:
         settings = self.settings
         layer = MoRALayer if settings.restart_every is None else ReMoRALayer
         return layer(base, self.plans[spec.path].rank, settings.type, settings.dropout)
@@ -363,20 +381,10 @@ class MoRAMethod(Method):
         if due > self.num_restarts:
             self.num_restarts = due
             for layer in self.layers.values():
-                assert isinstance(layer, ReMoRALayer)
-                restart(layer, access)
+                layer.restart(access)
 
     def state_dict(self) -> dict[str, Any]:
         return {"num_restarts": self.num_restarts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.num_restarts = state["num_restarts"]
-
-
-def restart(layer: ReMoRALayer, access: ParameterAccess) -> None:
-    """Hand M over to the sums and begin a new one; the layer's function stays as it is."""
-    # a master in fp32 is rounded to what the forward has seen of it
-    finished = access.read(layer.m).to(layer.m.dtype)
-    layer.finish(finished)
-    access.write(layer.m, torch.zeros_like(finished))
-    access.reset_optimizer_state(layer.m)

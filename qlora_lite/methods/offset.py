@@ -73,7 +73,7 @@ class OffsetLayer(AdapterLayer):
         return self.a0.shape[0] * (self.base.d_in + self.base.d_out)
 
 
-class OffsetMethod(Method):
+class OffsetMethod(Method[LoRALayer | OffsetLayer]):
     """A method of this family says what it finds in a weight: `factorise`."""
 
     settings: OffsetSettings
@@ -125,7 +125,7 @@ class OffsetMethod(Method):
         spec: LinearSpec,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
-    ) -> AdapterLayer:
+    ) -> LoRALayer | OffsetLayer:
         plan = self.plans[spec.path]
         if start is None:
             assert self.settings.mode == "offset", f"{spec.path} was loaded without its start"

@@ -39,13 +39,14 @@ from qlora_lite.adapters.layer import Factors
 from qlora_lite.adapters.method import (
     AdapterSettings,
     Footprint,
+    Method,
     ParameterAccess,
     StepInfo,
     lora_footprint,
 )
 from qlora_lite.adapters.ranks import LayerPlan, rank_of, scale_of
 from qlora_lite.foundation.errors import AdapterError
-from qlora_lite.methods.lora import LoRALayer, LoRAMethod, kaiming_uniform
+from qlora_lite.methods.lora import LoRALayer, fresh_factors
 from qlora_lite.model.checkpointing import is_recomputing
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
@@ -164,10 +165,10 @@ class PRILoRALayer(LoRALayer):
         self.num_tokens += len(rows)
 
     def warm_start(self, factors: Factors) -> None:
-        if factors.rank > len(self.a):
+        if factors.rank > self.rank:
             raise AdapterError(
                 f"the adapter to start from has rank {factors.rank}, this layer has rank "
-                f"{len(self.a)}. Set adapter.first_rank={factors.rank} or more"
+                f"{self.rank}. Set adapter.first_rank={factors.rank} or more"
             )
         super().warm_start(factors)
 
@@ -176,7 +177,7 @@ class PRILoRALayer(LoRALayer):
         self.squares, self.num_tokens = None, 0
 
 
-class PRILoRAMethod(LoRAMethod):
+class PRILoRAMethod(Method[PRILoRALayer]):
     """Ranks by block; an average of every layer's inputs; events that prune A."""
 
     settings: PRILoRA
@@ -212,12 +213,11 @@ class PRILoRAMethod(LoRAMethod):
         generator: torch.Generator,
     ) -> PRILoRALayer:
         plan = self.plans[spec.path]
-        a = kaiming_uniform(plan.rank, spec.d_in, generator)
-        b = torch.zeros(spec.d_out, plan.rank)
+        a, b = fresh_factors(spec, plan.rank, generator)
         return PRILoRALayer(base, a, b, plan.scale, self.settings.dropout)
 
     def begin_step(self, step: StepInfo) -> None:
-        for layer in self._layers().values():
+        for layer in self.layers.values():
             layer.forget_inputs()  # a rehearsal before the first step is not of the run
 
     def before_step(self, access: ParameterAccess, step: StepInfo) -> None:
@@ -226,7 +226,7 @@ class PRILoRAMethod(LoRAMethod):
             return
         if not events_are_over(step.step, step.total, s.prune_every, s.prune_until):
             return
-        for layer in self._layers().values():
+        for layer in self.layers.values():
             pruned = access.read(layer.a) == 0  # pure in A: a resumed run finds the same mask
             self.held[layer.a] = pruned
             gradient = access.gradient(layer.a)
@@ -245,12 +245,11 @@ class PRILoRAMethod(LoRAMethod):
             return
         for a, pruned in held.items():
             access.write(a, access.read(a).masked_fill(pruned, 0))
-        layers = self._layers()
-        for path, layer in layers.items():
+        for path, layer in self.layers.items():
             self._average(path, layer)
         if s.prune_share and is_event(step.step + 1, step.total, s.prune_every, s.prune_until):
             for path, activity in self.activity.items():
-                self._prune(layers[path].a, activity, access)
+                self._prune(self.layers[path].a, activity, access)
 
     def _average(self, path: str, layer: PRILoRALayer) -> None:
         if layer.squares is None or not layer.num_tokens:  # an expert that no token reached
@@ -265,9 +264,6 @@ class PRILoRAMethod(LoRAMethod):
         access.write(a, value.masked_fill(pruned, 0))
         if self.settings.reset_momentum:
             access.reset_optimizer_state(a, pruned)
-
-    def _layers(self) -> dict[str, PRILoRALayer]:
-        return {p: layer for p, layer in self.layers.items() if isinstance(layer, PRILoRALayer)}
 
     def state_dict(self) -> dict[str, Any]:
         return {path + ACTIVITY: activity for path, activity in self.activity.items()}

@@ -33,7 +33,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from qlora_lite.adapters.method import AdapterSettings, ParameterAccess, StepInfo
-from qlora_lite.methods.lora import LoRALayer, LoRAMethod
+from qlora_lite.methods.lora import LoRAMethod
 
 TINY = 1e-12
 """Under the root, so that orthonormal factors have a gradient."""
@@ -96,7 +96,7 @@ class RMLoRAMethod(LoRAMethod):
     def penalty(self) -> Tensor | None:
         if not self.settings.orthogonality:
             return None
-        factors = [f.float() for layer in self._layers() for f in (layer.a, layer.b.T)]
+        factors = [f.float() for layer in self.layers.values() for f in (layer.a, layer.b.T)]
         distances = [distance_from_orthonormal(rows) for rows in factors]
         return self.settings.orthogonality * torch.stack(distances).mean()
 
@@ -119,8 +119,8 @@ class RMLoRAMethod(LoRAMethod):
 
     def _draw(self, generator: torch.Generator) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Every factor with a mask of what rests in this step, (rank, 1) of A and (rank,) of B."""
-        for layer in self._layers():
-            rank = len(layer.a)
+        for layer in self.layers.values():
+            rank = layer.rank
             num = self.settings.num_drawn or max(rank // 2, 1)
             if num >= rank:
                 continue
@@ -128,6 +128,3 @@ class RMLoRAMethod(LoRAMethod):
             columns = rows if self.settings.variant == "v1" else all_but(num, rank, generator)
             yield layer.a, rows[:, None].to(layer.a.device)
             yield layer.b, columns.to(layer.b.device)
-
-    def _layers(self) -> list[LoRALayer]:
-        return [layer for layer in self.layers.values() if isinstance(layer, LoRALayer)]

@@ -16,16 +16,15 @@ shrink of 3e-4 is below what bf16 can say of a number near 1.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from qlora_lite.adapters.layer import AdapterLayer, Factors, Role
-from qlora_lite.adapters.method import AdapterSettings, Footprint, ParameterAccess, StepInfo
-from qlora_lite.methods.lora import LoRALayer, LoRAMethod
+from qlora_lite.adapters.method import AdapterSettings, Footprint, Method, ParameterAccess, StepInfo
+from qlora_lite.methods.gated import GatedLayer, gated_footprint
+from qlora_lite.methods.lora import fresh_factors
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
 
@@ -75,49 +74,13 @@ def released_threshold(gate: Tensor, width: float) -> Tensor:
     return torch.where(gate.abs() > 2 * width, soft_threshold(gate, width), 0.0)
 
 
-class SoRALayer(LoRALayer):
-    """y = W x + s B diag(g) A drop(x)"""
-
-    roles: ClassVar[dict[str, Role]] = LoRALayer.roles | {"g": Role.GATE}
-
-    def __init__(
-        self, base: FrozenLinear, a: Tensor, b: Tensor, g: Tensor, scale: float, dropout: float
-    ) -> None:
-        super().__init__(base, a, b, scale, dropout)
-        self.g = nn.Parameter(g)
-
-    def update(self, x: Tensor) -> Tensor:
-        x = F.dropout(x, self.dropout, self.training)
-        low = F.linear(x, self.a.to(x.dtype)) * self.g.to(x.dtype)
-        return F.linear(low, self.b.to(x.dtype)) * self.scale
-
-    def live_factors(self) -> tuple[Tensor, Tensor] | None:
-        return self.a.float(), self.b.float() * (self.scale * self.g.float())
-
-    def factors(self, rank: int | None = None) -> Factors | None:
-        """Components whose gate is zero are left out."""
-        kept = self.g.detach() != 0
-        if rank is not None and rank < int(kept.sum()):
-            return None
-        a, b, g = (t.detach().float() for t in (self.a, self.b, self.g))
-        return Factors(a[kept], b[:, kept] * (self.scale * g[kept]))
-
-    def warm_start(self, factors: Factors) -> None:
-        super().warm_start(factors)
-        self.g.data[: factors.rank] = 1.0
-
-    def trainable_count(self) -> int:
-        return super().trainable_count() + self.g.numel()
-
-
-class SoRAMethod(LoRAMethod):
+class SoRAMethod(Method[GatedLayer]):
     """A proximal step on the gates behind every step of the optimizer."""
 
     settings: SoRA
 
     def footprint(self, spec: LinearSpec) -> Footprint:
-        lora = super().footprint(spec)
-        return Footprint(lora.width, lora.trained + lora.width)
+        return gated_footprint(spec.d_in, spec.d_out, self.plans[spec.path].rank)
 
     def build(
         self,
@@ -125,16 +88,16 @@ class SoRAMethod(LoRAMethod):
         spec: LinearSpec,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
-    ) -> AdapterLayer:
-        lora = super().build(base, spec, start, generator)
-        assert isinstance(lora, LoRALayer)
-        gate = torch.randn(lora.a.shape[0], generator=generator)
-        return SoRALayer(base, lora.a.data, lora.b.data, gate, lora.scale, lora.dropout)
+    ) -> GatedLayer:
+        plan = self.plans[spec.path]
+        a, b = fresh_factors(spec, plan.rank, generator)
+        gate = torch.randn(plan.rank, generator=generator)
+        return GatedLayer(base, a, b, gate, plan.scale, self.settings.dropout)
 
     def penalty(self) -> Tensor | None:
         if not self.settings.l1:
             return None
-        gates = torch.cat([layer.g for layer in self._layers()])
+        gates = torch.cat([layer.gate for layer in self.layers.values()])
         return self.settings.l1 * gates.abs().mean()
 
     def after_step(self, access: ParameterAccess, step: StepInfo) -> None:
@@ -142,11 +105,8 @@ class SoRAMethod(LoRAMethod):
         if step.skipped or not width:
             return
         shrink = released_threshold if self.settings.release_prox else soft_threshold
-        for layer in self._layers():
-            access.write(layer.g, shrink(access.read(layer.g), width))
-
-    def _layers(self) -> list[SoRALayer]:
-        return [layer for layer in self.layers.values() if isinstance(layer, SoRALayer)]
+        for layer in self.layers.values():
+            access.write(layer.gate, shrink(access.read(layer.gate), width))
 
 
 def threshold_at(settings: SoRA, step: StepInfo) -> float:

@@ -20,10 +20,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qlora_lite.adapters.layer import AdapterLayer
-from qlora_lite.adapters.method import AdapterSettings, Footprint, ParameterAccess, StepInfo
+from qlora_lite.adapters.method import AdapterSettings, Footprint, Method, ParameterAccess, StepInfo
 from qlora_lite.methods.bank import BankedLayer
-from qlora_lite.methods.lora import LoRALayer, LoRAMethod
+from qlora_lite.methods.lora import fresh_factors
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
 
@@ -58,7 +57,7 @@ class XGBLoRA(AdapterSettings):
     """Rank above which a layer's finished boosters are recompressed."""
 
 
-class XGBLoRAMethod(LoRAMethod):
+class XGBLoRAMethod(Method[BankedLayer]):
     """Draws the layers of a booster, and finishes it when its steps are over."""
 
     settings: XGBLoRA
@@ -82,11 +81,11 @@ class XGBLoRAMethod(LoRAMethod):
         spec: LinearSpec,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
-    ) -> AdapterLayer:
-        lora = super().build(base, spec, start, generator)
-        assert isinstance(lora, LoRALayer)
+    ) -> BankedLayer:
+        plan = self.plans[spec.path]
+        a, b = fresh_factors(spec, plan.rank, generator)
         self._block_of[spec.path] = -1 if spec.block is None else spec.block
-        return BankedLayer(base, lora.a.data, lora.b.data, lora.scale, lora.dropout)
+        return BankedLayer(base, a, b, plan.scale, self.settings.dropout)
 
     def begin_step(self, step: StepInfo) -> None:
         if not self._until:
@@ -109,7 +108,6 @@ class XGBLoRAMethod(LoRAMethod):
             return  # where the last step was skipped, the next one finishes the booster
         for path in self.active(step):
             layer = self.layers[path]
-            assert isinstance(layer, BankedLayer)
             fresh = layer.fresh_down(step.generator)
             layer.finish_link(access, fresh, self.settings.max_bank_rank, self.settings.shrinkage)
         self._until = 0
