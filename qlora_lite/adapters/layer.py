@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from qlora_lite.foundation.errors import AdapterError
@@ -144,6 +145,7 @@ class AdapterLayer(nn.Module):
         own = {n: t for n, t in self.state_dict().items() if not n.startswith("base.")}
         return own | {f"{START}{name}": tensor for name, tensor in self.start.items()}
 
+    @torch.no_grad()
     def load_state(self, saved: Mapping[str, Tensor]) -> None:
         """Set what `state` gave, but for the start, which `Method.build` has had. A buffer may
         have another size: banks grow."""
@@ -153,6 +155,6 @@ class AdapterLayer(nn.Module):
             owner, _, leaf = name.rpartition(".")
             module = self.get_submodule(owner)
             if leaf in module._parameters:
-                module.get_parameter(leaf).data.copy_(tensor)
+                module.get_parameter(leaf).copy_(tensor)
             else:
-                module._buffers[leaf] = tensor.to(self.base.weight.device, copy=True)
+                module._buffers[leaf] = tensor.to(self.base.device, copy=True)

@@ -163,7 +163,7 @@ class AdaLoRAMethod(Method[AdaLoRALayer]):
         return {f"{part}:{name}": t for part, held in parts.items() for name, t in held.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        device = next(iter(self.layers.values())).base.weight.device
+        device = next(iter(self.layers.values())).base.device
         parts = {"sensitivity": self._sensitivity, "deviation": self._deviation, "kept": self._kept}
         for key, tensor in state.items():
             part, _, name = key.partition(":")

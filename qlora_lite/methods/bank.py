@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qlora_lite.adapters.layer import Factors
-from qlora_lite.adapters.method import ParameterAccess
+from qlora_lite.adapters.method import ParameterAccess, read_rounded
 from qlora_lite.methods.lora import LoRALayer, kaiming_uniform
 from qlora_lite.model.frozen import FrozenLinear
 
@@ -78,11 +78,12 @@ class BankedLayer(LoRALayer):
 
         The function stays what it was, but for the order of sums, if `shrinkage` is 1.
         """
-        self.deposit(self.a.data, self.b.data, self.scale * shrinkage)
+        down, up = (read_rounded(access, parameter) for parameter in (self.a, self.b))
+        self.deposit(down, up, self.scale * shrinkage)
         if cap is not None and len(self.bank_scales) > cap:
             self.recompress(cap)
-        access.write(self.a, fresh.to(self.a.device))
-        access.write(self.b, torch.zeros_like(self.b))
+        access.write(self.a, fresh.to(down.device))
+        access.write(self.b, torch.zeros_like(up))
         for parameter in (self.a, self.b):
             access.reset_optimizer_state(parameter)
 
@@ -107,11 +108,12 @@ class BankedLayer(LoRALayer):
         )
         self.bank_error += lost / max(pair_norm(whole_down, whole_up), TINY)
 
+    @torch.no_grad()
     def restart_chain(self, fresh: Mapping[str, Tensor]) -> None:
         """All that the other run learned is finished, its live pair as well."""
-        self.deposit(self.a.data, self.b.data, self.scale)
-        self.a.data.copy_(fresh["a"])
-        self.b.data.zero_()
+        self.deposit(self.a, self.b, self.scale)
+        self.a.copy_(fresh["a"])
+        self.b.zero_()
 
     def warm_start(self, factors: Factors) -> None:
         """A trained pair of any rank is the first finished link."""

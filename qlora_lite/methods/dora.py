@@ -107,15 +107,16 @@ class DoRALayer(LoRALayer):
         up = self.scale * self.b.detach().float()
         return Factors(self.a.detach().float(), up, magnitude=self.m.detach().float())
 
+    @torch.no_grad()
     def warm_start(self, factors: Factors) -> None:
         """The same function: without magnitudes they are the norms of the adapted weight."""
         super().warm_start(factors)
         if factors.magnitude is not None:
-            self.m.data.copy_(factors.magnitude)
+            self.m.copy_(factors.magnitude)
             return
-        learned = (factors.up @ factors.down).to(self.m.device)
+        learned = (factors.up @ factors.down).to(self.base.device)
         direction = self.base.dense().float() + learned
-        self.m.data.copy_(direction.norm(dim=1))
+        self.m.copy_(direction.norm(dim=1))
 
     def trainable_count(self) -> int:
         return super().trainable_count() + self.base.d_out

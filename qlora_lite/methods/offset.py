@@ -143,4 +143,4 @@ def original(base: FrozenLinear) -> Tensor:
     """The weight as it was before quantisation, or as near as there is, in fp32 on the device."""
     weight = base.original()
     dense = base.dense() if weight is None else weight
-    return dense.to(base.weight.device, torch.float32)
+    return dense.to(base.device, torch.float32)

@@ -164,6 +164,12 @@ class PRILoRALayer(LoRALayer):
         self.squares = squares if self.squares is None else self.squares + squares
         self.num_tokens += len(rows)
 
+    def summed_squares(self) -> Tensor:
+        """`squares`, or zeros if no token was seen."""
+        if self.squares is None:
+            return torch.zeros(self.base.d_in, device=self.base.device)
+        return self.squares
+
     def warm_start(self, factors: Factors) -> None:
         if factors.rank > self.rank:
             raise AdapterError(
@@ -245,18 +251,28 @@ class PRILoRAMethod(Method[PRILoRALayer]):
             return
         for a, pruned in held.items():
             access.write(a, access.read(a).masked_fill(pruned, 0))
-        for path, layer in self.layers.items():
-            self._average(path, layer)
+        self._average_inputs(access)
         if s.prune_share and is_event(step.step + 1, step.total, s.prune_every, s.prune_until):
             for path, activity in self.activity.items():
                 self._prune(self.layers[path].a, activity, access)
 
-    def _average(self, path: str, layer: PRILoRALayer) -> None:
-        if layer.squares is None or not layer.num_tokens:  # an expert that no token reached
-            return
-        size = (layer.squares / layer.num_tokens).sqrt()
-        before = self.activity.get(path, torch.zeros_like(size))
-        self.activity[path] = self.settings.beta * before + (1 - self.settings.beta) * size
+    def _average_inputs(self, access: ParameterAccess) -> None:
+        """Update v with this step's inputs of all processes.
+
+        Two sums for the whole model. Layers that got no token here send zeros, because another
+        process may have some.
+        """
+        layers, beta = list(self.layers.values()), self.settings.beta
+        device = layers[0].base.device
+        num_tokens = torch.tensor([layer.num_tokens for layer in layers], device=device)
+        squares = torch.cat([layer.summed_squares() for layer in layers])
+        counts = access.sum_over_ranks(num_tokens).tolist()
+        sums = access.sum_over_ranks(squares).split([layer.base.d_in for layer in layers])
+        for path, count, total in zip(self.layers, counts, sums, strict=True):
+            if count:  # else an expert that no token reached
+                size = (total / count).sqrt()
+                before = self.activity.get(path, torch.zeros_like(size))
+                self.activity[path] = beta * before + (1 - beta) * size
 
     def _prune(self, a: nn.Parameter, activity: Tensor, access: ParameterAccess) -> None:
         value = access.read(a).float()
@@ -270,4 +286,4 @@ class PRILoRAMethod(Method[PRILoRALayer]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         found = {name.removesuffix(ACTIVITY): activity for name, activity in state.items()}
-        self.activity = {p: v.to(self.layers[p].base.weight.device) for p, v in found.items()}
+        self.activity = {p: v.to(self.layers[p].base.device) for p, v in found.items()}

@@ -126,5 +126,5 @@ class RMLoRAMethod(LoRAMethod):
                 continue
             rows = all_but(num, rank, generator)
             columns = rows if self.settings.variant == "v1" else all_but(num, rank, generator)
-            yield layer.a, rows[:, None].to(layer.a.device)
-            yield layer.b, columns.to(layer.b.device)
+            yield layer.a, rows[:, None].to(layer.base.device)
+            yield layer.b, columns.to(layer.base.device)

@@ -127,6 +127,11 @@ class FrozenLinear(nn.Module):
         return None if self.source is None else self.source.rows(0, self.d_out)
 
     @property
+    def device(self) -> torch.device:
+        """The device of the codes."""
+        return self.weight.device
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of codes, scales and bias, without the map that all layers share."""
         held = (self.weight, self.bias, self.scales, self.nested_scales, self.offset)

@@ -6,29 +6,14 @@ import torch
 from qlora_lite.adapters.layer import Factors
 from qlora_lite.methods.bank import best_of_rank, pair_norm
 from qlora_lite.methods.cola import COLA
+from tests.methods.access import PlainAccess
 from tests.workbench import CLOSE, one_layer, perturb
-
-
-class Plain:
-    """Access to parameters that no optimizer keeps."""
-
-    def __init__(self):
-        self.forgotten = []
-
-    def read(self, parameter):
-        return parameter.detach().clone()
-
-    def write(self, parameter, value):
-        parameter.data.copy_(value)
-
-    def reset_optimizer_state(self, parameter, where=None):
-        self.forgotten.append(parameter)
 
 
 def layer_with(num_links, **settings):
     """A layer with finished links, and the sum of what they were."""
     layer = one_layer(COLA(rank=3, alpha=4.5, dropout=0.0, **settings), 33, 57)
-    access, total = Plain(), torch.zeros(33, 57)
+    access, total = PlainAccess(), torch.zeros(33, 57)
     for link in range(num_links):
         perturb(layer, size=0.3, seed=link)
         total += layer.scale * (layer.b @ layer.a).detach()
@@ -41,7 +26,7 @@ def test_a_hand_over_does_not_change_the_function():
     layer = perturb(one_layer(COLA(rank=3, alpha=4.5), 33, 57), size=0.3)
     x = torch.randn(5, 57)
     before = layer(x)
-    layer.finish_link(Plain(), layer.fresh_down(torch.Generator()), cap=None)
+    layer.finish_link(PlainAccess(), layer.fresh_down(torch.Generator()), cap=None)
     assert not layer.b.any()
     torch.testing.assert_close(layer(x), before, **CLOSE)
 
@@ -53,13 +38,13 @@ def test_the_bank_is_the_sum_of_its_links_and_the_live_one_comes_on_top():
     live = perturb(layer, seed=9).scale * (layer.b @ layer.a).detach()
     torch.testing.assert_close(layer.delta(), total + live, **CLOSE)
     assert layer.factors().rank == 15
-    assert access.forgotten[-2:] == [layer.a, layer.b]
+    assert access.resets[-2:] == [layer.a, layer.b]
 
 
 def test_components_that_are_zero_take_no_room():
     layer = perturb(one_layer(COLA(rank=3, alpha=3), 33, 57))
     layer.b.data[:, 1] = 0.0
-    layer.finish_link(Plain(), layer.fresh_down(torch.Generator()), cap=None)
+    layer.finish_link(PlainAccess(), layer.fresh_down(torch.Generator()), cap=None)
     assert layer.bank_down.shape == (2, 57)
 
 
@@ -103,7 +88,7 @@ def test_a_bank_above_the_rank_of_its_weight_is_recompressed_without_loss(shape)
 def test_the_error_of_a_bank_counts_the_rounding_of_its_factors():
     layer = one_layer(COLA(rank=3, alpha=3.0), 33, 57, dtype=torch.bfloat16)
     perturb(layer, size=0.3)
-    layer.finish_link(Plain(), layer.fresh_down(torch.Generator()), cap=None)
+    layer.finish_link(PlainAccess(), layer.fresh_down(torch.Generator()), cap=None)
     whole = layer.delta()
     for _ in range(5):
         layer.recompress(3)
@@ -130,7 +115,7 @@ def test_scales_are_not_rounded_into_bf16_factors():
     layer = one_layer(COLA(rank=3, alpha=1.0), 33, 57, dtype=torch.bfloat16)
     perturb(layer, size=0.3)
     expected = (1 / 3) * (layer.b.float() @ layer.a.float()).detach()
-    layer.finish_link(Plain(), layer.fresh_down(torch.Generator()), cap=None)
+    layer.finish_link(PlainAccess(), layer.fresh_down(torch.Generator()), cap=None)
     assert layer.bank_down.dtype == torch.bfloat16
     torch.testing.assert_close(layer.delta(), expected, rtol=1e-6, atol=1e-7)
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from qlora_lite.adapters.layer import Factors
-from qlora_lite.methods.dora import DoRA
+from qlora_lite.methods.dora import DoRA, DoRALayer
 from qlora_lite.model.quant import FP32, NF4, Int8
 from tests.tiny import save_tiny
 from tests.workbench import CLOSE, Bench, one_layer, perturb
@@ -88,10 +88,26 @@ def test_it_begins_at_a_plain_lora_with_the_same_function():
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_a_row_of_zeros_divides_nothing_by_zero():
-    layer = layer_of(FP32())
-    layer.base.weight.data[3] = 0.0
-    other = type(layer)(layer.base, layer.a.data, layer.b.data, layer.scale)
-    y = other(torch.randn(2, 57))
+def with_a_row_of_zeros():
+    """A layer at its start on a weight whose row 3 is zero."""
+    base = layer_of(FP32()).base
+    base.weight.data[3] = 0.0
+    a = torch.randn(4, 57, generator=torch.Generator().manual_seed(0))
+    return DoRALayer(base, a, torch.zeros(33, 4), scale=2.0)
+
+
+def test_a_row_of_zeros_has_finite_outputs_and_gradients():
+    layer = with_a_row_of_zeros()
+    y = layer(torch.randn(2, 57))
     assert y.isfinite().all()
     assert not y[:, 3].any()
+    for gradient in torch.autograd.grad(y.square().sum(), [layer.m, layer.a, layer.b]):
+        assert gradient.isfinite().all()
+
+
+def test_a_row_of_zeros_is_merged_as_zeros():
+    layer = with_a_row_of_zeros()
+    merged = layer.merged(layer.base.dense())
+    assert merged.isfinite().all()
+    assert not merged[3].any()
+    assert layer.delta().isfinite().all()

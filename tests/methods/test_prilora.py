@@ -18,6 +18,7 @@ from qlora_lite.methods.prilora import (
 )
 from qlora_lite.model.targets import LinearSpec
 from qlora_lite.training.step import summed_loss
+from tests.methods.access import PlainAccess
 from tests.tiny import save_tiny
 from tests.workbench import Bench, batches_of, one_layer, perturb
 
@@ -291,24 +292,61 @@ def test_inputs_before_dropout_are_measured():
     torch.testing.assert_close(layer.squares, x.square().sum(0), **CLOSE)
 
 
-class Plain:
-    """Access to bare parameters."""
-
-    def read(self, parameter):
-        return parameter.detach().clone()
-
-    def write(self, parameter, value):
-        parameter.data.copy_(value)
-
-    def gradient(self, parameter):
-        return parameter.grad
-
-    def reset_optimizer_state(self, parameter, where=None):
-        pass
-
-
 def info(step, **how):
     return StepInfo(step, 20, 1e-2, generator(0, "method", step), **how)
+
+
+class SendingAccess(PlainAccess):
+    """The access of the other process: records what it sends."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = []
+
+    def sum_over_ranks(self, value):
+        self.sent.append(value.clone())
+        return value
+
+
+class ReceivingAccess(PlainAccess):
+    """The access of this process: adds what the other one sent, in the same order."""
+
+    def __init__(self, sent):
+        super().__init__()
+        self.sent = iter(sent)
+
+    def sum_over_ranks(self, value):
+        other = next(self.sent)
+        assert (other.shape, other.dtype) == (value.shape, value.dtype)
+        return value + other
+
+
+@pytest.mark.parametrize("num_elsewhere", [9, 0, None])
+def test_the_inputs_of_all_processes_are_averaged(num_elsewhere):
+    """Two processes with 3 and `num_elsewhere` tokens equal one with all of them; None is a layer
+    that no batch of the other process reached."""
+    here, elsewhere, alone = (made(PRILoRA(rank=4, prune_every=1)).train() for _ in range(3))
+    layers = (here, elsewhere, alone)
+    for layer in layers:
+        perturb(layer)
+    for step in range(2):
+        x = torch.randn(3 + (num_elsewhere or 0), 57)
+        for layer in layers:
+            layer.method.begin_step(info(step))
+        here.update(x[:3])
+        if num_elsewhere is not None:
+            elsewhere.update(10 * x[3:])
+        alone.update(torch.cat([x[:3], 10 * x[3:]]))
+        sending = SendingAccess()
+        elsewhere.method.after_step(sending, info(step))
+        receiving = ReceivingAccess(sending.sent)
+        here.method.after_step(receiving, info(step))
+        assert next(receiving.sent, None) is None
+        alone.method.after_step(PlainAccess(), info(step))
+    path = "blocks.0.linear"
+    found, expected = here.method.activity[path], alone.method.activity[path]
+    torch.testing.assert_close(found, expected, **CLOSE)
+    assert torch.equal(here.a == 0, alone.a == 0)
 
 
 @pytest.mark.parametrize("inputs", [None, torch.zeros(0, 57)])
@@ -318,8 +356,8 @@ def test_a_layer_that_no_token_reaches_is_not_pruned(inputs):
     layer.method.begin_step(info(0))
     if inputs is not None:
         layer.update(inputs)
-    layer.method.before_step(Plain(), info(0))
-    layer.method.after_step(Plain(), info(0))
+    layer.method.before_step(PlainAccess(), info(0))
+    layer.method.after_step(PlainAccess(), info(0))
     assert torch.equal(layer.a, before)
     assert not layer.method.activity
 
@@ -329,10 +367,10 @@ def test_a_skipped_step_is_neither_counted_nor_an_event():
     before = layer.a.detach().clone()
     layer.method.begin_step(info(0))
     layer.update(torch.randn(5, 57))
-    layer.method.after_step(Plain(), info(0, skipped=True))
+    layer.method.after_step(PlainAccess(), info(0, skipped=True))
     assert torch.equal(layer.a, before)
     assert not layer.method.activity
-    layer.method.after_step(Plain(), info(0))
+    layer.method.after_step(PlainAccess(), info(0))
     assert (layer.a == 0).sum() == 4 * 28
 
 
