@@ -4,18 +4,20 @@
     L = L_task + gamma (1 / 2N) sum over N layers of ||Q Q^T - I||_F + ||P^T P - I||_F
 
 Q (r0, d_in) and P (d_out, r0) are named `a` and `b`, E is `e`. Zhang et al. 2023,
-arXiv:2303.10512. Importance of a number w is smoothed sensitivity times its smoothed deviation,
+arXiv:2303.10512. The importance of a number w is its smoothed sensitivity times the smoothed
+deviation of that sensitivity:
 
     I = |w dL/dw|,   I_ <- b1 I_ + (1 - b1) I,   U_ <- b2 U_ + (1 - b2) |I - I_|,   s(w) = I_ U_
 
-and a triplet's score is that of its E and the means of its row of Q and its column of P. After a
-warm-up the budget falls along a cubic curve from all triplets to `target_rank` a layer; those
-with the lowest scores over all layers have their E set to zero, and may come back until the budget
-is final.
+The score of a triplet is the importance of its E plus the mean importances of its row of Q and its
+column of P. After a warm-up the budget falls along a cubic curve from all triplets to `target_rank`
+per layer. The triplets with the lowest scores over all layers get E = 0. They can return until the
+budget is final.
 
-Where we deviate: I takes the gradient before clipping (PEFT and the release clip first), and, as
-they do, the value after the step. The selection is a stable top-b: the release's k-th value zeroes
-too many on ties and fails where nothing is to be cut. E rests in fp32 and does not decay.
+Where we deviate: I uses the gradient before clipping (PEFT and the released code clip first) and,
+like them, the value after the step. The selection is a stable top-b: the k-th value of the released
+code zeroes too many on ties and fails when nothing is to be cut. E is stored in fp32 and does not
+decay.
 """
 
 from collections.abc import Mapping
@@ -35,44 +37,44 @@ from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
 
 START_STD = 0.02
-"""Of the entries of P and Q."""
+"""Standard deviation of the entries of P and Q at the start."""
 
 
 class AdaLoRA(AdapterSettings):
-    """Adaptive budget: rank goes to the layers whose triplets matter most."""
+    """Adaptive rank: the layers whose triplets matter most keep the most."""
 
     kind: Literal["adalora"] = "adalora"
 
     rank: int = Field(default=12, ge=1)
-    """Triplets of a layer at the start (r0); `ranks` may change it layer by layer."""
+    """Triplets per layer at the start (r0); `ranks` can change it per layer."""
 
     target_rank: int = Field(default=8, ge=1)
-    """Triplets a layer that are left at the end, on average."""
+    """Average number of triplets per layer at the end."""
 
     warmup: int | None = Field(default=None, ge=1)
-    """Steps with all triplets (t_i); a tenth of the run unless given."""
+    """Steps with all triplets (t_i). Default: a tenth of the run."""
 
     final: int | None = Field(default=None, ge=0)
-    """Steps with the final budget (t_f); three tenths of the run unless given."""
+    """Steps with the final budget (t_f). Default: three tenths of the run."""
 
     every: int | None = Field(default=None, ge=1)
-    """Steps between two cuts; a two-hundredth of the run unless given."""
+    """Steps between two cuts. Default: a two-hundredth of the run."""
 
     sensitivity_decay: float = Field(default=0.85, gt=0, lt=1)
-    """Smoothing of the sensitivity (beta 1)."""
+    """Decay of the averaged sensitivity (beta 1)."""
 
     deviation_decay: float = Field(default=0.85, gt=0, lt=1)
-    """Smoothing of its deviation (beta 2)."""
+    """Decay of the averaged deviation of the sensitivity (beta 2)."""
 
     orthogonality: float = Field(default=0.1, ge=0)
-    """Weight of the penalty on P and Q that are not orthonormal (gamma)."""
+    """Weight of the penalty that keeps P and Q near orthonormal (gamma)."""
 
     @model_validator(mode="after")
     def _shrinks(self) -> "AdaLoRA":
         if self.target_rank > self.rank:
             raise ValueError(
-                f"target_rank={self.target_rank} is above rank={self.rank}. The budget can only "
-                f"shrink: take target_rank={self.rank} or less, or a higher rank"
+                f"target_rank={self.target_rank} is above rank={self.rank}, but the budget can "
+                f"only shrink. Set target_rank={self.rank} or less, or a higher rank"
             )
         return self
 
@@ -85,7 +87,7 @@ class AdaLoRALayer(GatedLayer):
 
 
 class AdaLoRAMethod(Method[AdaLoRALayer]):
-    """Scores every triplet, and keeps as many as the budget of the step allows."""
+    """Scores every triplet and keeps as many as the current budget allows."""
 
     settings: AdaLoRA
 
@@ -95,7 +97,7 @@ class AdaLoRAMethod(Method[AdaLoRALayer]):
         self._sensitivity: dict[str, Tensor] = {}
         self._deviation: dict[str, Tensor] = {}
         self._kept: dict[str, Tensor] = {}
-        """Masks of the triplets that the final budget keeps, by path; empty before."""
+        """Masks of the triplets of the final budget, by path; empty until then."""
 
     def footprint(self, spec: LinearSpec) -> Footprint:
         gated = gated_footprint(spec.d_in, spec.d_out, self.plans[spec.path].rank)
@@ -143,11 +145,11 @@ class AdaLoRAMethod(Method[AdaLoRALayer]):
         warm, fixed = self._phases(step.total)
         done = step.step + 1
         if done < fixed:
-            self._kept = {}  # of a run that was extended since: its budget is open again
+            self._kept = {}  # the run was extended: its budget is no longer final
         if not self._kept:
             self._observe(access, gradients)
         every = self.settings.every or max(1, step.total // 200)
-        if done >= fixed and not self._kept:  # late, where that step was skipped
+        if done >= fixed and not self._kept:  # `done` is larger if that step was skipped
             self._kept = self._select(budget(done, warm, fixed, *self._budgets()))
             self._sensitivity, self._deviation = {}, {}
         if done >= fixed:
@@ -160,7 +162,9 @@ class AdaLoRAMethod(Method[AdaLoRALayer]):
 
     def state_dict(self) -> dict[str, Any]:
         parts = {"sensitivity": self._sensitivity, "deviation": self._deviation, "kept": self._kept}
-        return {f"{part}:{name}": t for part, held in parts.items() for name, t in held.items()}
+        return {
+            f"{part}:{name}": t for part, tensors in parts.items() for name, t in tensors.items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         device = next(iter(self.layers.values())).base.device
@@ -170,18 +174,18 @@ class AdaLoRAMethod(Method[AdaLoRALayer]):
             parts[part][name] = tensor.to(device)
 
     def _phases(self, total: int) -> tuple[int, int]:
-        """Steps done when the cuts begin, and when the budget is final."""
+        """Finished steps after which cuts start, and after which the budget is final."""
         warm = min(self.settings.warmup or max(total // 10, 1), total)
         final = total * 3 // 10 if self.settings.final is None else self.settings.final
         return warm, max(total - final, warm)
 
     def _budgets(self) -> tuple[int, int]:
-        """Triplets at the start and at the end, over all layers."""
+        """Number of triplets of all layers at the start and at the end."""
         ranks = [plan.rank for path, plan in self.plans.items() if path in self.layers]
         return sum(ranks), min(self.settings.target_rank * len(ranks), sum(ranks))
 
     def _observe(self, access: ParameterAccess, gradients: Mapping[str, Tensor]) -> None:
-        """Smooth the sensitivity of every number and its deviation, in fp32."""
+        """Update the averages of sensitivity and deviation of every number, in fp32."""
         s = self.settings
         for path, layer in self.layers.items():
             for name, parameter in layer.trained().items():
@@ -203,7 +207,7 @@ class AdaLoRAMethod(Method[AdaLoRALayer]):
         return dict(zip(scores, parts, strict=True))
 
     def _scores(self, path: str) -> Tensor:
-        """(r0,): of E, plus the means over the row of Q and the column of P."""
+        """(r0,): importance of E, plus the means over the row of Q and over the column of P."""
         of = {
             name: self._sensitivity[f"{path}.{name}"] * self._deviation[f"{path}.{name}"]
             for name in ("e", "a", "b")
@@ -216,7 +220,7 @@ class AdaLoRAMethod(Method[AdaLoRALayer]):
 
 
 def budget(done: int, warm: int, fixed: int, first: int, last: int) -> int:
-    """Triplets that are kept after `done` steps: all, along a cubic curve, the final number."""
+    """Triplets to keep after `done` steps: `first`, then a cubic curve, then `last`."""
     if done >= fixed:
         return last
     if done <= warm:

@@ -1,11 +1,11 @@
-"""A bank of finished factors: what a chain of adapters has learned so far, frozen.
+"""A bank of finished factors: the frozen result of the earlier links of a chain of adapters.
 
     y = W x + sum over finished links of s_k B_k A_k x  +  s B A drop(x)
 
-Merging a finished link into a quantised weight would lose it: a small delta rounds back to where
-the weight was. So it is kept beside, exactly. The links lie one after the other in one pair of
-matrices, which costs two products whatever their number; scales are applied to the activation
-between them and never rounded into bf16 factors.
+Merging a finished link into a quantised weight would lose it: a small delta rounds back to the old
+weight. So the factors are kept exactly, next to the base. All links are concatenated in one pair of
+matrices, so they cost two products whatever their number. The scales multiply the activation
+between the two and are never rounded into bf16 factors.
 """
 
 from collections.abc import Mapping
@@ -21,11 +21,11 @@ from qlora_lite.methods.lora import LoRALayer, kaiming_uniform
 from qlora_lite.model.frozen import FrozenLinear
 
 TINY = 1e-30
-"""So that a bank of zeros has lost nothing."""
+"""Avoids 0 / 0 in the relative error of a bank of zeros."""
 
 
 class BankedLayer(LoRALayer):
-    """A live pair of factors, and the finished ones."""
+    """A live pair of factors that is trained, and the frozen pairs of the finished links."""
 
     frozen: ClassVar[tuple[str, ...]] = ("bank_down", "bank_up")
 
@@ -36,7 +36,7 @@ class BankedLayer(LoRALayer):
     bank_scales: Tensor
     """(R,)"""
     bank_error: Tensor
-    """What recompressing has lost so far: a sum of relative Frobenius norms."""
+    """(): error of all recompressions so far, a sum of relative Frobenius norms."""
 
     def __init__(
         self, base: FrozenLinear, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0
@@ -55,13 +55,13 @@ class BankedLayer(LoRALayer):
         return F.linear(low, self.bank_up.to(x.dtype)) + y
 
     def live_factors(self) -> tuple[Tensor, Tensor] | None:
-        """The finished links, then the live one."""
+        """The finished links, then the live pair."""
         down = torch.cat([self.bank_down.float(), self.a.float()])
         finished = self.bank_up.float() * self.bank_scales
         return down, torch.cat([finished, self.b.float() * self.scale], dim=1)
 
     def factors(self, rank: int | None = None) -> Factors | None:
-        """Without the components that are zero: of a link that just began, or is shorter than A."""
+        """Without zero components: those of a new link, or of a link of smaller rank than A."""
         pair = self.live_factors()
         assert pair is not None
         down, up = (factor.detach() for factor in pair)
@@ -74,9 +74,12 @@ class BankedLayer(LoRALayer):
     def finish_link(
         self, access: ParameterAccess, fresh: Tensor, cap: int | None, shrinkage: float = 1.0
     ) -> None:
-        """Put the live pair into the bank and begin another: A is `fresh`, B zero.
+        """Move the live pair into the bank and start a new one with A = `fresh` and B = 0.
 
-        The function stays what it was, but for the order of sums, if `shrinkage` is 1.
+        With `shrinkage` 1 the layer computes the same as before, up to the order of sums.
+
+        Args:
+            cap: rank above which the bank is recompressed to it; None for never.
         """
         down, up = (read_rounded(access, parameter) for parameter in (self.a, self.b))
         self.deposit(down, up, self.scale * shrinkage)
@@ -88,7 +91,7 @@ class BankedLayer(LoRALayer):
             access.reset_optimizer_state(parameter)
 
     def deposit(self, down: Tensor, up: Tensor, scale: float) -> None:
-        """Add a finished pair. Components that are zero take no room."""
+        """Add a finished pair to the bank, without its zero components."""
         used = (up != 0).any(dim=0) & (down != 0).any(dim=1)
         self.bank_down = torch.cat([self.bank_down, down[used].to(self.bank_down)])
         self.bank_up = torch.cat([self.bank_up, up[:, used].to(self.bank_up)], dim=1)
@@ -96,31 +99,33 @@ class BankedLayer(LoRALayer):
         self.bank_scales = torch.cat([self.bank_scales, scales])
 
     def recompress(self, cap: int) -> None:
-        """The best bank of rank `cap`, and how much it loses, rounding included, added to
-        `bank_error`."""
-        whole_down, whole_up = self.bank_down.float(), self.bank_up.float() * self.bank_scales
-        down, up = best_of_rank(whole_down, whole_up, cap)
+        """Replace the bank by its best approximation of rank `cap`.
+
+        The relative error, rounding included, is added to `bank_error`.
+        """
+        full_down, full_up = self.bank_down.float(), self.bank_up.float() * self.bank_scales
+        down, up = best_of_rank(full_down, full_up, cap)
         self.bank_down, self.bank_up = down.to(self.bank_down), up.to(self.bank_up)
         self.bank_scales = torch.ones(len(down), device=self.bank_scales.device)
-        lost = pair_norm(
-            torch.cat([whole_down, self.bank_down.float()]),
-            torch.cat([whole_up, -self.bank_up.float()], dim=1),
+        error = pair_norm(
+            torch.cat([full_down, self.bank_down.float()]),
+            torch.cat([full_up, -self.bank_up.float()], dim=1),
         )
-        self.bank_error += lost / max(pair_norm(whole_down, whole_up), TINY)
+        self.bank_error += error / max(pair_norm(full_down, full_up), TINY)
 
     @torch.no_grad()
     def restart_chain(self, fresh: Mapping[str, Tensor]) -> None:
-        """All that the other run learned is finished, its live pair as well."""
+        """Finish the live pair of the other run too, and start a new one at `fresh`."""
         self.deposit(self.a, self.b, self.scale)
         self.a.copy_(fresh["a"])
         self.b.zero_()
 
     def warm_start(self, factors: Factors) -> None:
-        """A trained pair of any rank is the first finished link."""
+        """The trained pair, of any rank, becomes the first finished link."""
         self.deposit(factors.down, factors.up, 1.0)
 
     def fresh_down(self, generator: torch.Generator, rank: int | None = None) -> Tensor:
-        """A new A in fp32, drawn as LoRA's; rows from `rank` on are zero and stay so."""
+        """A new A in fp32, drawn as in LoRA. Rows from `rank` on are zero and stay zero."""
         a = kaiming_uniform(self.rank, self.base.d_in, generator)
         if rank is not None:
             a[rank:] = 0.0
@@ -128,7 +133,7 @@ class BankedLayer(LoRALayer):
 
 
 def pair_norm(down: Tensor, up: Tensor) -> float:
-    """||up @ down||_F from the factors' Gram matrices, in fp64: two pairs may nearly cancel."""
+    """||up @ down||_F from the Gram matrices, in fp64 because two pairs may nearly cancel."""
     down, up = down.double(), up.double()
     return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt().item()
 
@@ -140,7 +145,7 @@ def best_of_rank(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         down: (R, d_in); up: (d_out, R), fp32.
 
     Returns:
-        (n, d_in) and (d_out, n), n being `rank` or what there is.
+        (n, d_in) and (d_out, n) with n = min(rank, R, d_in, d_out).
     """
     q_up, r_up = torch.linalg.qr(up)
     q_down, r_down = torch.linalg.qr(down.T)

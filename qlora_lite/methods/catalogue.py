@@ -1,4 +1,4 @@
-"""Every method: its settings, and the class that carries them out. A new method is one line."""
+"""Every method: its settings class and its `Method` class. A new method is one line."""
 
 import functools
 import operator
@@ -51,9 +51,9 @@ if TYPE_CHECKING:
     Adapter = AdapterSettings
 else:
     Adapter = Annotated[functools.reduce(operator.or_, METHODS), Field(discriminator="kind")]
-    """The settings of any method, told apart by `kind`."""
+    """The settings of any method, selected by `kind`."""
 
 
 def method_for(settings: AdapterSettings) -> Method:
-    """The method that carries out these settings."""
+    """The method that these settings belong to."""
     return METHODS[type(settings)](settings)

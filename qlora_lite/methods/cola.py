@@ -1,17 +1,18 @@
-"""COLA: a chain of LoRAs, each trained on what the ones before it left.
+"""COLA: a chain of LoRAs, each trained on the residual of the earlier ones.
 
     y = W x + sum over finished links of s_j B_j A_j x  +  s_k B_k A_k drop(x)      s = alpha / r
 
-    TUNE link k for its share of the steps -> TIE it into the bank -> EXTEND: A drawn anew, B zero,
-    the optimizer's state cleared, the learning rate's schedule from its beginning
+    TUNE link k for its share of the steps -> TIE it into the bank -> EXTEND: draw a new A, B = 0,
+    clear the optimizer state, restart the learning rate schedule
 
-Xia, Qin and Hazan 2024, arXiv:2401.04151. With one link it is LoRA. No code of the authors was
-found; chain length and learning rates are recalled, not checked.
+Xia, Qin and Hazan 2024, arXiv:2401.04151. With one link it is LoRA. We found no code of the
+authors; chain length and learning rates are from memory, not checked.
 
-Where we deviate: a finished link is not merged into the weight but kept in a bank (`bank.py`),
-since a quantised weight would round it away; all leave as one LoRA of their ranks together. The
-links share the run equally, and an extended run anew. A link of a smaller rank keeps the
-parameters' shape, with rows of A that are zero and, with B zero too, never move.
+Where we deviate: a finished link is kept in a bank (`bank.py`) instead of being merged, since a
+quantised weight would round it away. All links are exported as one LoRA whose rank is the sum of
+theirs. The links share the run equally; if a run is extended, its new length is divided again. A
+link of smaller rank keeps the shape of the parameters: its unused rows of A are zero, and with B
+zero too they never move.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,49 +31,50 @@ from qlora_lite.model.targets import LinearSpec
 
 
 class COLA(AdapterSettings):
-    """Chain of LoRA: train a LoRA, keep it, and train another on the rest."""
+    """Chain of LoRA: train a LoRA, freeze it, and train another one on top."""
 
     kind: Literal["cola"] = "cola"
 
     rank: int = Field(default=8, ge=1)
-    """Rank of every link; `ranks` may change it layer by layer."""
+    """Rank of every link; `ranks` can change it per layer."""
 
     alpha: float = Field(default=16.0, gt=0)
-    """Numerator of the scale of every link."""
+    """Numerator of the scale of each link."""
 
     num_links: int = Field(default=3, ge=1)
-    """Links of the chain; they share the steps of the run equally."""
+    """Number of links; they share the steps of the run equally."""
 
     link_ranks: list[int] = Field(default_factory=list)
-    """Ranks of the links, none larger than the one before or than `rank`: `[8, 4, 2]`. All have
-    `rank` unless given."""
+    """Ranks of the links, such as `[8, 4, 2]`: not increasing, and at most `rank`. Default: all
+    have `rank`."""
 
     @model_validator(mode="after")
-    def _one_rank_a_link(self) -> "COLA":
+    def _one_falling_rank_per_link(self) -> "COLA":
         ranks = self.link_ranks
         if ranks and len(ranks) != self.num_links:
             raise ValueError(
                 f"link_ranks={ranks} has {len(ranks)} ranks for num_links={self.num_links} links. "
-                "Give one for each, or none"
+                "Give one rank per link, or none"
             )
         if any(r < 1 for r in ranks) or [self.rank, *ranks] != sorted(
             [self.rank, *ranks], reverse=True
         ):
             raise ValueError(
-                f"link_ranks={ranks} must be 1 or more, and fall from rank={self.rank} at most"
+                f"link_ranks={ranks}: ranks must be at least 1, at most rank={self.rank}, and must "
+                "not increase. Give a list such as [8, 4, 2]"
             )
         return self
 
     def rank_of_link(self, link: int, rank: int) -> int:
-        """Of a layer whose own rank is `rank`."""
+        """Rank of a link in a layer of rank `rank`."""
         return min(self.link_ranks[link], rank) if self.link_ranks else rank
 
 
 class COLALayer(BankedLayer):
-    """The live link, the finished ones, and how many those are."""
+    """The live link, the finished links, and the number of the live link."""
 
     links: Tensor
-    """(): number of the live link. A layer that was loaded knows its scale by it."""
+    """(): number of the live link, from 0. It gives a loaded layer its scale."""
 
     def __init__(self, base: FrozenLinear, a: Tensor, b: Tensor, settings: COLA) -> None:
         self.settings = settings
@@ -90,7 +92,7 @@ class COLALayer(BankedLayer):
         self._rescale()
 
     def extend(self, access: ParameterAccess, link: int, generator: torch.Generator) -> None:
-        """Tie the live link and begin number `link`."""
+        """Finish the live link and start link number `link`."""
         rank = self.settings.rank_of_link(link, self.rank)
         self.finish_link(access, self.fresh_down(generator, rank), cap=None)
         self.links.fill_(link)
@@ -102,17 +104,17 @@ class COLALayer(BankedLayer):
 
 
 class COLAMethod(Method[COLALayer]):
-    """Ends a link and begins the next where its share of the run ends."""
+    """Finishes a link and starts the next one when its share of the run is over."""
 
     settings: COLA
 
     def __init__(self, settings: COLA) -> None:
         super().__init__(settings)
         self._tied = 0
-        """Steps that were done when a link was last tied."""
+        """Finished steps at the last tie."""
 
     def plan(self, specs: Sequence[LinearSpec]) -> dict[str, LayerPlan]:
-        """Every layer has the rank of its first link: none that follows is larger."""
+        """Every layer has the rank of its first link, which is the largest."""
         settings = self.settings
         plans = {}
         for path, plan in super().plan(specs).items():
@@ -149,7 +151,8 @@ class COLAMethod(Method[COLALayer]):
         link = self._link(done, step.total)
         if self._first_step(link, step.total) <= self._tied:
             return
-        self._tied = done  # late, where that step was skipped or ended a run that was extended
+        # past the end of the link if that step was skipped, or if it ended a run extended since
+        self._tied = done
         for layer in self.layers.values():
             layer.extend(access, link, step.generator)
 
@@ -160,7 +163,7 @@ class COLAMethod(Method[COLALayer]):
         self._tied = state["tied"]
 
     def _link(self, step: int, total: int) -> int:
-        """Which link a step trains."""
+        """Number of the link that a step trains."""
         links = range(self.settings.num_links)
         return max(link for link in links if self._first_step(link, total) <= step)
 

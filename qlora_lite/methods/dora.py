@@ -2,20 +2,21 @@
 
     y = (m / c) (W + s B A) x,   c = ||W + s B A||        one norm and one m per output
 
-Liu et al. 2024, arXiv:2402.09353, eq. 5; c is treated as a constant in the backward (their section
-4.3), which saves one (d_out, d_in) gradient. It starts at the base to rounding, because m = ||W||.
-The paper writes column norms of a (d_in, d_out) weight; in torch's layout they are row norms.
+Liu et al. 2024, arXiv:2402.09353, eq. 5; c is treated as a constant in backward (their section
+4.3), which saves one (d_out, d_in) gradient. It starts at the base up to rounding, because
+m = ||W||. The paper writes column norms of a (d_in, d_out) weight; in torch's layout they are row
+norms.
 
-The norm needs no dense W + s B A, and no second dequantisation:
+The norm needs neither a dense W + s B A nor a second dequantisation:
 
     c_i^2 = ||w_i||^2 + 2 s b_i (A w_i) + s^2 b_i (A A^T) b_i
 
-where ||w_i|| is kept and A W^T comes out of the same product as W x, the rows of A behind those
-of x.
+||w_i||^2 is stored, and A W^T is computed in the same product as W x: the rows of A are appended to
+those of x.
 
-Where we deviate: with dropout the base's part always sees the whole x, and only B A the dropped
-one; PEFT drops in both. Magnitudes rest in fp32, since rounding them to bf16 would move the start
-by 0.2 %. It leaves as a PEFT DoRA adapter; there is no plain LoRA without loss.
+Where we deviate: dropout applies to the input of B A only, the base always gets the full x; PEFT
+drops in both. Magnitudes are stored in fp32, since rounding them to bf16 would move the start by
+0.2 %. It is exported as a PEFT DoRA adapter; no plain LoRA is lossless.
 """
 
 from collections.abc import Mapping
@@ -32,22 +33,22 @@ from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
 
 SMALLEST_NORM = 1e-6
-"""Below it a row counts as this long, so that a row of zeros divides nothing by zero."""
+"""Lower bound of a row's norm: a row of zeros would be divided by zero."""
 
 
 def at_length(direction: Tensor, magnitude: Tensor) -> Tensor:
-    """The rows of `direction` (d_out, d_in), given the lengths `magnitude` (d_out,); in fp32."""
+    """The rows of `direction` (d_out, d_in) scaled to the norms `magnitude` (d_out,), in fp32."""
     norms = direction.norm(dim=1).clamp(min=SMALLEST_NORM)
     return (magnitude.float() / norms)[:, None] * direction
 
 
 class DoRA(AdapterSettings):
-    """Weight-decomposed adaptation: LoRA gives the direction, a magnitude is trained beside."""
+    """Weight-decomposed adaptation: a LoRA for the direction, and a trained magnitude per row."""
 
     kind: Literal["dora"] = "dora"
 
     rank: int = Field(default=32, ge=1)
-    """Rank of the update of the direction; `ranks` may change it layer by layer."""
+    """Rank of the update of the direction; `ranks` can change it per layer."""
 
     alpha: float = Field(default=64.0, gt=0)
     """Numerator of the scale of the update."""
@@ -62,6 +63,7 @@ class DoRALayer(LoRALayer):
     roles: ClassVar[dict[str, Role]] = LoRALayer.roles | {"m": Role.MAGNITUDE}
 
     squares: Tensor
+    """(d_out,): squared norms of the rows of W."""
 
     def __init__(
         self, base: FrozenLinear, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0
@@ -109,7 +111,7 @@ class DoRALayer(LoRALayer):
 
     @torch.no_grad()
     def warm_start(self, factors: Factors) -> None:
-        """The same function: without magnitudes they are the norms of the adapted weight."""
+        """The same function: magnitudes default to the row norms of the adapted weight."""
         super().warm_start(factors)
         if factors.magnitude is not None:
             self.m.copy_(factors.magnitude)
@@ -127,7 +129,7 @@ class DoRAMethod(Method[DoRALayer]):
 
     def footprint(self, spec: LinearSpec) -> Footprint:
         lora = super().footprint(spec)
-        # the output before the gain is kept as well
+        # backward also needs the output before the gain
         width = lora.width + spec.d_out
         return Footprint(width, lora.trained + spec.d_out, statistics=spec.d_out)
 

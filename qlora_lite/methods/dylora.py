@@ -2,28 +2,28 @@
 
     y = W x + s_b B[:, :b] A[:b] drop(x)          s_b = alpha / b
 
-    in every step      b drawn from min_rank .. rank, one for the whole model
-    in evaluation      b = eval_rank
+    training step      b drawn from min_rank .. rank, one for the whole model
+    evaluation         b = eval_rank
 
-Valipour et al. 2022, arXiv:2210.07558. A (rank, d_in) and B (d_out, rank) start as LoRA's do. One
-run gives an adapter of every rank: `factors(b)` is the rank-b output without loss. Two variants:
+Valipour et al. 2022, arXiv:2210.07558. A (rank, d_in) and B (d_out, rank) start as in LoRA. One
+run gives an adapter of every rank: `factors(b)` is lossless at rank b. There are two variants:
 
     standard    A[:b] and B[:, :b] are trained
-    frozen      all b components take part, only the last one is trained: row b of A, column b of B
+    frozen      all b components are used, only the last one is trained: row b of A, column b of B
 
 The released code (huawei-noah/Efficient-NLP) counts ranks from 0 and multiplies each truncated
-factor by sqrt(r / b), the product by alpha / r: the same alpha / b. Its GLUE script trains the
-frozen variant with rank 8 and alpha 16, whose numbers are the defaults here. In its prediction loop
-over the ranks the rank is never set, so all its test files are of the last one.
+factor by sqrt(r / b) and the product by alpha / r, which is the same alpha / b. Its GLUE script
+trains the frozen variant with rank 8 and alpha 16; these numbers are the defaults here. Its
+prediction loop over the ranks never sets the rank, so all its test files are of the last one.
 
-Where we deviate: in the frozen variant the release only detaches the earlier components, so that
-momentum and weight decay still move them (and the later ones); here every component but the drawn
-one is put back after the step, to the bit. Adam's moments stay shared in time: those of a component
-fade while others are drawn. In the standard variant components above b move on by their momentum,
-as in the release. Of the paper's ablation over distributions the geometric one was not found in
-code: ours is cut to the range, its p is chosen.
+Where we deviate: in the frozen variant the released code only detaches the earlier components, so
+momentum and weight decay still move them (and the later ones). Here every component but the drawn
+one is restored after the step, to the bit. Adam's moments of a component decay while others are
+drawn. In the standard variant the components above b still move by their momentum, as in the
+released code. The geometric distribution of the paper's ablation was not found in code: ours is
+truncated to the range, and its p is our choice.
 
-A layer whose own rank (`ranks`) is below the drawn one takes all that it has.
+A layer whose own rank (`ranks`) is below the drawn one uses all its components.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,30 +46,30 @@ Distribution = Literal["uniform", "geometric"]
 
 
 class DyLoRA(AdapterSettings):
-    """Dynamic LoRA: one training, an adapter of every rank up to the largest."""
+    """Dynamic LoRA: one run gives an adapter of every rank up to the largest."""
 
     kind: Literal["dylora"] = "dylora"
 
     rank: int = Field(default=8, ge=1)
-    """Largest rank (r_max); `ranks` may change it layer by layer."""
+    """Largest rank (r_max); `ranks` can change it per layer."""
 
     alpha: float = Field(default=16.0, gt=0)
-    """Numerator of the scale of the update: alpha/b at rank b."""
+    """Numerator of the scale: alpha/b at rank b."""
 
     min_rank: int = Field(default=1, ge=1)
-    """Smallest rank that is drawn in training."""
+    """Smallest rank drawn in training."""
 
     variant: Literal["standard", "frozen"] = "standard"
-    """What a step at rank b trains: the first b components, or the b-th alone."""
+    """What a step at rank b trains: the first b components, or only the b-th."""
 
     distribution: Distribution = "uniform"
-    """Of the drawn rank; the geometric one favours small ranks."""
+    """Distribution of the drawn rank; the geometric one prefers small ranks."""
 
     p: float = Field(default=0.25, gt=0, lt=1)
-    """Of the geometric distribution: each rank is 1 - p times as likely as the one below."""
+    """Geometric distribution: each rank is 1 - p times as likely as the next smaller one."""
 
     eval_rank: int | None = Field(default=None, ge=1)
-    """Rank at which it is evaluated, merged and exported; the largest unless given."""
+    """Rank of evaluation, merge and export. Default: the largest."""
 
     @model_validator(mode="after")
     def _ranks_are_in_range(self) -> Self:
@@ -77,7 +77,7 @@ class DyLoRA(AdapterSettings):
         for name, rank in (("min_rank", self.min_rank), ("eval_rank", self.eval_rank or 1)):
             if rank > largest:
                 raise ValueError(
-                    f"{name}={rank} is above the largest rank, {largest}. Take {name}={largest} or "
+                    f"{name}={rank} is above the largest rank, {largest}. Set {name}={largest} or "
                     "less, or a larger rank"
                 )
         return self
@@ -86,15 +86,15 @@ class DyLoRA(AdapterSettings):
 # -- the maths -------------------------------------------------------------------------------------
 
 
-def rank_chances(low: int, high: int, distribution: Distribution, p: float) -> Tensor:
-    """How likely each of the ranks low..high is, (high - low + 1,), summing to 1."""
+def rank_probabilities(low: int, high: int, distribution: Distribution, p: float) -> Tensor:
+    """Probability of each rank low..high, (high - low + 1,)."""
     above = torch.arange(high - low + 1, dtype=torch.float64)
     weights = torch.ones_like(above) if distribution == "uniform" else (1 - p) ** above
     return weights / weights.sum()
 
 
-def last_component_live(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The same pair, (rank, d_in) and (d_out, rank), of which only the last component learns."""
+def detach_all_but_last(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The same pair, (rank, d_in) and (d_out, rank), with gradients for the last component only."""
     return (
         torch.cat([a[:-1].detach(), a[-1:]]),
         torch.cat([b[:, :-1].detach(), b[:, -1:]], dim=1),
@@ -105,12 +105,12 @@ def last_component_live(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class DyLoRALayer(LoRALayer):
-    """y = W x + s_b B[:, :b] A[:b] drop(x), b being the drawn rank, or `eval_rank` in evaluation.
+    """y = W x + s_b B[:, :b] A[:b] drop(x), with b the drawn rank, or `eval_rank` in evaluation.
 
     Args:
         scales: s_b of every rank from 1 to the largest.
-        eval_rank: of everything but the forward in training.
-        last_only: a training step reaches the b-th component only.
+        eval_rank: rank of everything except the forward in training.
+        last_only: train only the b-th component.
     """
 
     def __init__(
@@ -128,13 +128,13 @@ class DyLoRALayer(LoRALayer):
         self.eval_rank = eval_rank
         self.last_only = last_only
         self.drawn = self.rank
-        """Rank of the forward in training; before the first draw the one that needs most memory."""
+        """Rank of the forward in training; the largest before the first draw (most memory)."""
 
     def update(self, x: Tensor) -> Tensor:
         rank = self.drawn if self.training else self.eval_rank
         a, b = self.a[:rank], self.b[:, :rank]
         if self.training and self.last_only:
-            a, b = last_component_live(a, b)
+            a, b = detach_all_but_last(a, b)
         x = F.dropout(x, self.dropout, self.training)
         return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * self.scales[rank - 1]
 
@@ -142,7 +142,7 @@ class DyLoRALayer(LoRALayer):
         return self._pair(self.eval_rank)
 
     def factors(self, rank: int | None = None) -> Factors:
-        """The rank-b output as a pair, for every b."""
+        """The pair at any rank; above the largest rank, the largest."""
         down, up = self._pair(self.eval_rank if rank is None else min(rank, self.rank))
         return Factors(down.detach(), up.detach())
 
@@ -150,25 +150,25 @@ class DyLoRALayer(LoRALayer):
         return self.a[:rank].float(), self.b[:, :rank].float() * self.scales[rank - 1]
 
     def warm_start(self, factors: Factors) -> None:
-        """The pair becomes the output at `eval_rank`; at lower ranks it is cut, and rescaled."""
+        """The pair is exact at `eval_rank`; at lower ranks it is truncated and rescaled."""
         if factors.rank > self.eval_rank:
             raise AdapterError(
-                f"the adapter to start from has rank {factors.rank}, this layer is evaluated at "
-                f"rank {self.eval_rank}. Set adapter.rank={factors.rank} or more, and the same "
+                f"the adapter to start from has rank {factors.rank}, but this layer is evaluated "
+                f"at rank {self.eval_rank}. Set adapter.rank={factors.rank} or more, and the same "
                 "adapter.eval_rank if one is given"
             )
         super().warm_start(factors)
 
 
 class DyLoRAMethod(Method[DyLoRALayer]):
-    """Draws the rank of every step; in the frozen variant holds what was not drawn."""
+    """Draws the rank of every step; the frozen variant restores the components not drawn."""
 
     settings: DyLoRA
 
     def __init__(self, settings: AdapterSettings) -> None:
         super().__init__(settings)
         self.before: dict[nn.Parameter, Tensor] = {}
-        """In the frozen variant, while the optimizer moves: the values that it began from."""
+        """Frozen variant: the values before the optimizer step."""
 
     def build(
         self,
@@ -193,8 +193,8 @@ class DyLoRAMethod(Method[DyLoRALayer]):
         layers, settings = self.layers.values(), self.settings
         high = max(layer.rank for layer in layers)
         low = min(settings.min_rank, high)
-        chances = rank_chances(low, high, settings.distribution, settings.p)
-        rank = low + int(torch.multinomial(chances, 1, generator=step.generator))
+        probabilities = rank_probabilities(low, high, settings.distribution, settings.p)
+        rank = low + int(torch.multinomial(probabilities, 1, generator=step.generator))
         for layer in layers:
             layer.drawn = min(rank, layer.rank)
 

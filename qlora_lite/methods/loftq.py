@@ -3,13 +3,13 @@
     L = 0;  T times:  Q = quantise(W - L),  L = best rank-r part of W - dequantise(Q)
     y = Q x + s B A drop(x),   s B A = L at the start
 
-Li et al. 2023, arXiv:2310.08659, algorithm 1; each factor takes half of the singular values. The
-first output is not the quantised base's but nearer to the unquantised one, which T = 1 guarantees
-for every weight, and more iterations do as a rule.
+Li et al. 2023, arXiv:2310.08659, algorithm 1; each factor takes the square root of the singular
+values. The first output is not that of the quantised base but closer to the unquantised model.
+T = 1 guarantees this for every weight; more iterations usually do.
 
-Where we deviate: s is divided out, so that it is right for every alpha (PEFT's start is right for
-alpha = r only). The weights of the base are this method's own, so it leaves as merged weights. On a
-base that is hardly quantised (16 bit) there is no error to start from: refused.
+Where we deviate: s is divided out, so the start is right for every alpha (PEFT's is right for
+alpha = r only). The base has weights of its own, so only merged weights can be exported. A base
+that is hardly quantised (16 bit) has no error to start from and is refused.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,31 +27,31 @@ from qlora_lite.methods.pissa import principal_factors
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
 
-LEAST_ERROR = 0.004
-"""Relative quantisation error below which there is nothing to start from: rounding to bf16 leaves
-0.0016 of a Gaussian weight, int8 0.008, four bits 0.09."""
+SMALLEST_ERROR = 0.004
+"""Smallest relative quantisation error to start from. Of a Gaussian weight, rounding to bf16 gives
+0.0016, int8 0.008, four bits 0.09."""
 
 
 class LoftQ(AdapterSettings):
-    """LoRA-fine-tuning-aware quantisation: the factors start at the quantisation error."""
+    """LoRA-fine-tuning-aware quantisation: factors that start at the quantisation error."""
 
     kind: Literal["loftq"] = "loftq"
 
     rank: int = Field(default=64, ge=1)
-    """Rank of the update, and of the part of the error that it starts from."""
+    """Rank of the update and of the approximated quantisation error."""
 
     alpha: float = Field(default=16.0, gt=0)
     """Numerator of the scale of the update."""
 
     iterations: int = Field(default=5, ge=1)
-    """Alternations of quantising and of taking the best rank-r part of the error (T)."""
+    """Iterations of quantising and approximating the error (T)."""
 
     svd_iterations: int | None = Field(default=None, ge=1)
-    """Power iterations of a randomised SVD, minutes faster on large weights; exact unless given."""
+    """Power iterations of a randomised SVD, minutes faster on large weights. Default: exact SVD."""
 
 
 class LoftQMethod(Method[LoRALayer]):
-    """Nothing happens around a step; everything before the first."""
+    """Finds the start before quantisation; nothing around a step."""
 
     settings: LoftQ
 
@@ -80,7 +80,7 @@ class LoftQMethod(Method[LoRALayer]):
         round_trip: Callable[[Tensor], Tensor],
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
-        """The factors, and those that were taken out of the weight before the last quantisation."""
+        """The factors, and those subtracted from the weight before the last quantisation."""
         rank, scale = self.plans[spec.path].rank, self.plans[spec.path].scale
         a = dense.new_zeros(rank, spec.d_in)
         b = dense.new_zeros(spec.d_out, rank)
@@ -106,7 +106,7 @@ class LoftQMethod(Method[LoRALayer]):
 
 
 def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A weight has no more singular values than its smaller side: the rest are zeros."""
+    """Pad with zeros to `rank`: a weight has at most min(d_out, d_in) singular values."""
     missing = rank - a.shape[0]
     pad = torch.nn.functional.pad
     return pad(a, (0, 0, 0, missing)), pad(b, (0, missing))
@@ -114,9 +114,8 @@ def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _require_error(spec: LinearSpec, error: Tensor, dense: Tensor) -> None:
     relative = (error.norm() / dense.norm()).item()
-    if relative < LEAST_ERROR:
+    if relative < SMALLEST_ERROR:
         raise AdapterError(
-            f"adapter=loftq starts at the quantisation error, and at {spec.path} it is "
-            f"{relative:.1e} of the weight: nothing to start from. Take base.quant=nf4, fp4 or "
-            "int8, or adapter=lora"
+            f"adapter=loftq starts at the quantisation error, which is only {relative:.1e} of the "
+            f"weight at {spec.path}. Set base.quant=nf4, fp4 or int8, or adapter=lora"
         )

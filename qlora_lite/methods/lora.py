@@ -3,8 +3,8 @@
     y = W x + s B A drop(x)          s = alpha / r,  A (r, d_in),  B (d_out, r)
 
 Hu et al. 2021, arXiv:2106.09685. A starts uniform in +-1/sqrt(d_in) (Kaiming with a = sqrt(5), as
-in the released code; the paper's text says Gaussian), B starts at zero: the first output is the
-base's, bit for bit.
+in the released code; the paper says Gaussian). B starts at zero, so the first output equals that of
+the base, bit for bit.
 """
 
 import math
@@ -23,7 +23,7 @@ from qlora_lite.model.targets import LinearSpec
 
 
 class LoRA(AdapterSettings):
-    """Low-rank adaptation: two thin matrices beside every adapted weight."""
+    """Low-rank adaptation: two thin trained matrices for each adapted weight."""
 
     kind: Literal["lora"] = "lora"
 
@@ -67,7 +67,7 @@ class LoRALayer(AdapterLayer):
                 f"the adapter to start from has rank {factors.rank}, this layer has rank "
                 f"{self.rank}. Set adapter.rank={factors.rank} or more"
             )
-        # a smaller pair fills the first components; the others keep their fresh start (B = 0)
+        # a smaller pair fills the first components; the others keep their start (B = 0)
         with torch.no_grad():
             self.a[: factors.rank] = factors.down
             self.b[:, : factors.rank] = factors.up / self.scale
@@ -77,7 +77,7 @@ class LoRALayer(AdapterLayer):
 
 
 class LoRAMethod(Method[LoRALayer]):
-    """Nothing happens around a step."""
+    """LoRA layers; nothing happens around a step."""
 
     def build(
         self,

@@ -5,18 +5,18 @@
     frozen     A_aux (a, d_in) with variance 1/d_in,  B_aux (d_out, b) with variance 1/b
     trained    A_in (r, a),  B_in (b, r):  r (a + b) numbers, whatever the width of the layer
 
-Singh, Aher and Garg 2024, arXiv:2411.15804. Take a higher rate than for LoRA, such as 1e-3. The
-outer matrices cost the memory and time of a frozen LoRA of rank a: at the default sizes a tenth as
-many numbers as a square weight has. Smaller ones (a = b = 64) are the way to save those too.
+Singh, Aher and Garg 2024, arXiv:2411.15804. Use a higher learning rate than for LoRA, such as 1e-3.
+The outer matrices cost the memory and time of a frozen LoRA of rank a: at the default sizes a tenth
+of the numbers of a square weight. Smaller sizes (a = b = 64) reduce that too.
 
-Not found: the paper's start, its sizes a and b, and its tables. The start of a public
-implementation in its notation, with both inner matrices zero, is a dead point: each of the two
-gradients has the other matrix as a factor, so neither ever moves. So, chosen here: only B_in starts
-at zero, A_in is Kaiming over a, which gives A_in A_aux the variance of LoRA's A; the default sizes
-train a twentieth of what LoRA trains, the best case that the abstract claims.
+Not found: the paper's initialisation, its sizes a and b, and its tables. A public implementation in
+the paper's notation starts with both inner matrices at zero, which is a dead point: each gradient
+has the other matrix as a factor, so neither ever moves. Our choice: only B_in starts at zero, and
+A_in is Kaiming over a, which gives A_in A_aux the variance of LoRA's A. The default sizes train a
+twentieth of LoRA's numbers, the best case of the abstract.
 
-Where we deviate: the outer matrices are saved with the adapter. A seed would do, but what it gives
-depends on torch's generator, and a reload must not. The file is the larger for it.
+Where we deviate: the outer matrices are saved with the adapter. A seed would be smaller, but its
+numbers depend on torch's generator, and a reload must not.
 """
 
 import math
@@ -40,7 +40,7 @@ Aux = Literal["gaussian", "orthogonal"]
 
 
 class LoRAMini(AdapterSettings):
-    """LoRA between frozen random matrices: what is trained does not grow with the model's width."""
+    """LoRA between frozen random matrices: trained parameters do not grow with the width."""
 
     kind: Literal["lora_mini"] = "lora_mini"
 
@@ -48,20 +48,19 @@ class LoRAMini(AdapterSettings):
     """Numerator of the scale of the update."""
 
     inner_down: int | None = Field(default=None, ge=1)
-    """Features between A_aux and A_in (a), at most d_in; max(2 r, (d_in + d_out) / 40) unless
-    given."""
+    """Features between A_aux and A_in (a), at most d_in. Default: max(2 r, (d_in + d_out) / 40)."""
 
     inner_up: int | None = Field(default=None, ge=1)
-    """Features between B_in and B_aux (b), at most d_out; the same default."""
+    """Features between B_in and B_aux (b), at most d_out. Same default."""
 
     aux: Aux = "gaussian"
-    """The frozen outer matrices: independent entries, or orthogonal directions of the same size."""
+    """Frozen outer matrices: independent entries, or orthogonal directions of the same norm."""
 
 
 def inner_sizes(
     rank: int, d_in: int, d_out: int, down: int | None, up: int | None
 ) -> tuple[int, int]:
-    """a and b of one layer. By default r (a + b) is a twentieth of LoRA's r (d_in + d_out)."""
+    """a and b of one layer. The default r (a + b) is a twentieth of LoRA's r (d_in + d_out)."""
     default = max(2 * rank, (d_in + d_out) // 40)
     return min(down or default, d_in), min(up or default, d_out)
 
@@ -69,7 +68,7 @@ def inner_sizes(
 def outer_matrices(
     d_in: int, d_out: int, a: int, b: int, aux: Aux, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """A_aux (a, d_in) and B_aux (d_out, b) in fp32, of mean square 1/d_in and 1/b."""
+    """A_aux (a, d_in) and B_aux (d_out, b) in fp32, with mean squares 1/d_in and 1/b."""
     a_aux = torch.randn(d_in, a, generator=generator)
     b_aux = torch.randn(d_out, b, generator=generator)
     if aux == "orthogonal":
@@ -78,9 +77,9 @@ def outer_matrices(
 
 
 def orthogonal_columns(gaussian: Tensor) -> Tensor:
-    """The columns made orthogonal, each as long as a Gaussian one is in the mean."""
+    """Orthogonal columns with the expected norm of the Gaussian ones."""
     q, r = torch.linalg.qr(gaussian)
-    # signs of a QR depend on the LAPACK build; with these it is unique
+    # the signs of a QR depend on the LAPACK build; this choice makes it unique
     return q * r.diagonal().sign() * math.sqrt(len(gaussian))
 
 
@@ -125,15 +124,15 @@ class LoRAMiniLayer(AdapterLayer):
 
 
 class LoRAMiniMethod(Method[LoRAMiniLayer]):
-    """Nothing happens around a step."""
+    """LoRA-Mini layers; nothing happens around a step."""
 
     settings: LoRAMini
 
     def plan(self, specs: Sequence[LinearSpec]) -> dict[str, LayerPlan]:
-        """As every method, but no rank is above what the weight itself has.
+        """Ranks are at most the full rank of the weight.
 
         Raises:
-            AdapterError: if an inner size that was given is smaller than a layer's rank.
+            AdapterError: if a given inner size is smaller than the rank of a layer.
         """
         plans = cut_to_weight(
             super().plan(specs), specs, self.settings.alpha, self.settings.scaling
@@ -143,14 +142,13 @@ class LoRAMiniMethod(Method[LoRAMiniLayer]):
             for name, size in given.items():
                 if size is not None and size < plan.rank:
                     raise AdapterError(
-                        f"adapter.{name}={size} is below the rank {plan.rank} of {path}, which "
-                        f"would be cut to it. Set adapter.{name}={plan.rank} or more, or a lower "
-                        "rank"
+                        f"adapter.{name}={size} is below the rank {plan.rank} of {path} and would "
+                        f"limit it. Set adapter.{name}={plan.rank} or more, or a lower rank"
                     )
         return plans
 
     def footprint(self, spec: LinearSpec) -> Footprint:
-        """Of the activations those before A_in and B_in are kept; the outer ones are not needed."""
+        """Backward keeps only the inputs of A_in and B_in: the outer matrices are frozen."""
         rank = self.plans[spec.path].rank
         a, b = self._inner_sizes(spec)
         return Footprint(a + rank, rank * (a + b), frozen=a * spec.d_in + b * spec.d_out)

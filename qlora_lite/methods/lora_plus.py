@@ -2,9 +2,9 @@
 
     lr(B) = lambda lr(A),   lambda = 16
 
-Hayou et al. 2024, arXiv:2402.12354: with one rate for both, features are learned inefficiently as
-the width grows. A preset of LoRA; `lr_ratio` is a field of every method, by role: up factors, gates
-and magnitudes move at the higher rate. Take a lower `optim.lr` than for LoRA.
+Hayou et al. 2024, arXiv:2402.12354: with one learning rate for both, feature learning becomes
+inefficient as the width grows. This is a preset of LoRA. Every method has `lr_ratio`: up factors,
+gates and magnitudes train at the higher rate. Use a lower `optim.lr` than for LoRA.
 """
 
 from typing import Literal

@@ -1,25 +1,25 @@
-"""MELoRA: an ensemble of mini LoRAs, each on a slice of its own of inputs and outputs.
+"""MELoRA: an ensemble of mini LoRAs, each on its own slice of the inputs and outputs.
 
     y = W x + s blockdiag(B_1 A_1, ..., B_n A_n) drop(x)
 
     s = alpha / r,  A_i (r, d_in / n),  B_i (d_out / n, r)
 
-Ren et al. 2024, arXiv:2402.17263: n pairs of rank r make an update of rank n r, from as many
-trained numbers as one LoRA of rank r has, r (d_in + d_out). Every A_i starts as LoRA's A does over
-its own d_in / n inputs, every B_i at zero: the first output is the base's, bit for bit. The default
-numbers are those of the authors' Llama-2-7B script (n = 8, r = 1, alpha = 16, on q_proj and v_proj
-at a rate of 3e-4).
+Ren et al. 2024, arXiv:2402.17263: n pairs of rank r give an update of rank n r with the parameters
+of one LoRA of rank r, r (d_in + d_out). Every A_i starts like LoRA's A over its d_in / n inputs and
+every B_i at zero, so the first output equals that of the base, bit for bit. The defaults are those
+of the authors' Llama-2-7B script (n = 8, r = 1, alpha = 16, on q_proj and v_proj with a learning
+rate of 3e-4).
 
-Nothing crosses from one slice of the inputs to another slice of the outputs. The slices of k_proj
-and v_proj cut through heads unless n divides the number of key-value heads.
+A slice of the inputs reaches only its own slice of the outputs. The slices of k_proj and v_proj cut
+through heads unless n divides the number of key-value heads.
 
-Where we deviate: all minis run as one batched product, and have one rank. The released code
-(ChasonShi/MELoRA) rounds the slices down: where n does not divide the inputs it drops the last
-ones, where it does not divide the outputs the sum fails; here both are an error before the start.
-Its `merge` cannot run, since it asks a list for its keys.
+Where we deviate: all minis run as one batched product and have the same rank. The released code
+(ChasonShi/MELoRA) rounds the slice sizes down: if n does not divide the inputs it drops the last
+ones, and if n does not divide the outputs the sum fails. Here both are errors before training. Its
+`merge` cannot run, because it asks a list for its keys.
 
-As a PEFT adapter it is one LoRA of rank n r whose factors are zero outside the blocks, n times as
-large as our own file.
+The PEFT export is one LoRA of rank n r with zeros outside the blocks, n times as large as our own
+file.
 """
 
 import math
@@ -41,26 +41,26 @@ from qlora_lite.model.targets import LinearSpec
 
 
 class MELoRA(AdapterSettings):
-    """Mini ensemble of LoRAs: small pairs along the diagonal, for a high rank at a low price."""
+    """Mini ensemble of LoRAs: small block-diagonal pairs give a high rank with few parameters."""
 
     kind: Literal["melora"] = "melora"
 
     rank: int = Field(default=1, ge=1)
-    """Rank of every mini LoRA, of which the update has `num_blocks` times as much; `ranks` may
-    change it layer by layer."""
+    """Rank of each mini LoRA; that of the update is `num_blocks` times as high. `ranks` can change
+    it per layer."""
 
     num_blocks: int = Field(default=8, ge=1)
-    """How many mini LoRAs there are (n). It must divide the inputs and outputs of every layer."""
+    """Number of mini LoRAs (n). It must divide the inputs and outputs of every layer."""
 
     alpha: float = Field(default=16.0, gt=0)
-    """Numerator of the scale of every mini LoRA."""
+    """Numerator of the scale of each mini LoRA."""
 
     dropout: float = Field(default=0.05, ge=0, lt=1)
     """Dropout on the adapter's input."""
 
 
 def block_diagonal_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """(..., d_in) -> (..., d_out), every slice of x through a pair of its own.
+    """Each slice of x through its own pair, (..., d_in) -> (..., d_out).
 
     Args:
         a: (n, r, d_in / n)
@@ -98,12 +98,12 @@ class MELoRALayer(AdapterLayer):
 
 
 class MELoRAMethod(Method[MELoRALayer]):
-    """Nothing happens around a step."""
+    """MELoRA layers; nothing happens around a step."""
 
     settings: MELoRA
 
     def plan(self, specs: Sequence[LinearSpec]) -> dict[str, LayerPlan]:
-        """As every method; the rank is that of one mini.
+        """The rank of a plan is that of one mini.
 
         Raises:
             AdapterError: if the blocks do not divide the inputs or the outputs of a layer.
@@ -115,8 +115,8 @@ class MELoRAMethod(Method[MELoRALayer]):
             if spec.path in plans and common % num:
                 raise AdapterError(
                     f"adapter.num_blocks={num} does not divide both {spec.d_in} inputs and "
-                    f"{spec.d_out} outputs of {spec.path}. Take a divisor of {common}, or leave "
-                    f'that layer out: adapter.ranks={{"{spec.path}": 0}}'
+                    f"{spec.d_out} outputs of {spec.path}. Use a divisor of {common}, or leave "
+                    f'this layer out: adapter.ranks={{"{spec.path}": 0}}'
                 )
         return plans
 

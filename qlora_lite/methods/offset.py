@@ -1,18 +1,18 @@
-"""Adapters that start inside the weight: what they take out of it, they give back.
+"""Methods whose factors start from a decomposition of the weight: PiSSA, OLoRA, BA-LoRA.
 
-A method of this family (PiSSA, OLoRA, BA-LoRA) finds a product s B0 A0 in the weight W and trains
-the factors from there. There are two ways to keep the sum what it was:
+A method of this family finds a product s B0 A0 in the weight W and trains the factors from there.
+Two modes keep the initial sum equal to W:
 
-    offset       W stays as it is, the increments a and b start at zero:
+    offset       W is unchanged, the increments a and b start at zero:
                  y = W x + s [b (A0 + a) + B0 a] drop(x)
-    requantise   the factors themselves are trained, and what is left is quantised:
+    requantise   the factors themselves are trained, and the residual is quantised:
                  y = Q(W - s B0 A0) x + s B A drop(x)
 
 Both have the same gradients, so Adam follows the same path. `offset` starts at the base bit for
-bit, keeps increments that bf16 does not round away, gives the true base when it is switched off,
-and leaves losslessly as a LoRA of rank 2r; it holds A0 and B0 beside. `requantise` is the way of
-the papers: the quantisation error is that of the smaller rest, and only merged weights leave it.
-Weight decay pulls to the start in `offset` and to zero in `requantise`.
+bit, stores increments that bf16 does not round away, is the true base when disabled, and is
+exported losslessly as a LoRA of rank 2r; it stores A0 and B0 in addition. `requantise` is the way
+of the papers: only the smaller residual is quantised, and only merged weights can be exported.
+Weight decay pulls towards the start in `offset` and towards zero in `requantise`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,10 +32,10 @@ from qlora_lite.model.targets import LinearSpec
 
 
 class OffsetSettings(AdapterSettings):
-    """What the methods that start inside the weight have."""
+    """Settings of the methods that start from a decomposition of the weight."""
 
     mode: Literal["offset", "requantise"] = "offset"
-    """Train increments beside the untouched base, or quantise what the start leaves of it."""
+    """Train increments on the unchanged base, or quantise the residual of the base."""
 
 
 class OffsetLayer(AdapterLayer):
@@ -74,14 +74,14 @@ class OffsetLayer(AdapterLayer):
 
 
 class OffsetMethod(Method[LoRALayer | OffsetLayer]):
-    """A method of this family says what it finds in a weight: `factorise`."""
+    """Subclasses define the decomposition, `factorise`."""
 
     settings: OffsetSettings
 
     def factorise(
         self, dense: Tensor, rank: int, scale: float, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """A0 (rank, d_in) and B0 (d_out, rank) of a weight (d_out, d_in), all fp32."""
+        """A0 (rank, d_in) and B0 (d_out, rank) from a weight (d_out, d_in), all fp32."""
         raise NotImplementedError
 
     @property
@@ -91,7 +91,7 @@ class OffsetMethod(Method[LoRALayer | OffsetLayer]):
         )
 
     def plan(self, specs: Sequence[LinearSpec]) -> dict[str, LayerPlan]:
-        """As every method, but no rank is above what the weight itself has."""
+        """Ranks are at most the full rank of the weight."""
         return cut_to_weight(super().plan(specs), specs, self.settings.alpha, self.settings.scaling)
 
     def footprint(self, spec: LinearSpec) -> Footprint:
@@ -112,7 +112,7 @@ class OffsetMethod(Method[LoRALayer | OffsetLayer]):
         plan = self.plans[spec.path]
         if saved is None:
             factors = self.factorise(dense, plan.rank, plan.scale, generator)
-            # rounded before the subtraction, so that bf16 parameters start exactly at them
+            # rounded before the subtraction, so that bf16 parameters can store them exactly
             a0, b0 = (factor.bfloat16().float() for factor in factors)
         else:
             a0, b0 = (saved[name].to(dense.device) for name in ("a0", "b0"))
@@ -140,7 +140,7 @@ class OffsetMethod(Method[LoRALayer | OffsetLayer]):
 
 
 def original(base: FrozenLinear) -> Tensor:
-    """The weight as it was before quantisation, or as near as there is, in fp32 on the device."""
+    """The weight before quantisation, or else the dequantised one, in fp32 on the device."""
     weight = base.original()
     dense = base.dense() if weight is None else weight
     return dense.to(base.device, torch.float32)

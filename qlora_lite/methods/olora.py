@@ -1,14 +1,14 @@
 """OLoRA: start from an orthonormal basis of the weight.
 
-    W = Q R,   B0 = Q[:, :r],   A0 = R[:r, :]          the part that is taken out is s B0 A0
+    W = Q R,   B0 = Q[:, :r],   A0 = R[:r, :]          s B0 A0 is subtracted from W
 
-Buyukakyuz 2024, arXiv:2406.01775, as PEFT implements it: s is not divided out, and only the start
-is orthonormal. The QR is not pivoted, so it spans the first r input columns and is no best
-rank-r approximation; A0 is upper trapezoidal.
+Buyukakyuz 2024, arXiv:2406.01775, as implemented in PEFT: s is not divided out, and only the start
+is orthonormal. The QR is not pivoted, so B0 spans the first r input columns and s B0 A0 is not the
+best rank-r approximation. A0 is upper trapezoidal.
 
-Where we deviate: the diagonal of R is made non-negative, since its signs depend on the LAPACK
-build; and by default the base is left as it is and increments are trained (`offset.py`; the paper's
-way is `mode="requantise"`). A rank above that of the weight is cut to it.
+Where we deviate: the diagonal of R is made non-negative, because its signs depend on the LAPACK
+build. By default the base is unchanged and increments are trained (`offset.py`); the paper's way is
+`mode="requantise"`. A rank above the full rank of the weight is reduced to it.
 """
 
 from typing import Literal
@@ -26,7 +26,7 @@ class OLoRA(OffsetSettings):
     kind: Literal["olora"] = "olora"
 
     rank: int = Field(default=32, ge=1)
-    """Rank of the update, at most that of the weight; `ranks` may change it layer by layer."""
+    """Rank of the update, at most that of the weight; `ranks` can change it per layer."""
 
     alpha: float = Field(default=16.0, gt=0)
     """Numerator of the scale of the update."""
@@ -36,7 +36,7 @@ class OLoRA(OffsetSettings):
 
 
 class OLoRAMethod(OffsetMethod):
-    """The start is a QR decomposition."""
+    """Starts from a QR decomposition."""
 
     def factorise(
         self, dense: Tensor, rank: int, scale: float, generator: torch.Generator

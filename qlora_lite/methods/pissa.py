@@ -1,13 +1,14 @@
-"""PiSSA: start from the principal singular part of the weight.
+"""PiSSA: start from the principal singular values and vectors of the weight.
 
     W = U S V^T,   B0 = U_r (S_r / s)^(1/2),   A0 = (S_r / s)^(1/2) V_r^T
 
-so that s B0 A0 is the best rank-r part of W whatever the scale s. Meng et al. 2024,
+so s B0 A0 is the best rank-r approximation of W for every scale s. Meng et al. 2024,
 arXiv:2404.02948. The randomised SVD is the paper's fast variant (its `niter`).
 
-Where we deviate: by default the base is left as it is and increments are trained (`offset.py`);
-the paper's way is `mode="requantise"`. The factors are found once and saved, never found again,
-since the signs of an SVD differ between machines. A rank above that of the weight is cut to it.
+Where we deviate: by default the base is unchanged and increments are trained (`offset.py`); the
+paper's way is `mode="requantise"`. The factors are computed once and saved, never recomputed,
+because the signs of an SVD differ between machines. A rank above the full rank of the weight is
+reduced to it.
 """
 
 from typing import Literal
@@ -21,23 +22,23 @@ from qlora_lite.methods.offset import OffsetMethod, OffsetSettings
 
 
 class PiSSA(OffsetSettings):
-    """Principal singular values and vectors: the largest part of each weight is what is trained."""
+    """Principal singular values and vectors: train the largest components of each weight."""
 
     kind: Literal["pissa"] = "pissa"
 
     rank: int = Field(default=128, ge=1)
-    """Rank of the update, at most that of the weight; `ranks` may change it layer by layer."""
+    """Rank of the update, at most that of the weight; `ranks` can change it per layer."""
 
     alpha: float = Field(default=128.0, gt=0)
     """Numerator of the scale of the update."""
 
     svd_iterations: int | None = Field(default=None, ge=1)
-    """Power iterations of a randomised SVD (the paper takes 4 to 16), minutes faster on large
-    weights; the exact SVD unless given."""
+    """Power iterations of a randomised SVD (4 to 16 in the paper), minutes faster on large weights.
+    Default: exact SVD."""
 
 
 class PiSSAMethod(OffsetMethod):
-    """The start is the principal part."""
+    """Starts from the principal components."""
 
     settings: PiSSA
 
@@ -54,10 +55,10 @@ def principal_factors(
     iterations: int | None,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """A (rank, d_in) and B (d_out, rank) with s B A the best rank-r part of `weight`, in fp32.
+    """A (rank, d_in) and B (d_out, rank), s B A the best rank-r approximation of `weight`; fp32.
 
     Args:
-        iterations: of a randomised SVD, drawn from `generator`; None is the exact one.
+        iterations: power iterations of a randomised SVD, drawn from `generator`; None: exact SVD.
     """
     if iterations is None:
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
@@ -71,7 +72,7 @@ def principal_factors(
 def _randomised_svd(
     weight: Tensor, rank: int, iterations: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """torch draws its probes from the global stream only: it is put back afterwards."""
+    """torch draws the probes from its global generator only, whose state is restored afterwards."""
     devices = [weight.device] if weight.is_cuda else []
     probes = min(rank + 8, *weight.shape)
     with torch.random.fork_rng(devices):

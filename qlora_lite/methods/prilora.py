@@ -1,4 +1,4 @@
-"""PRILoRA: more rank in the higher layers, and half of A pruned again and again in training.
+"""PRILoRA: ranks that increase with depth, and a regularly pruned A.
 
     y = W x + s B A drop(x)          s = alpha / r,  r of block l of L blocks, l from 0:
 
@@ -7,25 +7,25 @@
     every step             v = beta v + (1 - beta) u,  u_j = sqrt(mean over the tokens of x_j^2)
     every `prune_every`    in each row i of A the share rho with the lowest |A_ij| v_j becomes zero
 
-Benedek and Wolf 2024, arXiv:2401.11316. Pruned entries still get gradients and may come back; each
-event chooses anew. From 4 to 12 over twelve blocks is 4 5 5 6 7 8 8 9 10 11 11 12, the budget of
-rank 8 everywhere.
+Benedek and Wolf 2024, arXiv:2401.11316. Pruned entries still get gradients and can grow again; each
+pruning selects from all entries. From 4 to 12 over twelve blocks the ranks are
+4 5 5 6 7 8 8 9 10 11 11 12, the budget of rank 8 everywhere.
 
-Known from the abstract and from summaries: the line of ranks and the form of the score. From
-memory, not checked: 4 to 12, half of A, 40 steps. Not found: beta, the scale, the end of the
-pruning, and any public repository (there is a software archive beside the paper at the ACL
-Anthology, not read). So, chosen here: beta = 0.9; alpha is the same in all layers; u is divided by
-the root of the number of tokens, so that steps of different size mix fairly; the last event is at
-90 % of the run. v starts at zero, without the usual correction: that is one factor on all of v, and
-a row's order does not see it.
+Known from the abstract and from summaries: the linear ranks and the form of the score. From memory,
+not checked: 4 to 12, half of A, 40 steps. Not found: beta, the scale, the end of the pruning, and
+any public repository (the ACL Anthology has a software archive of the paper, which we did not
+read). Our choices: beta = 0.9; alpha is the same in all layers; u is a mean over tokens, so steps
+of different sizes count equally; the last pruning is at 90 % of the run. v starts at zero without
+bias correction: the correction is one factor on all of v and does not change the order in a row.
 
-Where we deviate: Adam's moments of what is pruned are cleared, or it would jump back
-(`reset_momentum`). `freeze_mask` keeps what the last event pruned at zero to the end. An event that
-falls on a step that is skipped for an overflow is left out. Every position of a forward counts as
-a token, padding too: a layer cannot tell it.
+Where we deviate: Adam's moments of pruned entries are cleared, or they would jump back
+(`reset_momentum`). `freeze_mask` keeps the entries of the last pruning at zero to the end. A
+pruning due at a step that is skipped because of an overflow is omitted. Every position of a forward
+counts as a token, padding too, because a layer cannot distinguish them. The inputs of all processes
+are averaged.
 
-All linear layers of a block have its rank. A layer outside the blocks, or in a model of one block,
-gets the middle of the line. `ranks` still wins where a pattern matches.
+All linear layers of a block have the same rank. A layer outside the blocks, or in a model with one
+block, gets the middle of the line. A matching pattern of `ranks` takes precedence.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,17 +52,17 @@ from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
 
 ACTIVITY = ".activity"
-"""Ending, in the method's state, of a layer's v."""
+"""Suffix of a layer's v in the method's state."""
 
 
 class PRILoRA(AdapterSettings):
-    """Pruned and rank-increasing LoRA: a line of ranks over the layers, and a sparse A."""
+    """Pruned and rank-increasing LoRA: ranks that rise linearly over the blocks, and a sparse A."""
 
     kind: Literal["prilora"] = "prilora"
 
     rank: int = Field(default=8, ge=1)
-    """Mean of the ranks: they rise from half of it to one and a half times it, unless `first_rank`
-    or `last_rank` say else. If both do it has no effect."""
+    """Mean of the ranks, which rise from 0.5 to 1.5 times `rank` unless `first_rank` or `last_rank`
+    is given. No effect if both are given."""
 
     first_rank: int | None = Field(default=None, ge=1)
     """Rank of the first block (r_s)."""
@@ -74,26 +74,26 @@ class PRILoRA(AdapterSettings):
     """Numerator of the scale of the update, the same in all layers."""
 
     prune_share: float = Field(default=0.5, ge=0, lt=1)
-    """Share of each row of A that an event sets to zero (rho)."""
+    """Share of each row of A that is set to zero (rho)."""
 
     prune_every: int = Field(default=40, ge=1)
-    """Optimizer steps between two events."""
+    """Optimizer steps between two prunings."""
 
     prune_until: float = Field(default=0.9, ge=0, le=1)
-    """Share of the run after which there are no more events."""
+    """Share of the run after which nothing is pruned."""
 
     beta: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the average of the inputs' sizes."""
+    """Decay of the average input size v."""
 
     freeze_mask: bool = False
-    """Keep at zero what the last event pruned; otherwise it grows again."""
+    """Keep the entries of the last pruning at zero; otherwise they grow again."""
 
     reset_momentum: bool = True
-    """Clear Adam's moments of what is pruned."""
+    """Clear Adam's moments of pruned entries."""
 
     @property
     def line(self) -> tuple[int, int]:
-        """The ranks of the first and of the last block, with `rank` in their middle."""
+        """Ranks of the first and the last block, with mean `rank` unless both are given."""
         first, last = self.first_rank, self.last_rank
         if first is None:
             first = (self.rank + 1) // 2 if last is None else 2 * self.rank - last
@@ -103,8 +103,8 @@ class PRILoRA(AdapterSettings):
     def _line_is_above_zero(self) -> Self:
         if min(self.line) < 1:
             raise ValueError(
-                f"rank={self.rank} as the mean makes a line from {self.line[0]} to "
-                f"{self.line[1]}; ranks begin at 1. Give first_rank and last_rank, or a larger rank"
+                f"rank={self.rank} as the mean gives ranks from {self.line[0]} to {self.line[1]}, "
+                "but ranks must be 1 or more. Set first_rank and last_rank, or a larger rank"
             )
         return self
 
@@ -113,26 +113,26 @@ class PRILoRA(AdapterSettings):
 
 
 def rank_on_line(first: int, last: int, block: int | None, num_blocks: int) -> int:
-    """The rank of a block, rounded half up; the middle where there is no block, or only one."""
+    """The rank of a block, halves rounded up; the middle without blocks or with only one."""
     is_alone = block is None or num_blocks == 1
     at, length = (1, 2) if is_alone else (block or 0, num_blocks - 1)
     return (2 * (first * length + (last - first) * at) + length) // (2 * length)
 
 
 def least_important(a: Tensor, activity: Tensor, share: float) -> Tensor:
-    """A mask (rank, d_in), in each row true at the floor(share d_in) lowest |a_ij| activity_j."""
+    """Mask (rank, d_in), true at the floor(share d_in) lowest |a_ij| activity_j of each row."""
     scores = a.abs() * activity
     lowest = scores.topk(int(share * a.shape[1]), dim=1, largest=False).indices
     return torch.zeros_like(a, dtype=torch.bool).scatter_(1, lowest, True)
 
 
-def is_event(done: int, total: int, every: int, until: float) -> bool:
-    """Whether A is pruned after `done` of `total` steps."""
+def is_pruning_due(done: int, total: int, every: int, until: float) -> bool:
+    """Whether to prune A after `done` of `total` steps."""
     return done % every == 0 and done / total <= until
 
 
-def events_are_over(done: int, total: int, every: int, until: float) -> bool:
-    """Whether there was an event in the first `done` steps, and will be none after them."""
+def pruning_is_over(done: int, total: int, every: int, until: float) -> bool:
+    """Whether A was pruned in the first `done` steps and will not be pruned again."""
     following = (done // every + 1) * every
     return every / total <= until < following / total
 
@@ -144,9 +144,9 @@ class PRILoRALayer(LoRALayer):
     """LoRA that measures its input.
 
     Attributes:
-        squares: (d_in,) in fp32, of every input feature over the tokens since the step began; None
-            before the first one.
-        num_tokens: that they are summed over.
+        squares: (d_in,) in fp32, the sum of squares of every input feature over the tokens of this
+            step; None before the first token.
+        num_tokens: number of these tokens.
     """
 
     squares: Tensor | None = None
@@ -158,7 +158,7 @@ class PRILoRALayer(LoRALayer):
         return super().update(x)
 
     def observe(self, x: Tensor) -> None:
-        """Count in some tokens, (..., d_in)."""
+        """Add tokens (..., d_in) to the sums."""
         rows = x.reshape(-1, x.shape[-1])
         squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()
         self.squares = squares if self.squares is None else self.squares + squares
@@ -173,27 +173,27 @@ class PRILoRALayer(LoRALayer):
     def warm_start(self, factors: Factors) -> None:
         if factors.rank > self.rank:
             raise AdapterError(
-                f"the adapter to start from has rank {factors.rank}, this layer has rank "
+                f"the adapter to start from has rank {factors.rank}, but this layer has rank "
                 f"{self.rank}. Set adapter.first_rank={factors.rank} or more"
             )
         super().warm_start(factors)
 
-    def forget_inputs(self) -> None:
-        """Begin to count anew."""
+    def reset_sums(self) -> None:
+        """Set the sums to zero."""
         self.squares, self.num_tokens = None, 0
 
 
 class PRILoRAMethod(Method[PRILoRALayer]):
-    """Ranks by block; an average of every layer's inputs; events that prune A."""
+    """Plans ranks by block, averages the inputs of every layer, prunes A."""
 
     settings: PRILoRA
 
     def __init__(self, settings: AdapterSettings) -> None:
         super().__init__(settings)
         self.activity: dict[str, Tensor] = {}
-        """v of every layer that has seen a token, (d_in,) in fp32."""
-        self.held: dict[nn.Parameter, Tensor] = {}
-        """Under `freeze_mask`, while the optimizer moves: where A stays at zero."""
+        """v of every layer that got a token, (d_in,) in fp32, by path."""
+        self.frozen_masks: dict[nn.Parameter, Tensor] = {}
+        """With `freeze_mask`, during the optimizer step: the entries of each A that stay zero."""
 
     def plan(self, specs: Sequence[LinearSpec]) -> dict[str, LayerPlan]:
         settings = self.settings
@@ -207,7 +207,7 @@ class PRILoRAMethod(Method[PRILoRALayer]):
         return plans
 
     def footprint(self, spec: LinearSpec) -> Footprint:
-        """LoRA's, and of the inputs the average and the sums of a step."""
+        """LoRA's, plus v and the sums of squares of a step."""
         lora = lora_footprint(spec.d_in, spec.d_out, self.plans[spec.path].rank)
         return Footprint(lora.width, lora.trained, statistics=2 * spec.d_in)
 
@@ -224,43 +224,47 @@ class PRILoRAMethod(Method[PRILoRALayer]):
 
     def begin_step(self, step: StepInfo) -> None:
         for layer in self.layers.values():
-            layer.forget_inputs()  # a rehearsal before the first step is not of the run
+            layer.reset_sums()  # drop forwards before the step, such as a memory trial
 
     def before_step(self, access: ParameterAccess, step: StepInfo) -> None:
         s = self.settings
         if not s.freeze_mask:
             return
-        if not events_are_over(step.step, step.total, s.prune_every, s.prune_until):
+        if not pruning_is_over(step.step, step.total, s.prune_every, s.prune_until):
             return
         for layer in self.layers.values():
-            pruned = access.read(layer.a) == 0  # pure in A: a resumed run finds the same mask
-            self.held[layer.a] = pruned
+            pruned = access.read(layer.a) == 0  # from A alone: a resumed run finds the same mask
+            self.frozen_masks[layer.a] = pruned
             gradient = access.gradient(layer.a)
-            if gradient is not None:  # an expert that no token reached
+            if gradient is not None:  # None for an expert that got no token
                 access.set_gradient(layer.a, gradient.masked_fill(pruned, 0))
 
     def is_settled(self, done: int, total: int) -> bool:
         s = self.settings
-        prunes = s.prune_share and is_event(s.prune_every, total, s.prune_every, s.prune_until)
+        prunes = s.prune_share and is_pruning_due(
+            s.prune_every, total, s.prune_every, s.prune_until
+        )
         return done >= s.prune_every or not prunes
 
     def after_step(self, access: ParameterAccess, step: StepInfo) -> None:
         s = self.settings
-        held, self.held = self.held, {}
+        masks, self.frozen_masks = self.frozen_masks, {}
         if step.skipped:
             return
-        for a, pruned in held.items():
+        for a, pruned in masks.items():
             access.write(a, access.read(a).masked_fill(pruned, 0))
         self._average_inputs(access)
-        if s.prune_share and is_event(step.step + 1, step.total, s.prune_every, s.prune_until):
+        if s.prune_share and is_pruning_due(
+            step.step + 1, step.total, s.prune_every, s.prune_until
+        ):
             for path, activity in self.activity.items():
                 self._prune(self.layers[path].a, activity, access)
 
     def _average_inputs(self, access: ParameterAccess) -> None:
-        """Update v with this step's inputs of all processes.
+        """Update v with the inputs of this step on all processes.
 
-        Two sums for the whole model. Layers that got no token here send zeros, because another
-        process may have some.
+        Two collective sums for the whole model. A layer without tokens on this process sends zeros,
+        because it may have tokens on another one.
         """
         layers, beta = list(self.layers.values()), self.settings.beta
         device = layers[0].base.device
@@ -269,7 +273,7 @@ class PRILoRAMethod(Method[PRILoRALayer]):
         counts = access.sum_over_ranks(num_tokens).tolist()
         sums = access.sum_over_ranks(squares).split([layer.base.d_in for layer in layers])
         for path, count, total in zip(self.layers, counts, sums, strict=True):
-            if count:  # else an expert that no token reached
+            if count:  # 0 for an expert that got no token
                 size = (total / count).sqrt()
                 before = self.activity.get(path, torch.zeros_like(size))
                 self.activity[path] = beta * before + (1 - beta) * size

@@ -3,7 +3,8 @@
     y = W x + (alpha / sqrt(r)) B A drop(x)
 
 Kalajdzievski 2023, arXiv:2312.03732: with alpha / r the update and its gradient shrink as the rank
-grows. A preset of LoRA. At a high rank the scale is sqrt(r) times LoRA's: take a lower rate.
+grows. This is a preset of LoRA. Its scale is sqrt(r) times that of LoRA, so high ranks need a lower
+learning rate.
 """
 
 from typing import Literal

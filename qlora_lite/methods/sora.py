@@ -1,18 +1,19 @@
-"""SoRA: gates between the factors, driven to exact zeros.
+"""SoRA: gates between the factors, which a proximal step drives to exact zeros.
 
     y = W x + s B diag(g) A drop(x)          s = alpha / r_max
     after each step   g <- sign(g) max(|g| - xi, 0)
 
-Ding et al. 2023, arXiv:2311.11696. A gate at zero is a component that export leaves out. It may
-come back: its own gradient does not vanish, and one update above xi revives it. g starts N(0, 1),
-B at zero.
+Ding et al. 2023, arXiv:2311.11696. A component with a zero gate is left out of the export. It can
+return: the gradient of its gate does not vanish, and one update above xi revives it. g starts as
+N(0, 1), B at zero.
 
 Where we deviate: the released proximal step (TsinghuaC3I/SoRA) applies its cases one after the
-other, so that a gate in (xi, 2 xi] is zeroed as well: `release_prox` does that, the default is the
-soft threshold of the paper. The paper's threshold is the learning rate times lambda, the release's
-is a constant: `threshold`, or `threshold_per_lr` times the rate at which gates move. Layer norms,
-which the release trains too, are a setting of every method (`train_norms`). Gates rest in fp32: the
-shrink of 3e-4 is below what bf16 can say of a number near 1.
+other, so a gate in (xi, 2 xi] is zeroed too. `release_prox` does that; the default is the soft
+threshold of the paper. The threshold of the paper is the learning rate times lambda, that of the
+released code is a constant: `threshold`, or `threshold_per_lr` times the learning rate of the
+gates. The released code also trains layer norms; here that is a setting of every method
+(`train_norms`). Gates are stored in fp32, because bf16 cannot represent a shrink of 3e-4 of a
+number near 1.
 """
 
 from collections.abc import Mapping
@@ -30,52 +31,52 @@ from qlora_lite.model.targets import LinearSpec
 
 
 class SoRA(AdapterSettings):
-    """Sparse low-rank adaptation: an L1 step on gates decides the rank of every layer."""
+    """Sparse low-rank adaptation: an L1 proximal step on gates selects the rank of each layer."""
 
     kind: Literal["sora"] = "sora"
 
     rank: int = Field(default=8, ge=1)
-    """The largest rank; `ranks` may change it layer by layer."""
+    """Largest rank; `ranks` can change it per layer."""
 
     alpha: float = Field(default=16.0, gt=0)
-    """Numerator of the scale of the update; its denominator is the largest rank throughout."""
+    """Numerator of the scale of the update; the denominator is always the largest rank."""
 
     threshold: float | list[float] = 3e-4
-    """What a step takes off every gate (xi); several, growing, share the run between them (the
+    """How much a step shrinks every gate (xi). An increasing list divides the run equally (the
     paper's sparsifying schedule)."""
 
     threshold_per_lr: float | None = Field(default=None, ge=0)
-    """Threshold relative to the gates' own rate (the paper's lambda), in place of `threshold`."""
+    """Threshold relative to the learning rate of the gates (lambda), instead of `threshold`."""
 
     l1: float = Field(default=0.0, ge=0)
-    """Weight of the mean |g| in the loss, in place of the shrinking (with `threshold=0`)."""
+    """Weight of mean |g| in the loss, instead of the proximal step (with `threshold=0`)."""
 
     release_prox: bool = False
-    """The proximal step of the released code: a hard threshold at twice xi, with a shrink of xi."""
+    """Use the proximal step of the released code: hard threshold at 2 xi, shrink by xi."""
 
     @model_validator(mode="after")
     def _thresholds_grow(self) -> "SoRA":
         given = self.threshold if isinstance(self.threshold, list) else [self.threshold]
         if not given or min(given) < 0 or given != sorted(given):
             raise ValueError(
-                f"threshold={self.threshold}: a threshold is 0 or more, and several of them grow. "
-                "Take one such as 3e-4, or a list such as [1e-4, 3e-4, 7e-4]"
+                f"threshold={self.threshold}: thresholds must be 0 or more, and a list must not "
+                "decrease. Set a number such as 3e-4, or a list such as [1e-4, 3e-4, 7e-4]"
             )
         return self
 
 
 def soft_threshold(gate: Tensor, width: float) -> Tensor:
-    """Proximal step of the L1 norm: towards zero by `width`, stopping at zero."""
+    """Proximal step of the L1 norm: shrink towards zero by `width`, stopping at zero."""
     return gate.sign() * (gate.abs() - width).clamp(min=0)
 
 
 def released_threshold(gate: Tensor, width: float) -> Tensor:
-    """What the released code makes of it: up to twice `width` is zero, the rest shrinks."""
+    """Step of the released code: up to twice `width` becomes zero, larger gates shrink."""
     return torch.where(gate.abs() > 2 * width, soft_threshold(gate, width), 0.0)
 
 
 class SoRAMethod(Method[GatedLayer]):
-    """A proximal step on the gates behind every step of the optimizer."""
+    """A proximal step on the gates after every optimizer step."""
 
     settings: SoRA
 
@@ -110,7 +111,7 @@ class SoRAMethod(Method[GatedLayer]):
 
 
 def threshold_at(settings: SoRA, step: StepInfo) -> float:
-    """xi of a step: a constant, one of a list that shares the run evenly, or tied to the rate."""
+    """xi of a step: constant, from the list, or proportional to the learning rate."""
     if settings.threshold_per_lr is not None:
         return settings.threshold_per_lr * step.lr * settings.lr_ratio
     if isinstance(settings.threshold, list):

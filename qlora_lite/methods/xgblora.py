@@ -2,15 +2,16 @@
 
     y = W x + sum over finished boosters of eta s B_t A_t x  +  s B A drop(x)          s = alpha / r
 
-Every kappa steps the booster is finished and another begins, on decoder layers drawn anew; only
-those train. Zhang et al. 2024, arXiv:2410.19694. The loop, rank 1 and eta = 1 are confirmed by
-public reviews; kappa, alpha, the rate and the weight of the norm penalty were not found, and no
+Every kappa steps the booster is finished and a new one starts on newly drawn decoder layers; only
+those train. Zhang et al. 2024, arXiv:2410.19694. Public reviews confirm the loop, rank 1 and
+eta = 1. Kappa, alpha, the learning rate and the weight of the norm penalty were not found, nor any
 code of the authors.
 
-Where we deviate: a finished booster is not merged into the weight but kept in a bank (`bank.py`),
-since a quantised weight would round it away. A bank above `max_bank_rank` is recompressed to it and
-says in `bank_error` what that lost. A booster that the run ends before its time stays the live
-pair, not shrunk. The learning rate's schedule goes on; `rewarm` steps of each booster rise to it.
+Where we deviate: a finished booster is kept in a bank (`bank.py`) instead of being merged, since a
+quantised weight would round it away. A bank above `max_bank_rank` is recompressed to it, and
+`bank_error` records the loss. If the run ends within a booster, it remains the live pair without
+shrinkage. The learning rate schedule continues across boosters; each booster can warm up to it over
+`rewarm` steps.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,7 +29,7 @@ from qlora_lite.model.targets import LinearSpec
 
 
 class XGBLoRA(AdapterSettings):
-    """Boosting: many LoRAs of rank 1, one after the other, each on a few layers."""
+    """Gradient boosting: a sequence of LoRAs of rank 1, each on a few decoder layers."""
 
     kind: Literal["xgblora"] = "xgblora"
 
@@ -39,35 +40,35 @@ class XGBLoRA(AdapterSettings):
     """Numerator of the scale of a booster."""
 
     boost_every: int = Field(default=8, ge=1)
-    """Steps that a booster is trained (kappa)."""
+    """Steps per booster (kappa)."""
 
     num_layers: int | None = Field(default=None, ge=1)
-    """Decoder layers that a booster trains (L_s); a third of them unless given."""
+    """Decoder layers that a booster trains (L_s). Default: a third of them."""
 
     shrinkage: float = Field(default=1.0, gt=0, le=1)
-    """What a finished booster is multiplied by (eta)."""
+    """Factor on a finished booster (eta)."""
 
     norm_penalty: float = Field(default=0.0, ge=0)
-    """Weight of ||A||_F^2 + ||B||_F^2 of the live boosters in the loss."""
+    """Weight of ||A||_F^2 + ||B||_F^2 of the live booster in the loss."""
 
     rewarm: int = Field(default=0, ge=0)
-    """Steps over which the learning rate rises again with each booster."""
+    """Warm-up steps of the learning rate for each booster."""
 
     max_bank_rank: int = Field(default=256, ge=1)
-    """Rank above which a layer's finished boosters are recompressed."""
+    """Rank above which the finished boosters of a layer are recompressed."""
 
 
 class XGBLoRAMethod(Method[BankedLayer]):
-    """Draws the layers of a booster, and finishes it when its steps are over."""
+    """Draws the decoder layers of each booster and finishes it after its steps."""
 
     settings: XGBLoRA
 
     def __init__(self, settings: XGBLoRA) -> None:
         super().__init__(settings)
         self._blocks: list[int] = []
-        """Decoder layers of the running booster; -1 stands for what is in none."""
+        """Decoder layers of the current booster; -1 stands for modules outside the decoder."""
         self._until = 0
-        """Steps that are done when it is over; 0 once it is finished."""
+        """Finished steps at which the current booster ends; 0 between boosters."""
         self._block_of: dict[str, int] = {}
 
     def footprint(self, spec: LinearSpec) -> Footprint:
@@ -105,7 +106,7 @@ class XGBLoRAMethod(Method[BankedLayer]):
 
     def after_step(self, access: ParameterAccess, step: StepInfo) -> None:
         if step.skipped or step.step + 1 < self._until:
-            return  # where the last step was skipped, the next one finishes the booster
+            return  # if its last step was skipped, the next step finishes the booster
         for path in self.active(step):
             layer = self.layers[path]
             fresh = layer.fresh_down(step.generator)
@@ -124,8 +125,8 @@ class XGBLoRAMethod(Method[BankedLayer]):
         self._blocks, self._until = state["blocks"].tolist(), state["until"]
 
     def _draw(self, generator: torch.Generator) -> list[int]:
-        """Distinct decoder layers, the same for all processes."""
-        there = sorted({self._block_of[path] for path in self.layers})
-        count = min(self.settings.num_layers or max(len(there) // 3, 1), len(there))
-        order = torch.randperm(len(there), generator=generator)[:count]
-        return sorted(there[i] for i in order.tolist())
+        """Distinct decoder layers, the same on all processes."""
+        blocks = sorted({self._block_of[path] for path in self.layers})
+        count = min(self.settings.num_layers or max(len(blocks) // 3, 1), len(blocks))
+        order = torch.randperm(len(blocks), generator=generator)[:count]
+        return sorted(blocks[i] for i in order.tolist())

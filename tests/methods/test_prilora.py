@@ -11,9 +11,9 @@ from qlora_lite.methods.lora import LoRA, LoRAMethod
 from qlora_lite.methods.prilora import (
     PRILoRA,
     PRILoRAMethod,
-    events_are_over,
-    is_event,
+    is_pruning_due,
     least_important,
+    pruning_is_over,
     rank_on_line,
 )
 from qlora_lite.model.targets import LinearSpec
@@ -178,15 +178,15 @@ def test_equal_scores_do_not_make_more_zeros_than_the_share():
 
 
 def test_events_end_at_their_share_of_the_run():
-    assert [d for d in range(1, 401) if is_event(d, 400, 40, 0.9)] == list(range(40, 361, 40))
-    assert [d for d in range(1, 101) if is_event(d, 100, 29, 0.29)] == [29]
-    assert [d for d in range(401) if events_are_over(d, 400, 40, 0.9)] == list(range(360, 401))
-    assert [d for d in range(11) if events_are_over(d, 10, 3, 1.0)] == [9, 10]
+    assert [d for d in range(1, 401) if is_pruning_due(d, 400, 40, 0.9)] == list(range(40, 361, 40))
+    assert [d for d in range(1, 101) if is_pruning_due(d, 100, 29, 0.29)] == [29]
+    assert [d for d in range(401) if pruning_is_over(d, 400, 40, 0.9)] == list(range(360, 401))
+    assert [d for d in range(11) if pruning_is_over(d, 10, 3, 1.0)] == [9, 10]
 
 
 def test_a_run_that_is_too_short_has_no_event_and_none_that_are_over():
-    assert not any(is_event(d, 43, 40, 0.9) for d in range(1, 44))
-    assert not any(events_are_over(d, 43, 40, 0.9) for d in range(44))
+    assert not any(is_pruning_due(d, 43, 40, 0.9) for d in range(1, 44))
+    assert not any(pruning_is_over(d, 43, 40, 0.9) for d in range(44))
 
 
 def test_each_row_has_its_zeros_right_after_an_event_and_grows_again(directory):

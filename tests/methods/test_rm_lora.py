@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from qlora_lite.adapters.method import StepInfo
 from qlora_lite.foundation.seeds import generator
 from qlora_lite.methods.lora import LoRA, LoRAMethod
-from qlora_lite.methods.rm_lora import RMLoRA, RMLoRAMethod, all_but, distance_from_orthonormal
+from qlora_lite.methods.rm_lora import RMLoRA, RMLoRAMethod, distance_from_orthonormal, mask_all_but
 from tests.tiny import save_tiny
 from tests.workbench import Bench, one_layer, perturb
 
@@ -191,7 +191,7 @@ def test_every_layer_and_every_step_draws_anew(directory):
 
 def test_components_are_drawn_alike():
     draw = torch.Generator().manual_seed(0)
-    kept = sum((~all_but(2, 5, draw)).int() for _ in range(2000))
+    kept = sum((~mask_all_but(2, 5, draw)).int() for _ in range(2000))
     assert kept.sum() == 2 * 2000
     # 2000 draws of a chance of 2/5: a standard deviation of 22
     assert (kept - 800).abs().max() < 4 * 22
@@ -286,9 +286,9 @@ def test_a_skipped_step_writes_nothing():
 
     draw = generator(0, "method", 1)
     layer.method.before_step(Reading(), StepInfo(1, 20, 1e-2, draw))
-    assert layer.method.held
+    assert layer.method.previous
     layer.method.after_step(Reading(), StepInfo(1, 20, 1e-2, draw, skipped=True))
-    assert not layer.method.held
+    assert not layer.method.previous
 
 
 def test_a_layer_without_a_gradient_is_left_alone():
