@@ -107,12 +107,12 @@ def plan(recipe: RecipeFile, settings: Assignments = None) -> None:
     from qlora_lite.run.planning import NO_BUDGET, check_settings, plan_memory
     from qlora_lite.run.setup import set_up
 
-    asked, notes = vary(load_recipe(recipe), settings or [])
-    rule = devices.choose(asked.device, asked.base.compute, allow_absent=True)
+    changed, notes = vary(load_recipe(recipe), settings or [])
+    rule = devices.choose(changed.device, changed.base.compute, allow_absent=True)
     with Display() as display:
         for note in [*notes, rule.summary]:
             display.note(note)
-        setup = set_up(asked, rule, needs_config=False)
+        setup = set_up(changed, rule, needs_config=False)
         planned = plan_memory(setup)
         display.planned(planned)
         for note in check_settings(setup):

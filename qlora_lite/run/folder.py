@@ -18,7 +18,7 @@ import torch
 from qlora_lite.adapters.files import SIDECAR
 from qlora_lite.foundation.errors import RecipeError, RunError
 from qlora_lite.foundation.files import make_folder, read_object, write_json
-from qlora_lite.foundation.overrides import check
+from qlora_lite.foundation.overrides import validate
 from qlora_lite.model.load import locate
 from qlora_lite.model.settings import Base
 from qlora_lite.recipe import FREE_SETTINGS, Recipe, differences

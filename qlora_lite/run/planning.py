@@ -27,7 +27,7 @@ def plan_recipe(recipe: Recipe, rule: DeviceRule | None = None) -> Plan:
         QloraLiteError: if the base cannot be found, the targets match nothing, or the method needs
             another kind of base.
     """
-    rule = rule or devices.choose(recipe.device, recipe.base.compute, is_imagined=True)
+    rule = rule or devices.choose(recipe.device, recipe.base.compute, allow_absent=True)
     return plan_memory(set_up(recipe, rule, needs_config=False))
 
 

@@ -104,7 +104,7 @@ def _train(
                 setup, folder.path, loaded, data, batches, resume_from, stop_request, watcher, track
             )
             fingerprints = {"data": data.fingerprint, "base": loaded.base.checkpoint.fingerprint}
-            for warning in folder.record(recipe, fingerprints, rule.line, micro_batch_tokens):
+            for warning in folder.record(recipe, fingerprints, rule.summary, micro_batch_tokens):
                 watcher.note(warning)
             reset_peak(rule.device)
             progress = train(job)
