@@ -7,7 +7,6 @@ from torch.nn import functional as F
 from qlora_lite.foundation import device
 from qlora_lite.foundation.seeds import generator
 from qlora_lite.methods.lora import LoRA, LoRAMethod
-from qlora_lite.methods.rslora import RsLoRA
 from qlora_lite.model.quant import BF16, FP4, FP32, NF4, Int8
 from qlora_lite.model.quantise import quantise
 from qlora_lite.model.targets import LinearSpec
@@ -66,13 +65,6 @@ def test_gradients_are_those_of_the_formula():
     ours = torch.autograd.grad((layer(x) * weight).sum(), [x, a, b])
     for got, want in zip(ours, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-
-
-def test_rslora_scales_by_the_root_of_the_rank():
-    layer = build(RsLoRA(rank=16, alpha=8))
-    assert layer.scale == 2.0
-    assert build(LoRA(rank=16, alpha=8)).scale == 0.5
-    assert build(LoRA(rank=16, alpha=8, scaling="alpha/sqrt(r)")).scale == 2.0
 
 
 def test_after_one_sgd_step_only_b_has_changed():

@@ -6,52 +6,13 @@ import torch
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.methods.offset import original
 from qlora_lite.methods.olora import OLoRA
-from qlora_lite.methods.pissa import PiSSA, principal_factors
+from qlora_lite.methods.pissa import PiSSA
 from qlora_lite.model.quant import FP32, NF4
 from qlora_lite.model.quantise import quantise
 from tests.tiny import save_tiny
-from tests.workbench import CLOSE, CPU, Bench, one_layer, perturb
+from tests.workbench import CPU, Bench, one_layer, perturb
 
 SMALL = {"rank": 4, "alpha": 6}
-
-
-def taken_out(layer):
-    """s B0 A0 of a layer beside its base."""
-    return layer.scale * (layer.b0 @ layer.a0)
-
-
-def test_pissa_starts_at_the_best_low_rank_part():
-    layer = one_layer(PiSSA(**SMALL), 33, 57, FP32())
-    u, s, vh = torch.linalg.svd(layer.base.dense())
-    best = u[:, :4] * s[:4] @ vh[:4]
-    torch.testing.assert_close(taken_out(layer), best, **CLOSE)
-    wanted = torch.diag(s[:4] / layer.scale)
-    torch.testing.assert_close(layer.b0.T @ layer.b0, wanted, **CLOSE)
-    torch.testing.assert_close(layer.a0 @ layer.a0.T, wanted, **CLOSE)
-
-
-def test_a_randomised_svd_is_near_and_leaves_the_global_stream_alone():
-    draw = torch.Generator().manual_seed(0)
-    spiky = torch.randn(60, 4, generator=draw) @ torch.randn(4, 80, generator=draw)
-    weight = spiky + 0.01 * torch.randn(60, 80, generator=draw)
-    exact = principal_factors(weight, 4, 2.0, None, draw)
-    before = torch.random.get_rng_state()
-    near = principal_factors(weight, 4, 2.0, 8, torch.Generator().manual_seed(1))
-    again = principal_factors(weight, 4, 2.0, 8, torch.Generator().manual_seed(1))
-    assert torch.equal(before, torch.random.get_rng_state())
-    assert torch.equal(near[0], again[0])
-    torch.testing.assert_close(near[1] @ near[0], exact[1] @ exact[0], rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("shape", [(33, 57), (57, 33)])
-def test_olora_starts_orthonormal_and_trapezoidal(shape):
-    layer = one_layer(OLoRA(**SMALL), *shape, FP32())
-    torch.testing.assert_close(layer.b0.T @ layer.b0, torch.eye(4), **CLOSE)
-    assert not layer.a0.tril(-1).any()
-    assert (layer.a0.diagonal() >= 0).all()
-    first_columns = layer.base.dense()[:, :4]
-    torch.testing.assert_close(layer.b0 @ layer.a0[:, :4], first_columns, **CLOSE)
-    assert torch.linalg.matrix_rank(taken_out(layer)) == 4
 
 
 def test_a_rank_above_the_weights_is_cut_to_it():
@@ -83,16 +44,6 @@ def test_requantised_the_base_is_what_the_start_leaves(tmp_path):
     assert error < 0.11
     perturb(layer)
     assert layer.start.keys() == {"a0", "b0"}
-
-
-def test_a_spiky_weight_is_kept_better_when_its_principal_part_is_taken_out():
-    draw = torch.Generator().manual_seed(0)
-    spikes = torch.randn(64, 2, generator=draw) @ torch.randn(2, 128, generator=draw)
-    weight = torch.randn(64, 128, generator=draw) + 4 * spikes
-    plain = (quantise(weight, NF4(), CPU).dense() - weight).norm()
-    a, b = principal_factors(weight, 2, 1.0, None, draw)
-    rest = weight - b @ a
-    assert (quantise(rest, NF4(), CPU).dense() - rest).norm() < plain
 
 
 def test_switched_off_a_requantised_adapter_is_not_the_base_and_says_so(tmp_path):
