@@ -1,4 +1,4 @@
-"""AdaLoRA: budgets that are met exactly, and triplets kept where they matter most."""
+"""AdaLoRA: exact budgets, importance scores and which triplets are kept."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def kept(bench):
     return {p: layer.e.detach() != 0 for p, layer in bench.attached.layers.items()}
 
 
-def count(masks):
+def num_kept(masks):
     return sum(int(mask.sum()) for mask in masks.values())
 
 
@@ -43,20 +43,20 @@ def test_the_budget_is_met_exactly_and_final_triplets_stay(directory):
         bench.step()
         patterns.append(kept(bench))
         if done <= 3:
-            assert count(patterns[-1]) == 6 * num_layers
+            assert num_kept(patterns[-1]) == 6 * num_layers
         elif done < 15 and done % 2 == 0:
             expected = budget(done, 3, 15, 6 * num_layers, 3 * num_layers)
-            assert count(patterns[-1]) == expected
+            assert num_kept(patterns[-1]) == expected
         elif done >= 15:
-            assert count(patterns[-1]) == 3 * num_layers
+            assert num_kept(patterns[-1]) == 3 * num_layers
     final = patterns[14]
     assert all(torch.equal(p[path], mask) for p in patterns[14:] for path, mask in final.items())
     widths = {int(mask.sum()) for mask in final.values()}
-    assert len(widths) > 1  # rank really moved between layers
+    assert len(widths) > 1  # layers ended with different ranks
     assert bench.method._sensitivity == {}
 
 
-def test_a_triplet_that_was_cut_may_come_back_before_the_budget_is_final(directory):
+def test_a_cut_triplet_can_return_before_the_budget_is_final(directory):
     bench = Bench(directory, SETTINGS, total=TOTAL)
     cut, revived = {}, False
     for _ in range(14):
@@ -114,10 +114,10 @@ def test_the_target_may_be_the_first_rank(directory):
     bench = Bench(directory, settings, total=TOTAL)
     for _ in range(TOTAL):
         bench.step()
-    assert count(kept(bench)) == 6 * len(bench.attached.layers)
+    assert num_kept(kept(bench)) == 6 * len(bench.attached.layers)
 
 
-def test_a_budget_that_grows_is_refused():
+def test_a_growing_budget_is_an_error():
     with pytest.raises(ValidationError, match=r"target_rank=8.*rank=4.*target_rank=4 or less"):
         AdaLoRA(rank=4, target_rank=8)
 
@@ -146,7 +146,7 @@ def test_the_highest_scores_are_kept_whatever_is_masked(directory):
     assert all(torch.equal(bench.method._scores(path), found) for path, found in scores.items())
 
 
-def test_a_run_that_is_resumed_behind_the_final_budget_keeps_its_triplets(directory):
+def test_a_run_resumed_after_the_final_budget_keeps_its_triplets(directory):
     first = Bench(directory, SETTINGS, total=TOTAL)
     for _ in range(16):
         first.step()
@@ -160,7 +160,7 @@ def test_a_run_that_is_resumed_behind_the_final_budget_keeps_its_triplets(direct
     assert all(torch.equal(mask, before[path]) for path, mask in kept(second).items())
 
 
-def test_an_extended_run_opens_its_budget_again(directory):
+def test_extending_a_run_reopens_its_budget(directory):
     bench = Bench(directory, SETTINGS, total=10)
     for _ in range(10):
         bench.step()
@@ -169,7 +169,7 @@ def test_an_extended_run_opens_its_budget_again(directory):
     counts = []
     for _ in range(30):
         bench.step()
-        counts.append(count(kept(bench)))
+        counts.append(num_kept(kept(bench)))
     assert counts[0] > 3 * len(first)
     assert counts[-1] == 3 * len(first)
     assert any(not torch.equal(mask, first[path]) for path, mask in kept(bench).items())
@@ -177,8 +177,8 @@ def test_an_extended_run_opens_its_budget_again(directory):
 
 
 @pytest.mark.parametrize("phases", [{"warmup": 6, "final": 6}, {"warmup": 20}, {"final": 8}])
-def test_the_final_budget_is_met_in_a_run_that_is_too_short_for_its_phases(directory, phases):
+def test_the_final_budget_is_met_in_a_run_shorter_than_its_phases(directory, phases):
     bench = Bench(directory, SETTINGS.model_copy(update=phases), total=8)
     for _ in range(8):
         bench.step()
-    assert count(kept(bench)) == 3 * len(bench.attached.layers)
+    assert num_kept(kept(bench)) == 3 * len(bench.attached.layers)

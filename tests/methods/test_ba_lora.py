@@ -1,4 +1,4 @@
-"""BA-LoRA's three regularisers, for language modelling and for classification."""
+"""BA-LoRA: the three regularisers, for language modelling and for classification."""
 
 import math
 
@@ -135,14 +135,14 @@ def test_only_rows_whose_target_is_a_class_are_regularised():
     assert method.output_loss(OutputChunk(Z, nowhere)) is None
 
 
-def test_the_teacher_is_asked_for_only_when_it_is_needed():
+def test_the_teacher_is_required_only_with_a_consistency_loss():
     assert method_with().requires is Requirement.TEACHER_OUTPUT
     assert method_with(consistency=0).requires is Requirement.NONE
     none = method_with(consistency=0, diversity=0, singular=0)
     assert none.output_loss(OutputChunk(Z, torch.zeros(9))) is None
 
 
-def test_at_the_start_the_outputs_are_the_teachers_and_the_loss_says_so(tmp_path):
+def test_the_consistency_loss_is_zero_at_the_start_and_then_positive(tmp_path):
     settings = BALoRA(rank=4, alpha=4, consistency=100.0, diversity=0, singular=0)
     bench = Bench(save_tiny(tmp_path / "base"), settings)
     bench.step()
@@ -151,7 +151,7 @@ def test_at_the_start_the_outputs_are_the_teachers_and_the_loss_says_so(tmp_path
     assert bench.result.added > 0.0
 
 
-def test_a_strong_teacher_holds_the_model_near_the_base(tmp_path):
+def test_a_large_consistency_weight_keeps_the_outputs_close_to_the_base(tmp_path):
     directory = save_tiny(tmp_path / "base")
     away = []
     for consistency in (0.0, 30.0):
@@ -164,7 +164,7 @@ def test_a_strong_teacher_holds_the_model_near_the_base(tmp_path):
     assert away[1] < 0.7 * away[0]
 
 
-def test_the_teachers_logits_carry_no_gradient(tmp_path):
+def test_the_logits_of_the_teacher_have_no_gradient(tmp_path):
     seen = []
 
     class Watching(BALoRAMethod):

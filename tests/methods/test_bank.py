@@ -1,4 +1,4 @@
-"""The bank of finished links: nothing changes when a link is handed over."""
+"""The bank of finished links: finishing a link does not change what the layer computes."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.workbench import CLOSE, one_layer, perturb
 
 
 def layer_with(num_links, **settings):
-    """A layer with finished links, and the sum of what they were."""
+    """A layer with finished links, the sum of their deltas, and the access that was used."""
     layer = one_layer(COLA(rank=3, alpha=4.5, dropout=0.0, **settings), 33, 57)
     access, total = PlainAccess(), torch.zeros(33, 57)
     for link in range(num_links):
@@ -22,7 +22,7 @@ def layer_with(num_links, **settings):
     return layer, total, access
 
 
-def test_a_hand_over_does_not_change_the_function():
+def test_finishing_a_link_does_not_change_the_output():
     layer = perturb(one_layer(COLA(rank=3, alpha=4.5), 33, 57), size=0.3)
     x = torch.randn(5, 57)
     before = layer(x)
@@ -31,7 +31,7 @@ def test_a_hand_over_does_not_change_the_function():
     torch.testing.assert_close(layer(x), before, **CLOSE)
 
 
-def test_the_bank_is_the_sum_of_its_links_and_the_live_one_comes_on_top():
+def test_the_delta_is_the_sum_of_the_finished_links_and_the_live_pair():
     layer, total, access = layer_with(4)
     assert len(layer.bank_scales) == 12
     torch.testing.assert_close(layer.delta(), total, **CLOSE)
@@ -41,14 +41,14 @@ def test_the_bank_is_the_sum_of_its_links_and_the_live_one_comes_on_top():
     assert access.resets[-2:] == [layer.a, layer.b]
 
 
-def test_components_that_are_zero_take_no_room():
+def test_zero_components_are_not_stored():
     layer = perturb(one_layer(COLA(rank=3, alpha=3), 33, 57))
     layer.b.data[:, 1] = 0.0
     layer.finish_link(PlainAccess(), layer.fresh_down(torch.Generator()), cap=None)
     assert layer.bank_down.shape == (2, 57)
 
 
-def test_a_cap_keeps_the_best_part_and_says_what_it_lost():
+def test_recompressing_keeps_the_best_approximation_and_records_the_error():
     layer, total, _ = layer_with(4)
     layer.recompress(5)
     s = torch.linalg.svdvals(total)
@@ -65,7 +65,7 @@ def test_recompressing_to_the_full_rank_loses_nothing():
     assert layer.bank_error < 1e-5
 
 
-def test_the_best_pair_is_that_of_the_svd():
+def test_the_best_pair_equals_a_truncated_svd():
     draw = torch.Generator().manual_seed(0)
     down, up = torch.randn(7, 40, generator=draw), torch.randn(30, 7, generator=draw)
     u, s, vh = torch.linalg.svd(up @ down)
@@ -75,7 +75,7 @@ def test_the_best_pair_is_that_of_the_svd():
 
 
 @pytest.mark.parametrize("shape", [(8, 64), (64, 8)])
-def test_a_bank_above_the_rank_of_its_weight_is_recompressed_without_loss(shape):
+def test_recompressing_a_bank_larger_than_the_full_rank_is_lossless(shape):
     layer = one_layer(COLA(rank=13, alpha=13.0), *shape)
     draw = torch.Generator().manual_seed(0)
     down, up = (torch.randn(size, generator=draw) for size in ((13, shape[1]), (shape[0], 13)))
@@ -85,25 +85,25 @@ def test_a_bank_above_the_rank_of_its_weight_is_recompressed_without_loss(shape)
     assert layer.bank_down.shape == (8, shape[1])
 
 
-def test_the_error_of_a_bank_counts_the_rounding_of_its_factors():
+def test_the_error_includes_the_rounding_of_the_factors():
     layer = one_layer(COLA(rank=3, alpha=3.0), 33, 57, dtype=torch.bfloat16)
     perturb(layer, size=0.3)
     layer.finish_link(PlainAccess(), layer.fresh_down(torch.Generator()), cap=None)
-    whole = layer.delta()
+    before = layer.delta()
     for _ in range(5):
         layer.recompress(3)
-    lost = ((layer.delta() - whole).norm() / whole.norm()).item()
-    assert 1e-4 < lost <= layer.bank_error.item() < 0.05
+    error = ((layer.delta() - before).norm() / before.norm()).item()
+    assert 1e-4 < error <= layer.bank_error.item() < 0.05
 
 
-def test_dropout_is_not_on_the_bank():
+def test_dropout_does_not_apply_to_the_bank():
     layer, _, _ = layer_with(2)
     layer.dropout = 0.5
     x = torch.randn(5, 57)
     torch.testing.assert_close(layer.train()(x), layer.eval()(x), **CLOSE)  # the live B is zero
 
 
-def test_components_that_are_zero_do_not_leave():
+def test_zero_components_are_not_exported():
     layer, total, _ = layer_with(2)
     pair = layer.factors()
     assert pair.rank == 6
@@ -120,7 +120,7 @@ def test_scales_are_not_rounded_into_bf16_factors():
     torch.testing.assert_close(layer.delta(), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_a_trained_pair_of_any_rank_is_the_first_link():
+def test_a_warm_start_makes_a_pair_of_any_rank_the_first_link():
     layer = one_layer(COLA(rank=3), 33, 57)
     draw = torch.Generator().manual_seed(0)
     pair = Factors(torch.randn(9, 57, generator=draw), torch.randn(33, 9, generator=draw))

@@ -1,4 +1,4 @@
-"""COLA: links that take their turns, each from a fresh start on what the others left."""
+"""COLA: when a link is finished, and how the next one starts."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def layers_of(bench):
     return list(bench.attached.layers.values())
 
 
-def test_links_share_the_run_and_the_schedule_begins_anew_with_each():
+def test_links_share_the_run_and_each_restarts_the_schedule():
     method = COLAMethod(COLA(num_links=3))
     clocks = [method.schedule_position(step, 11) for step in range(11)]
     lengths = [3, 4, 4]
@@ -34,7 +34,7 @@ def test_links_share_the_run_and_the_schedule_begins_anew_with_each():
     assert COLAMethod(COLA(num_links=1)).schedule_position(7, 11) == (7, 11)
 
 
-def test_a_link_is_tied_at_the_end_of_its_share_and_the_next_begins_at_zero(directory):
+def test_a_link_is_tied_at_the_end_of_its_share_and_the_next_starts_at_zero(directory):
     bench = Bench(directory, COLA(rank=4, alpha=6, num_links=3), total=TOTAL)
     ranks = []
     for done in range(1, TOTAL + 1):
@@ -52,9 +52,9 @@ def test_a_link_is_tied_at_the_end_of_its_share_and_the_next_begins_at_zero(dire
     assert all(layer.b.any() for layer in layers_of(bench))
 
 
-def test_the_function_goes_on_across_a_tie(directory):
+def test_a_tie_does_not_change_the_outputs(directory):
     class Late(COLAMethod):
-        """Ties at a call of its own, so that before and after can be compared."""
+        """Ties only when the test calls `tie`, to compare before and after."""
 
         def after_step(self, access, step):
             self.tie = lambda: COLAMethod.after_step(self, access, step)
@@ -79,7 +79,7 @@ def test_finished_links_are_frozen(directory):
         assert torch.equal(layer.bank_up, finished[path])
 
 
-def test_links_of_falling_rank_mask_what_they_do_not_use(directory):
+def test_unused_components_of_links_of_falling_rank_stay_zero(directory):
     settings = COLA(rank=4, alpha=6, num_links=3, link_ranks=[4, 2, 1])
     bench = Bench(directory, settings, total=TOTAL)
     for done in range(1, TOTAL + 1):
@@ -92,14 +92,14 @@ def test_links_of_falling_rank_mask_what_they_do_not_use(directory):
     assert {len(layer.bank_scales) for layer in layers_of(bench)} == {6}
 
 
-def test_no_layer_is_larger_than_its_first_link(directory):
+def test_every_layer_has_the_rank_of_its_first_link(directory):
     settings = COLA(rank=8, num_links=2, link_ranks=[4, 2], ranks={"0": 3})
     for path, layer in Bench(directory, settings).attached.layers.items():
         rank = 3 if ".0." in path else 4
         assert (layer.a.shape[0], layer.b.shape[1]) == (rank, rank)
 
 
-def test_a_loaded_layer_knows_the_scale_of_its_link(directory):
+def test_a_loaded_layer_has_the_scale_of_its_link(directory):
     settings = COLA(rank=4, alpha=6, num_links=3, link_ranks=[4, 2, 1])
     bench = Bench(directory, settings, total=TOTAL)
     for _ in range(TOTAL):
@@ -108,7 +108,7 @@ def test_a_loaded_layer_knows_the_scale_of_its_link(directory):
     assert torch.equal(Bench(directory, settings, saved=saved).logits(), bench.logits())
 
 
-def test_the_plan_counts_the_bank_that_there_will_be(directory):
+def test_the_memory_plan_counts_the_final_bank(directory):
     settings = COLA(rank=4, num_links=3, link_ranks=[4, 2, 1])
     bench = Bench(directory, settings, total=TOTAL)
     for _ in range(TOTAL):
@@ -120,12 +120,12 @@ def test_the_plan_counts_the_bank_that_there_will_be(directory):
 
 
 @pytest.mark.parametrize("ranks", [[8, 4], [4, 8, 2], [16, 8, 4], [8, 0, 0]])
-def test_ranks_that_do_not_fit_the_chain_are_refused(ranks):
+def test_invalid_link_ranks_are_an_error(ranks):
     with pytest.raises(ValidationError, match="link_ranks="):
         COLA(rank=8, num_links=3, link_ranks=ranks)
 
 
-def test_the_learning_rate_begins_anew_with_every_link(directory, tmp_path):
+def test_the_learning_rate_restarts_with_every_link(directory, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl")
     changes = ("adapter=cola", "adapter.num_links=3", "optim.schedule=linear", "optim.warmup=0")
     run_recipe(small_recipe(directory, rows, tmp_path / "run", *changes))
@@ -135,13 +135,13 @@ def test_the_learning_rate_begins_anew_with_every_link(directory, tmp_path):
     assert steps == pytest.approx([5e-3 * (1 - i / 4) for _ in range(3) for i in range(4)])
 
 
-def test_an_extended_chain_ties_at_the_ends_of_its_new_shares(directory):
+def test_an_extended_run_ties_at_the_ends_of_its_new_shares(directory):
     settings = COLA(rank=4, num_links=3)
     first = Bench(directory, settings, total=6)
     for _ in range(6):
         first.step()
     assert len(layers_of(first)[0].bank_scales) == 8
-    first.total = 24  # links begin at 0, 8 and 16
+    first.total = 24  # links start at 0, 8 and 16
     ranks = []
     for _ in range(18):
         first.step()
@@ -149,7 +149,7 @@ def test_an_extended_chain_ties_at_the_ends_of_its_new_shares(directory):
     assert ranks == [8] + [12] * 8 + [16] * 9
 
 
-def test_a_run_that_begins_from_a_chain_has_a_chain_of_its_own(directory, tmp_path):
+def test_a_warm_start_from_a_chain_starts_a_new_chain(directory, tmp_path):
     settings = COLA(rank=4, alpha=6, num_links=3, link_ranks=[4, 2, 1])
     first = Bench(directory, settings, total=6)
     for _ in range(6):

@@ -1,4 +1,4 @@
-"""What DoRA adds to LoRA: a magnitude per output, and a norm that is a constant."""
+"""DoRA: a magnitude per output, and a norm that is constant in backward."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def layer_of(quant=None, **changed):
 
 
 def naive(layer, x, m, a, b):
-    """Eq. 5 row by row, with the norm as a number that nothing flows through."""
+    """Eq. 5 row by row, with a detached norm."""
     weight = layer.base.dense()
     rows = []
     for i in range(layer.base.d_out):
@@ -52,15 +52,15 @@ def test_rows_of_the_merged_weight_have_the_trained_magnitudes(tmp_path):
     bench = Bench(save_tiny(tmp_path / "base"), SETTINGS)
     for _ in range(5):
         bench.step()
-    moved = 0
+    num_moved = 0
     for layer in bench.attached.layers.values():
         merged = layer.merged(layer.base.dense())
         torch.testing.assert_close(merged.norm(dim=1), layer.m.detach(), **CLOSE)
-        moved += not torch.equal(layer.m.detach(), layer.squares.sqrt())
-    assert moved == len(bench.attached.layers)
+        num_moved += not torch.equal(layer.m.detach(), layer.squares.sqrt())
+    assert num_moved == len(bench.attached.layers)
 
 
-def test_magnitudes_rest_in_fp32_and_move_with_the_up_factors_without_decay(tmp_path):
+def test_magnitudes_are_fp32_and_have_the_rate_of_up_factors_without_decay(tmp_path):
     settings = SETTINGS.model_copy(update={"lr_ratio": 4.0})
     bench = Bench(save_tiny(tmp_path / "base"), settings, dtype=torch.bfloat16)
     assert all(layer.m.dtype == torch.float32 for layer in bench.attached.layers.values())
@@ -70,7 +70,7 @@ def test_magnitudes_rest_in_fp32_and_move_with_the_up_factors_without_decay(tmp_
     assert (groups["a"].lr_factor, groups["a"].decays) == (1.0, True)
 
 
-def test_dropout_falls_on_the_low_rank_part_only():
+def test_dropout_applies_to_the_low_rank_part_only():
     layer = perturb(layer_of(dropout=0.9)).train()
     layer.b.data.zero_()
     x = torch.randn(4, 57)
@@ -78,7 +78,7 @@ def test_dropout_falls_on_the_low_rank_part_only():
     torch.testing.assert_close(layer(x), gain * layer.base(x), **CLOSE)
 
 
-def test_it_begins_at_a_plain_lora_with_the_same_function():
+def test_a_warm_start_from_a_plain_lora_gives_the_same_outputs():
     layer = layer_of()
     draw = torch.Generator().manual_seed(3)
     pair = Factors(torch.randn(2, 57, generator=draw), torch.randn(33, 2, generator=draw))

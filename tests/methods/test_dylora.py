@@ -1,4 +1,4 @@
-"""DyLoRA: one training for every rank, drawn once per step; what a step holds and what it moves."""
+"""DyLoRA: the rank drawn per step, what a step moves, and the adapter of every rank."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def draws(num, **settings):
 
 
 def at_rank(layer, rank):
-    """The layer as it computes in a training step at `rank`."""
+    """The layer in a training step at `rank`."""
     layer.train()
     layer.drawn = rank
     return layer
@@ -59,7 +59,7 @@ def naive(layer, x, rank, alpha=6):
     return y
 
 
-# -- what a layer computes -------------------------------------------------------------------------
+# -- the layer -------------------------------------------------------------------------------------
 
 
 def test_the_defaults_are_those_of_the_released_glue_script():
@@ -72,7 +72,7 @@ def test_the_defaults_are_those_of_the_released_glue_script():
     )
 
 
-def test_the_tree_and_the_count_are_those_of_a_lora_of_the_largest_rank():
+def test_tensors_and_count_are_those_of_a_lora_of_the_largest_rank():
     layer = made()
     assert {n: tuple(t.shape) for n, t in layer.state().items()} == {"a": (5, 57), "b": (33, 5)}
     assert layer.trainable_count() == 5 * (57 + 33)
@@ -97,7 +97,7 @@ def test_values_and_gradients_at_a_drawn_rank_are_those_of_a_loop(rank):
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
-def test_the_frozen_variant_computes_the_same_and_only_the_drawn_component_has_a_gradient(rank):
+def test_the_frozen_variant_has_the_same_output_and_gradients_for_one_component_only(rank):
     standard = at_rank(perturb(made()), rank)
     frozen = at_rank(perturb(made(DyLoRA(**SMALL, variant="frozen"))), rank)
     gradients = []
@@ -115,7 +115,7 @@ def test_the_frozen_variant_computes_the_same_and_only_the_drawn_component_has_a
     assert b.any()
 
 
-def test_components_above_the_drawn_rank_do_not_reach_the_output():
+def test_components_above_the_drawn_rank_do_not_affect_the_output():
     layer = at_rank(perturb(made()), 3)
     x = torch.randn(4, 57)
     before = layer(x)
@@ -126,7 +126,7 @@ def test_components_above_the_drawn_rank_do_not_reach_the_output():
     assert not torch.equal(at_rank(layer, 4)(x), before)
 
 
-def test_at_the_largest_rank_it_is_the_lora_of_the_same_tensors():
+def test_at_the_largest_rank_it_equals_a_lora_with_the_same_tensors():
     layer = at_rank(perturb(made()), 5)
     lora = one_layer(LoRA(**SMALL), 33, 57, method=LoRAMethod)
     lora.load_state(layer.state())
@@ -136,14 +136,14 @@ def test_at_the_largest_rank_it_is_the_lora_of_the_same_tensors():
 
 
 @pytest.mark.parametrize(("scaling", "scale"), [("alpha/r", 6 / 3), ("alpha/sqrt(r)", 6 / 3**0.5)])
-def test_the_scale_is_that_of_the_rank_in_use(scaling, scale):
+def test_the_scale_is_that_of_the_current_rank(scaling, scale):
     layer = at_rank(perturb(made(DyLoRA(**SMALL, scaling=scaling))), 3)
     x = torch.randn(4, 57)
     expected = scale * x @ layer.a[:3].T @ layer.b[:, :3].T
     torch.testing.assert_close(layer.update(x), expected, **CLOSE)
 
 
-def test_training_uses_the_drawn_rank_and_evaluation_its_own():
+def test_training_uses_the_drawn_rank_and_evaluation_uses_eval_rank():
     layer = perturb(made(DyLoRA(**SMALL, eval_rank=2)))
     x = torch.randn(4, 57)
     torch.testing.assert_close(at_rank(layer, 4)(x), naive(layer, x, 4), **CLOSE)
@@ -153,7 +153,7 @@ def test_training_uses_the_drawn_rank_and_evaluation_its_own():
     assert layer.factors().rank == 2
 
 
-def test_every_rank_leaves_as_a_pair_that_equals_its_output():
+def test_every_rank_is_exported_as_a_pair_that_equals_its_output():
     layer = perturb(made())
     x = torch.randn(4, 57)
     bare = layer.base(x)
@@ -169,7 +169,7 @@ def test_every_rank_leaves_as_a_pair_that_equals_its_output():
     assert layer.factors().rank == layer.factors(99).rank == 5
 
 
-def test_a_peft_adapter_has_the_rank_of_evaluation(directory):
+def test_a_peft_adapter_has_eval_rank(directory):
     run = bench(directory, DyLoRA(**SMALL, eval_rank=3))
     run.step()
     tensors, config = to_peft(run.attached)
@@ -177,7 +177,7 @@ def test_a_peft_adapter_has_the_rank_of_evaluation(directory):
     assert {t.shape[0] for name, t in tensors.items() if "lora_A" in name} == {3}
 
 
-def test_it_begins_from_a_pair_that_fits_the_rank_of_evaluation():
+def test_a_warm_start_needs_a_pair_of_at_most_eval_rank():
     small = perturb(one_layer(LoRA(rank=2, alpha=3), 33, 57, method=LoRAMethod))
     layer = made(DyLoRA(**SMALL, eval_rank=3))
     layer.warm_start(small.factors())
@@ -190,11 +190,11 @@ def test_it_begins_from_a_pair_that_fits_the_rank_of_evaluation():
 # -- the draw --------------------------------------------------------------------------------------
 
 HIGHEST_CHI_SQUARE = 24.3
-"""Of 7 degrees of freedom: a right distribution is above it once in a thousand seeds."""
+"""Quantile 0.999 for 7 degrees of freedom: a correct draw exceeds it in 1 of 1000 seeds."""
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "geometric"])
-def test_ranks_are_drawn_as_often_as_their_distribution_says(distribution):
+def test_drawn_ranks_follow_their_distribution(distribution):
     num, p = 4000, 0.3
     found = draws(num, rank=8, distribution=distribution, p=p)
     weights = [1.0 if distribution == "uniform" else (1 - p) ** b for b in range(1, 9)]
@@ -203,12 +203,12 @@ def test_ranks_are_drawn_as_often_as_their_distribution_says(distribution):
     assert chi_square < HIGHEST_CHI_SQUARE
 
 
-def test_only_ranks_of_the_range_are_drawn():
+def test_drawn_ranks_are_within_the_range():
     assert set(draws(200, rank=6, min_rank=3)) == {3, 4, 5, 6}
     assert set(draws(20, rank=6, min_rank=6)) == {6}
 
 
-def test_one_rank_is_drawn_for_the_whole_model_and_a_smaller_layer_takes_what_it_has(directory):
+def test_all_layers_use_one_drawn_rank_limited_by_their_own(directory):
     run = bench(directory, DyLoRA(rank=6, ranks={"q_proj": 2}))
     seen = set()
     for step in range(40):
@@ -220,7 +220,7 @@ def test_one_rank_is_drawn_for_the_whole_model_and_a_smaller_layer_takes_what_it
     assert seen == {1, 2, 3, 4, 5, 6}
 
 
-def test_a_forward_draws_nothing_and_all_micro_batches_of_a_step_have_one_rank(directory):
+def test_all_forwards_of_a_step_use_one_rank(directory):
     seen = []
 
     class Watching(DyLoRAMethod):
@@ -238,7 +238,7 @@ def test_a_forward_draws_nothing_and_all_micro_batches_of_a_step_have_one_rank(d
     run = Bench(directory, DyLoRA(rank=6), method=Watching, checkpointing=True)
     for _ in range(8):
         run.step()
-    assert len(seen) == 8 * 2 * 2  # two micro-batches, each computed again for the backward
+    assert len(seen) == 8 * 2 * 2  # two micro-batches, each recomputed in backward
     assert len(set(seen)) == 8
     assert len({rank for _, rank in seen}) > 2
 
@@ -246,8 +246,8 @@ def test_a_forward_draws_nothing_and_all_micro_batches_of_a_step_have_one_rank(d
 # -- around a step ---------------------------------------------------------------------------------
 
 
-def masters(run):
-    """The values that the optimizer keeps, and what rests in the layers."""
+def values(run):
+    """The fp32 copies in the optimizer and the parameters in the layers, by name."""
     kept = {n: run.engine.read(p) for n, p in run.attached.parameters().items()}
     return kept, {n: p.detach().clone() for n, p in run.attached.parameters().items()}
 
@@ -257,38 +257,38 @@ def part(name, tensor, chosen):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_of_the_frozen_variant_moves_the_drawn_component_and_no_other_bit(directory, dtype):
+def test_a_step_of_the_frozen_variant_changes_the_drawn_component_only(directory, dtype):
     settings = DyLoRA(rank=4, alpha=8, variant="frozen")
     run = bench(directory, settings, dtype=dtype, weight_decay=0.1)
     for _ in range(6):
-        before = masters(run)
+        before = values(run)
         run.step()
         drawn = next(iter(run.attached.layers.values())).drawn
         others = [i for i in range(4) if i != drawn - 1]
-        for then, now in zip(before, masters(run), strict=True):
+        for then, now in zip(before, values(run), strict=True):
             for name in then:
                 assert torch.equal(part(name, now[name], others), part(name, then[name], others))
-        for name, value in masters(run)[0].items():  # even A, by its decay
+        for name, value in values(run)[0].items():  # A too, at least by weight decay
             assert not torch.equal(
                 part(name, value, [drawn - 1]), part(name, before[0][name], [drawn - 1])
             )
 
 
-def test_without_holding_them_momentum_would_move_the_other_components(directory):
-    class Letting(DyLoRAMethod):
+def test_without_restoring_them_momentum_moves_the_other_components(directory):
+    class NotRestoring(DyLoRAMethod):
         def after_step(self, access, step):
             self.before = {}
 
-    run = Bench(directory, DyLoRA(rank=4, variant="frozen"), method=Letting)
+    run = Bench(directory, DyLoRA(rank=4, variant="frozen"), method=NotRestoring)
     moved = False
     for _ in range(6):
-        before = masters(run)[0]
+        before = values(run)[0]
         run.step()
         drawn = next(iter(run.attached.layers.values())).drawn
         others = [i for i in range(4) if i != drawn - 1]
         moved |= any(
             not torch.equal(part(n, v, others), part(n, before[n], others))
-            for n, v in masters(run)[0].items()
+            for n, v in values(run)[0].items()
         )
     assert moved
 
@@ -307,7 +307,7 @@ def test_a_skipped_step_writes_nothing():
     assert not layer.method.before
 
 
-def test_with_one_rank_to_draw_the_standard_variant_is_lora_to_the_bit(directory):
+def test_with_a_single_rank_the_standard_variant_equals_lora_to_the_bit(directory):
     run = bench(directory, DyLoRA(rank=4, alpha=8, min_rank=4))
     lora = Bench(directory, LoRA(rank=4, alpha=8), method=LoRAMethod)
     assert [run.step() for _ in range(5)] == [lora.step() for _ in range(5)]
@@ -322,10 +322,10 @@ def test_with_one_rank_to_draw_the_standard_variant_is_lora_to_the_bit(directory
         DyLoRA(rank=4, variant="frozen", min_rank=2),
     ],
 )
-def test_a_run_that_was_interrupted_ends_in_the_same_bits(directory, settings):
+def test_a_resumed_run_ends_with_the_same_bits(directory, settings):
     how = {"dtype": torch.bfloat16, "weight_decay": 0.1}
-    whole, first = bench(directory, settings, **how), bench(directory, settings, **how)
-    losses = [whole.step() for _ in range(6)]
+    uninterrupted, first = bench(directory, settings, **how), bench(directory, settings, **how)
+    losses = [uninterrupted.step() for _ in range(6)]
     for _ in range(3):
         first.step()
     second = bench(directory, settings, **how, saved=first.attached.state())
@@ -334,14 +334,14 @@ def test_a_run_that_was_interrupted_ends_in_the_same_bits(directory, settings):
     second.number = first.number
     assert [second.step() for _ in range(3)] == losses[3:]
     found = second.attached.state()
-    assert all(torch.equal(found[name], t) for name, t in whole.attached.state().items())
+    assert all(torch.equal(found[name], t) for name, t in uninterrupted.attached.state().items())
 
 
-# -- what it is for --------------------------------------------------------------------------------
+# -- the claim of the paper ------------------------------------------------------------------------
 
 
 def losses_by_rank(method, settings, seed):
-    """A layer learns a delta of rank 8; its loss when only the first b components are kept."""
+    """Train a layer on a delta of rank 8; the error of its first b components for every b."""
     draw = torch.Generator().manual_seed(seed)
     u, _ = torch.linalg.qr(torch.randn(16, 8, generator=draw))
     v, _ = torch.linalg.qr(torch.randn(24, 8, generator=draw))
@@ -356,16 +356,16 @@ def losses_by_rank(method, settings, seed):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    whole = layer.factors()
+    full = layer.factors()
     losses = []
     for rank in range(1, 9):
         pair = layer.factors(rank)
-        down, up = (pair.down, pair.up) if pair else (whole.down[:rank], whole.up[:, :rank])
+        down, up = (pair.down, pair.up) if pair else (full.down[:rank], full.up[:, :rank])
         losses.append((up @ down - target).norm().item())
     return losses
 
 
-def test_more_components_are_no_worse_and_one_is_better_than_the_first_of_a_lora():
+def test_errors_fall_with_the_rank_and_rank_1_is_better_than_the_first_component_of_a_lora():
     seeds = range(3)
     means = {}
     for name, method, settings in (
@@ -375,7 +375,7 @@ def test_more_components_are_no_worse_and_one_is_better_than_the_first_of_a_lora
         losses = torch.tensor([losses_by_rank(method, settings, seed) for seed in seeds])
         means[name] = losses.mean(0).tolist()
     for fewer, more in zip(means["dylora"], means["dylora"][1:], strict=False):
-        assert more <= fewer * 1.02, means  # in the mean over seeds; no run promises it
+        assert more <= fewer * 1.02, means  # on average over seeds, not in every run
     assert means["dylora"][0] < 0.9 * means["lora"][0], means
 
 
@@ -383,17 +383,17 @@ def test_more_components_are_no_worse_and_one_is_better_than_the_first_of_a_lora
 
 
 @pytest.mark.parametrize("wrong", [{"min_rank": 9}, {"eval_rank": 9}, {"p": 1.0}, {"eval_rank": 0}])
-def test_ranks_outside_the_range_are_an_error(wrong):
+def test_settings_outside_their_range_are_an_error(wrong):
     with pytest.raises(ValidationError) as caught:
         DyLoRA(rank=8, **wrong)
     assert next(iter(wrong)) in str(caught.value)
 
 
-def test_a_layer_of_a_larger_rank_widens_the_range():
+def test_a_layer_with_a_larger_rank_extends_the_range():
     assert DyLoRA(rank=8, eval_rank=12, ranks={"q_proj": 12}).eval_rank == 12
 
 
-def test_the_drawn_ranks_do_not_depend_on_other_random_numbers(tmp_path):
+def test_drawn_ranks_do_not_depend_on_the_global_random_stream(tmp_path):
     directory = save_tiny(tmp_path / "base")
     drawn = []
     for other in (1, 2):

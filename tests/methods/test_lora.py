@@ -1,4 +1,4 @@
-"""LoRA and rsLoRA: start, forward, merge, count, and what a step moves."""
+"""LoRA: start, forward, gradients, merge, count."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def randomise(layer):
 
 @pytest.mark.parametrize("quant", QUANTS, ids=str)
 @pytest.mark.parametrize(("d_in", "d_out"), [(48, 32), (33, 65), (64, 1)])
-def test_it_starts_as_the_bare_base_bit_for_bit(quant, d_in, d_out):
+def test_the_first_output_equals_the_base_bit_for_bit(quant, d_in, d_out):
     layer = build(quant=quant, d_in=d_in, d_out=d_out)
     x = torch.randn(3, 5, d_in)
     assert torch.equal(layer(x), layer.base(x))
@@ -45,7 +45,7 @@ def test_it_starts_as_the_bare_base_bit_for_bit(quant, d_in, d_out):
 
 @pytest.mark.parametrize("quant", QUANTS, ids=str)
 @pytest.mark.parametrize(("d_in", "d_out"), [(48, 32), (33, 65)])
-def test_forward_is_the_papers_formula_and_equals_the_merged_layer(quant, d_in, d_out):
+def test_forward_equals_the_formula_and_the_merged_layer(quant, d_in, d_out):
     layer = randomise(build(quant=quant, d_in=d_in, d_out=d_out))
     x = torch.randn(3, 5, d_in)
     dense = layer.base.dense()
@@ -67,7 +67,7 @@ def test_gradients_are_those_of_the_formula():
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_after_one_sgd_step_only_b_has_changed():
+def test_the_first_sgd_step_changes_b_only():
     layer = build()
     before = layer.a.detach().clone()
     layer(torch.randn(9, 48)).square().sum().backward()
@@ -78,13 +78,13 @@ def test_after_one_sgd_step_only_b_has_changed():
     assert layer.b.any()
 
 
-def test_a_starts_within_one_over_the_root_of_d_in():
+def test_a_starts_uniform_within_one_over_the_root_of_d_in():
     layer = build(d_in=400)
     assert layer.a.abs().max() <= 400**-0.5
     assert layer.a.std().item() == pytest.approx((1 / (3 * 400)) ** 0.5, rel=0.1)
 
 
-def test_factors_are_folded_and_lossless_and_the_delta_has_the_rank():
+def test_factors_are_lossless_and_have_the_rank_of_the_layer():
     layer = randomise(build())
     pair = layer.factors()
     torch.testing.assert_close(pair.up @ pair.down, layer.delta())
@@ -93,7 +93,7 @@ def test_factors_are_folded_and_lossless_and_the_delta_has_the_rank():
     assert layer.factors(rank=2) is None
 
 
-def test_the_count_is_that_of_the_tensors_and_the_base_is_frozen():
+def test_the_count_matches_the_tensors_and_the_base_is_frozen():
     layer = build(d_in=33, d_out=65)
     trained = [p for p in layer.parameters() if p.requires_grad]
     assert layer.trainable_count() == sum(p.numel() for p in trained) == 4 * (33 + 65)
@@ -101,19 +101,19 @@ def test_the_count_is_that_of_the_tensors_and_the_base_is_frozen():
     assert layer.base.weight.grad is None
 
 
-def test_dropout_touches_the_adapters_input_only():
+def test_dropout_applies_to_the_input_of_the_adapter_only():
     layer = randomise(build(LoRA(rank=4, alpha=8, dropout=0.5)))
     x = torch.randn(4, 48)
-    quiet = layer(x)
+    expected = layer(x)
     layer.train()
     torch.manual_seed(0)
-    noisy = layer(x)
-    assert not torch.equal(quiet, noisy)
+    dropped = layer(x)
+    assert not torch.equal(expected, dropped)
     layer.enabled = False
     assert torch.equal(layer(x), layer.base(x))
 
 
-def test_it_begins_from_a_pair_of_smaller_rank_with_the_same_function():
+def test_a_warm_start_from_a_smaller_rank_gives_the_same_delta():
     small = randomise(build(LoRA(rank=2, alpha=3)))
     large = build(LoRA(rank=4, alpha=8))
     large.warm_start(small.factors())

@@ -1,4 +1,4 @@
-"""LoRA-Mini: frozen outer matrices, a start that can learn, and a count that ignores the width."""
+"""LoRA-Mini: frozen outer matrices, a start with gradients, and the sizes of the matrices."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def bench(directory, settings=None, **how):
     return Bench(directory, settings, method=LoRAMiniMethod, **how)
 
 
-def test_the_tree_is_what_the_paper_says():
+def test_the_tensors_have_the_shapes_of_the_paper():
     shapes = {name: tuple(tensor.shape) for name, tensor in made().state().items()}
     assert shapes == {"a_aux": (7, 57), "a_in": (3, 7), "b_in": (5, 3), "b_aux": (33, 5)}
 
@@ -59,13 +59,13 @@ def test_values_and_gradients_are_those_of_the_formula(aux):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_starts_as_the_base_bit_for_bit(dtype):
+def test_the_first_output_equals_the_base_bit_for_bit(dtype):
     layer = made(dtype=dtype)
     x = torch.randn(3, 5, 57)
     assert torch.equal(layer(x), layer.base(x))
 
 
-def test_the_first_gradient_moves_b_in_and_the_second_a_in_as_well():
+def test_b_in_has_a_gradient_at_the_start_and_a_in_after_one_step():
     layer = made()
     x = torch.randn(9, 57)
     optimizer = torch.optim.SGD(layer.trained().values(), lr=0.1)
@@ -78,8 +78,8 @@ def test_the_first_gradient_moves_b_in_and_the_second_a_in_as_well():
     assert layer.a_in.grad.abs().min() > 0
 
 
-def test_with_both_inner_matrices_at_zero_nothing_would_ever_learn():
-    """The public implementation's start, and why it is not ours."""
+def test_both_inner_matrices_at_zero_would_have_no_gradient():
+    """The start of a public implementation, and why we do not use it."""
     layer = made()
     layer.a_in.data.zero_()
     layer(torch.randn(9, 57)).square().sum().backward()
@@ -103,13 +103,13 @@ def test_inner_sizes(rank, d_in, d_out, down, up, sizes):
     assert inner_sizes(rank, d_in, d_out, down, up) == sizes
 
 
-def test_by_default_a_twentieth_of_lora_is_trained_and_with_64_a_64th():
+def test_the_default_trains_a_twentieth_of_lora_and_size_64_a_64th():
     lora = 16 * (4096 + 4096)
     assert lora / (16 * sum(inner_sizes(16, 4096, 4096, None, None))) == pytest.approx(20, rel=0.01)
     assert lora / (16 * sum(inner_sizes(16, 4096, 4096, 64, 64))) == 64
 
 
-def test_the_count_and_the_memory_plan_are_those_of_the_tensors():
+def test_the_count_and_the_memory_plan_match_the_tensors():
     layer = made()
     assert layer.trainable_count() == 3 * (7 + 5)
     assert {id(p) for p in layer.parameters() if p.requires_grad} == {
@@ -119,11 +119,11 @@ def test_the_count_and_the_memory_plan_are_those_of_the_tensors():
     footprint = layer.method.footprint(LinearSpec("blocks.0.linear", 57, 33, 0, 1, "other"))
     assert footprint.trained == sum(p.numel() for p in layer.trained().values())
     assert footprint.frozen == layer.a_aux.numel() + layer.b_aux.numel()
-    assert footprint.width == 7 + 3  # what A_in and B_in are multiplied with
+    assert footprint.width == 7 + 3  # the inputs of A_in and B_in
 
 
 @pytest.mark.parametrize("aux", ["gaussian", "orthogonal"])
-def test_the_start_has_the_size_of_loras(aux):
+def test_the_start_has_the_variance_of_lora(aux):
     a_aux, b_aux = outer_matrices(400, 300, 60, 50, aux, generator(0))
     assert a_aux.square().mean().item() == pytest.approx(1 / 400, rel=0.03)
     assert b_aux.square().mean().item() == pytest.approx(1 / 50, rel=0.03)
@@ -141,7 +141,7 @@ def test_orthogonal_outer_matrices_are_orthogonal():
 
 
 @pytest.mark.parametrize("aux", ["gaussian", "orthogonal"])
-def test_the_outer_matrices_follow_from_the_seed_alone(aux):
+def test_the_outer_matrices_depend_on_the_seed_alone(aux):
     settings = LoRAMini(**SMALL, aux=aux)
     torch.manual_seed(1)
     first = made(settings)
@@ -155,13 +155,13 @@ def test_the_outer_matrices_follow_from_the_seed_alone(aux):
         assert not torch.equal(getattr(other, name), one)
 
 
-def test_layers_have_outer_matrices_of_their_own(directory):
+def test_layers_have_different_outer_matrices(directory):
     layers = bench(directory).attached.layers
     first, second = (layers[f"model.layers.{i}.self_attn.q_proj"] for i in (0, 1))
     assert not torch.equal(first.a_aux, second.a_aux)
 
 
-def test_training_leaves_the_outer_matrices_as_they_were(directory):
+def test_training_does_not_change_the_outer_matrices(directory):
     it = bench(directory, weight_decay=0.1)
     before = {name: tensor.clone() for name, tensor in it.attached.state().items()}
     for _ in range(3):
@@ -172,7 +172,7 @@ def test_training_leaves_the_outer_matrices_as_they_were(directory):
     assert not any(layer.a_aux.requires_grad for layer in it.attached.layers.values())
 
 
-def test_between_identities_it_is_lora_to_the_bit(directory):
+def test_with_identities_as_outer_matrices_it_equals_lora_to_the_bit(directory):
     mini = bench(directory, LoRAMini(rank=4, alpha=8, inner_down=10_000, inner_up=10_000))
     lora = Bench(directory, LoRA(rank=4, alpha=8), method=LoRAMethod)
     for path, layer in mini.attached.layers.items():
@@ -185,7 +185,7 @@ def test_between_identities_it_is_lora_to_the_bit(directory):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_leaves_as_a_pair_of_its_rank_that_equals_the_forward(dtype):
+def test_the_exported_pair_equals_the_forward(dtype):
     layer = perturb(made(quant=FP32(), dtype=dtype))
     pair = layer.factors()
     assert pair.down.shape == (3, 57)
@@ -197,8 +197,8 @@ def test_it_leaves_as_a_pair_of_its_rank_that_equals_the_forward(dtype):
     torch.testing.assert_close(layer(x) - layer.base(x), x @ (pair.up @ pair.down).T, **CLOSE)
 
 
-def test_a_reload_takes_the_outer_matrices_from_what_was_saved(directory):
-    """Under another seed they would be others."""
+def test_a_reload_uses_the_saved_outer_matrices(directory):
+    """Another seed would draw other matrices."""
     first = bench(directory)
     first.step()
     second = bench(directory, seed=1, saved=first.attached.state())
@@ -208,7 +208,7 @@ def test_a_reload_takes_the_outer_matrices_from_what_was_saved(directory):
     assert not torch.equal(drawn.attached.layers[path].a_aux, first.attached.layers[path].a_aux)
 
 
-def test_to_build_from_what_was_saved_no_outer_matrix_is_drawn():
+def test_building_from_a_saved_state_draws_no_outer_matrix():
     layer = made()
     spec = LinearSpec("blocks.0.linear", 57, 33, 0, 1, "other")
     again = layer.method.build(layer.base, spec, layer.state(), generator(1))
@@ -217,10 +217,10 @@ def test_to_build_from_what_was_saved_no_outer_matrix_is_drawn():
     assert again.a_aux is not layer.a_aux
 
 
-def test_a_run_that_was_interrupted_ends_in_the_same_bits(directory):
+def test_a_resumed_run_ends_with_the_same_bits(directory):
     settings = LoRAMini(rank=4, alpha=8, dropout=0.1)
-    whole, first = bench(directory, settings), bench(directory, settings)
-    losses = [whole.step() for _ in range(5)]
+    uninterrupted, first = bench(directory, settings), bench(directory, settings)
+    losses = [uninterrupted.step() for _ in range(5)]
     for _ in range(2):
         first.step()
     second = bench(directory, settings, saved=first.attached.state())
@@ -229,7 +229,7 @@ def test_a_run_that_was_interrupted_ends_in_the_same_bits(directory):
     second.number = first.number
     assert [second.step() for _ in range(3)] == losses[2:]
     found = second.attached.state()
-    assert all(torch.equal(found[name], t) for name, t in whole.attached.state().items())
+    assert all(torch.equal(found[name], t) for name, t in uninterrupted.attached.state().items())
 
 
 @pytest.mark.parametrize(
@@ -239,14 +239,14 @@ def test_a_run_that_was_interrupted_ends_in_the_same_bits(directory):
         (LoRAMini(rank=2, inner_up=4, ranks={"0": 6}), ["inner_up=4", "rank 6", "=6 or more"]),
     ],
 )
-def test_an_inner_size_below_the_rank_is_an_error_that_names_the_layer(settings, words):
+def test_an_inner_size_below_the_rank_is_an_error_with_the_layer(settings, words):
     with pytest.raises(AdapterError) as caught:
         made(settings)
     for word in words:
         assert word in str(caught.value)
 
 
-def test_no_rank_is_above_that_of_the_weight():
+def test_ranks_are_limited_to_the_full_rank_of_the_weight():
     layer = one_layer(LoRAMini(rank=40, alpha=66), 33, 57)
     assert layer.a_in.shape[0] == 33
     assert layer.scale == 2.0

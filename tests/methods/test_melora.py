@@ -1,4 +1,4 @@
-"""MELoRA: mini LoRAs along the diagonal, of a rank that adds up and a count that does not."""
+"""MELoRA: block-diagonal mini LoRAs, whose ranks add up at the count of one LoRA."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_the_defaults_are_those_of_the_authors_llama_script():
     assert settings.dropout == 0.05
 
 
-def test_the_tree_is_one_pair_per_slice():
+def test_there_is_one_pair_per_slice():
     shapes = {name: tuple(tensor.shape) for name, tensor in made().state().items()}
     assert shapes == {"a": (3, 2, 19), "b": (3, 11, 2)}
 
@@ -57,7 +57,7 @@ def test_values_and_gradients_are_those_of_a_loop_over_the_slices():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_starts_as_the_base_bit_for_bit(dtype):
+def test_the_first_output_equals_the_base_bit_for_bit(dtype):
     layer = made(dtype=dtype)
     x = torch.randn(3, 5, 57)
     assert torch.equal(layer(x), layer.base(x))
@@ -71,7 +71,7 @@ def test_every_mini_starts_as_a_lora_over_its_own_inputs():
     assert not torch.equal(layer.a[0], layer.a[1])
 
 
-def test_the_update_is_zero_beside_the_diagonal_and_has_the_sum_of_the_ranks():
+def test_the_update_is_block_diagonal_with_the_sum_of_the_ranks():
     layer = perturb(made())
     delta = layer.delta()
     on_diagonal = torch.block_diag(*[torch.ones(11, 19)] * 3).bool()
@@ -80,7 +80,7 @@ def test_the_update_is_zero_beside_the_diagonal_and_has_the_sum_of_the_ranks():
     assert torch.linalg.matrix_rank(delta) == 3 * 2
 
 
-def test_a_slice_of_the_input_reaches_its_own_slice_of_the_output_only():
+def test_a_slice_of_the_inputs_affects_only_its_own_slice_of_the_outputs():
     layer = perturb(made())
     x = torch.randn(4, 57)
     other = x.clone()
@@ -91,22 +91,22 @@ def test_a_slice_of_the_input_reaches_its_own_slice_of_the_output_only():
     assert not changed[:, 22:].any()
 
 
-def test_it_trains_as_much_as_one_lora_of_the_minis_rank_and_a_third_of_the_updates():
+def test_it_has_the_count_of_one_lora_of_the_rank_of_a_mini():
     layer = made()
     assert layer.trainable_count() == 2 * (57 + 33)
     assert layer.trainable_count() == sum(p.numel() for p in layer.trained().values())
-    as_wide = one_layer(LoRA(rank=3 * 2), 33, 57, method=LoRAMethod)
-    assert as_wide.trainable_count() == 3 * layer.trainable_count()
+    same_rank = one_layer(LoRA(rank=3 * 2), 33, 57, method=LoRAMethod)
+    assert same_rank.trainable_count() == 3 * layer.trainable_count()
     footprint = layer.method.footprint(LinearSpec("blocks.0.linear", 57, 33, 0, 1, "other"))
     assert (footprint.width, footprint.trained, footprint.frozen) == (6, 180, 0)
 
 
-def test_the_scale_is_that_of_a_mini():
+def test_the_scale_is_that_of_one_mini():
     assert made().scale == 6 / 2
     assert made(MELoRA(**SMALL | {"scaling": "alpha/sqrt(r)"})).scale == 6 / 2**0.5
 
 
-def test_it_leaves_as_a_block_diagonal_pair_that_equals_the_forward():
+def test_the_exported_pair_is_block_diagonal_and_equals_the_forward():
     layer = perturb(made())
     pair = layer.factors()
     assert pair.down.shape == (6, 57)
@@ -126,7 +126,7 @@ def test_it_leaves_as_a_block_diagonal_pair_that_equals_the_forward():
     torch.testing.assert_close(layer.update(x), x @ (pair.up @ pair.down).T, **CLOSE)
 
 
-def test_with_one_block_it_follows_lora(directory):
+def test_with_one_block_it_trains_like_lora(directory):
     one = bench(directory, MELoRA(rank=4, alpha=8, num_blocks=1, dropout=0.0))
     lora = Bench(directory, LoRA(rank=4, alpha=8), method=LoRAMethod)
     for path, layer in one.attached.layers.items():
@@ -140,10 +140,10 @@ def test_with_one_block_it_follows_lora(directory):
         torch.testing.assert_close(layer.b[0], b, rtol=0, atol=1e-6)
 
 
-def test_a_run_that_was_interrupted_ends_in_the_same_bits(directory):
+def test_a_resumed_run_ends_with_the_same_bits(directory):
     settings = MELoRA(rank=2, num_blocks=4, dropout=0.1)
-    whole, first = bench(directory, settings), bench(directory, settings)
-    losses = [whole.step() for _ in range(5)]
+    uninterrupted, first = bench(directory, settings), bench(directory, settings)
+    losses = [uninterrupted.step() for _ in range(5)]
     for _ in range(2):
         first.step()
     second = bench(directory, settings, saved=first.attached.state())
@@ -152,18 +152,18 @@ def test_a_run_that_was_interrupted_ends_in_the_same_bits(directory):
     second.number = first.number
     assert [second.step() for _ in range(3)] == losses[2:]
     found = second.attached.state()
-    assert all(torch.equal(found[name], t) for name, t in whole.attached.state().items())
+    assert all(torch.equal(found[name], t) for name, t in uninterrupted.attached.state().items())
 
 
 @pytest.mark.parametrize(("d_in", "d_out"), [(57, 32), (56, 33)])
-def test_features_that_the_blocks_do_not_divide_are_an_error_that_names_the_layer(d_in, d_out):
+def test_features_that_the_blocks_do_not_divide_are_an_error_with_the_layer(d_in, d_out):
     with pytest.raises(AdapterError) as caught:
         made(d_in=d_in, d_out=d_out)
     for word in ("num_blocks=3", "blocks.0.linear", "divisor of 1", '{"blocks.0.linear": 0}'):
         assert word in str(caught.value)
 
 
-def test_a_layer_that_is_left_out_need_not_be_divisible():
+def test_a_layer_of_rank_0_need_not_be_divisible():
     specs = [LinearSpec("odd", 57, 32, 0, 1, "other"), LinearSpec("even", 57, 33, 0, 1, "other")]
     plans = MELoRAMethod(MELoRA(**SMALL, ranks={"odd": 0})).plan(specs)
     assert set(plans) == {"even"}

@@ -1,4 +1,4 @@
-"""MoRA: one square matrix between maps without parameters, and the restarts of ReMoRA."""
+"""MoRA: a square matrix between compression and decompression, and the restarts of ReMoRA."""
 
 import math
 
@@ -34,7 +34,7 @@ each = pytest.mark.parametrize("shape", SHAPES)
 
 
 def made(kind, shape="wide", **how):
-    """A layer of any type, type 2 too, which only a restart makes."""
+    """A layer of any type, including type 2, which otherwise only a restart makes."""
     d_out, d_in, rank = SHAPES[shape]
     settings = MoRA(rank=rank, type=6 if kind == 6 else 1)
     layer = one_layer(settings, d_out, d_in, FP32(), method=MoRAMethod, **how)
@@ -62,11 +62,11 @@ def naive(m, x, d_out, kind):
         outputs = []
         for i in range(math.ceil(d_in / r_hat)):
             block = [x[(i * r_hat + k) % d_in] for k in range(r_hat)]
-            outputs += times(m, turned(block, i))
+            outputs += times(m, rotated(block, i))
         return [outputs[j % len(outputs)] for j in range(d_out)]
     if kind == 1:
-        whole = math.ceil(d_in / r_hat) * r_hat
-        z = [sum(x[j % d_in] for j in range(i, whole, r_hat)) for i in range(r_hat)]
+        width = math.ceil(d_in / r_hat) * r_hat
+        z = [sum(x[j % d_in] for j in range(i, width, r_hat)) for i in range(r_hat)]
         outputs = times(m, z)
         return [outputs[j % r_hat] for j in range(d_out)]
     z = [sum(x[j] for j in range(d_in) if group(j, d_in, r_hat) == i) for i in range(r_hat)]
@@ -74,7 +74,7 @@ def naive(m, x, d_out, kind):
     return [outputs[group(j, d_out, r_hat)] for j in range(d_out)]
 
 
-def turned(block, i):
+def rotated(block, i):
     half = len(block) // 2
     left, right = [], []
     for k in range(half):
@@ -86,7 +86,7 @@ def turned(block, i):
 
 
 def group(j, width, num):
-    """Which of `num` groups of neighbours has feature j: the first ones are one longer."""
+    """The group of feature j among `num` groups of neighbours; the first ones are one longer."""
     ends = [(i + 1) * (width // num) + min(i + 1, width % num) for i in range(num)]
     return next(i for i in range(num) if j < ends[i])
 
@@ -96,7 +96,7 @@ def times(m, z):
 
 
 def naive_dense(m, d_out, d_in, kind):
-    """The same as a matrix, from what it makes of every unit vector."""
+    """The same as a matrix, column by column from unit vectors."""
     unit = torch.eye(d_in, dtype=torch.float64)
     columns = [torch.stack(naive(m.double(), unit[j], d_out, kind)) for j in range(d_in)]
     return torch.stack(columns, 1).float()
@@ -123,7 +123,7 @@ def test_values_and_gradients_are_those_of_the_formulas(kind, shape):
 
 @every
 @each
-def test_the_merged_weight_is_the_closed_form(kind, shape):
+def test_the_delta_equals_the_formula_and_the_forward(kind, shape):
     layer = perturb(made(kind, shape), size=0.3)
     d_out, d_in, _ = SHAPES[shape]
     torch.testing.assert_close(layer.delta(), naive_dense(layer.m, d_out, d_in, kind), **CLOSE)
@@ -133,7 +133,7 @@ def test_the_merged_weight_is_the_closed_form(kind, shape):
 
 @pytest.mark.parametrize("kind", [1, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_starts_as_the_base_bit_for_bit_and_can_learn(kind, dtype):
+def test_the_first_output_equals_the_base_bit_for_bit_and_m_has_a_gradient(kind, dtype):
     layer = made(kind, dtype=dtype)
     x = torch.randn(3, 5, 57)
     assert torch.equal(layer(x), layer.base(x))
@@ -167,7 +167,7 @@ def test_the_side_of_the_square(rank, d_in, d_out, kind, r_hat):
 @pytest.mark.parametrize(
     ("kind", "restart_every", "wide"), [(1, None, 9), (6, None, 40), (1, 9, 9)]
 )
-def test_the_count_and_the_memory_plan_are_those_of_the_tensors(kind, restart_every, wide):
+def test_the_count_and_the_memory_plan_match_the_tensors(kind, restart_every, wide):
     settings = MoRA(rank=1, type=kind, restart_every=restart_every, restart_warmup=0)
     layer = one_layer(settings, 33, 57, method=MoRAMethod)
     r_hat = 8 if kind == 6 else 9
@@ -179,7 +179,7 @@ def test_the_count_and_the_memory_plan_are_those_of_the_tensors(kind, restart_ev
     assert footprint.width == wide == layer.compress(torch.zeros(57), kind).numel()
 
 
-def test_alpha_scaling_and_the_ratio_of_rates_have_no_effect(directory):
+def test_alpha_scaling_and_lr_ratio_have_no_effect(directory):
     plain = bench(directory)
     other = bench(directory, alpha=1.0, scaling="alpha/sqrt(r)", lr_ratio=16.0)
     assert [plain.step() for _ in range(3)] == [other.step() for _ in range(3)]
@@ -188,7 +188,7 @@ def test_alpha_scaling_and_the_ratio_of_rates_have_no_effect(directory):
 # -- type 6 ----------------------------------------------------------------------------------------
 
 
-def test_the_rotation_keeps_the_length_of_every_block_and_leaves_the_first_alone():
+def test_the_rotation_keeps_the_norm_of_every_block_and_does_not_change_the_first():
     layer = made(6)
     x = torch.randn(4, 57)
     blocks = layer.compress(x, 6)
@@ -198,7 +198,7 @@ def test_the_rotation_keeps_the_length_of_every_block_and_leaves_the_first_alone
     torch.testing.assert_close(blocks.norm(dim=-1), plain.norm(dim=-1), **CLOSE)
 
 
-def test_type_6_does_not_see_inputs_behind_the_last_output():
+def test_type_6_does_not_use_inputs_after_the_last_output():
     layer = perturb(made(6, "very wide"))
     x = torch.randn(4, 40)
     other = x.clone()
@@ -209,7 +209,7 @@ def test_type_6_does_not_see_inputs_behind_the_last_output():
 
 
 @pytest.mark.parametrize(("d_in", "d_out"), [(57, 1), (1, 33)])
-def test_a_layer_too_narrow_to_turn_is_an_error_that_names_it(d_in, d_out):
+def test_a_layer_too_narrow_to_rotate_is_an_error_with_the_layer(d_in, d_out):
     assert one_layer(MoRA(type=1), d_out, d_in, method=MoRAMethod).m.shape == (1, 1)
     with pytest.raises(AdapterError, match=r"blocks\.0\.linear maps .*adapter\.type=1"):
         one_layer(MoRA(type=6), d_out, d_in, method=MoRAMethod)
@@ -220,7 +220,7 @@ def test_a_layer_too_narrow_to_turn_is_an_error_that_names_it(d_in, d_out):
 
 @pytest.mark.parametrize("kind", [1, 2])
 @each
-def test_sharing_leaves_as_a_lora_of_rank_r_hat(kind, shape):
+def test_sharing_is_exported_as_a_lora_of_rank_r_hat(kind, shape):
     layer = perturb(made(kind, shape), size=0.3)
     pair = layer.factors()
     r_hat = len(layer.m)
@@ -231,7 +231,7 @@ def test_sharing_leaves_as_a_lora_of_rank_r_hat(kind, shape):
     assert torch.equal(layer.factors(rank=r_hat).up, pair.up)
 
 
-def test_rotation_has_more_than_the_rank_r_hat_and_leaves_as_no_pair():
+def test_rotation_has_a_rank_above_r_hat_and_is_not_exported_as_a_pair():
     layer = perturb(made(6), size=0.3)
     assert torch.linalg.matrix_rank(layer.delta()) == 33 > len(layer.m)
     assert layer.factors() is None
@@ -239,7 +239,7 @@ def test_rotation_has_more_than_the_rank_r_hat_and_leaves_as_no_pair():
 
 
 @every
-def test_a_smaller_rank_is_the_nearest_pair_and_states_its_error(kind):
+def test_a_smaller_rank_gives_the_nearest_pair_and_its_error(kind):
     layer = perturb(made(kind), size=0.3)
     delta = layer.delta()
     pair = layer.factors(rank=5)
@@ -251,16 +251,16 @@ def test_a_smaller_rank_is_the_nearest_pair_and_states_its_error(kind):
     least = (values[5:].sum() / values.sum()).sqrt().item()
     assert pair.relative_error == pytest.approx(least, rel=1e-4)
     assert 0 < pair.relative_error < 1
-    whole = layer.factors(rank=33)
-    assert whole.relative_error == 0
-    torch.testing.assert_close(whole.up @ whole.down, delta, **CLOSE)
+    full = layer.factors(rank=33)
+    assert full.relative_error == 0
+    torch.testing.assert_close(full.up @ full.down, delta, **CLOSE)
 
 
-def test_an_update_of_zero_is_a_pair_without_error():
+def test_an_update_of_zero_has_no_relative_error():
     assert made(6).factors(rank=4).relative_error == 0
 
 
-def test_it_cannot_begin_from_a_lora():
+def test_a_warm_start_from_a_lora_is_an_error():
     with pytest.raises(AdapterError, match="cannot begin from a plain LoRA"):
         made(1).warm_start(Factors(torch.zeros(2, 57), torch.zeros(33, 2)))
 
@@ -269,7 +269,7 @@ def test_it_cannot_begin_from_a_lora():
 
 
 def watched(it, seen):
-    """Has the bench append M, the type and the logits before and after every restart to `seen`."""
+    """Append M, its type and the logits before and after every restart of the bench to `seen`."""
     after_step = it.method.after_step
     layer = it.attached.layers["model.layers.0.mlp.up_proj"]
 
@@ -294,16 +294,14 @@ def test_the_rate_rises_again_after_every_restart():
 
 
 @pytest.mark.parametrize("warmup", [50, 4])
-def test_a_rise_that_does_not_end_before_the_next_restart_is_refused(warmup):
+def test_a_warmup_that_does_not_end_before_the_next_restart_is_an_error(warmup):
     with pytest.raises(ValidationError, match=f"restart_warmup={warmup} does not end"):
         MoRA(restart_every=4, restart_warmup=warmup)
     MoRA(restart_every=warmup + 1, restart_warmup=warmup)
 
 
 @pytest.mark.parametrize(("kind", "cycle"), [(1, [1, 2, 1]), (6, [6, 1, 6])])
-def test_every_few_steps_m_is_zeroed_its_moments_forgotten_and_the_type_changed(
-    directory, kind, cycle
-):
+def test_a_restart_zeroes_m_clears_its_moments_and_changes_the_type(directory, kind, cycle):
     it = bench(directory, type=kind, restart_every=2, restart_warmup=0, dtype=torch.bfloat16)
     layers = it.attached.layers.values()
     for step in range(1, 7):
@@ -320,7 +318,7 @@ def test_every_few_steps_m_is_zeroed_its_moments_forgotten_and_the_type_changed(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [1, 6])
-def test_a_restart_does_not_change_the_function(directory, kind, dtype):
+def test_a_restart_does_not_change_the_outputs(directory, kind, dtype):
     it = bench(directory, type=kind, restart_every=2, restart_warmup=0, dtype=dtype)
     seen = []
     watched(it, seen)
@@ -335,7 +333,7 @@ def test_a_restart_does_not_change_the_function(directory, kind, dtype):
 
 
 @pytest.mark.parametrize("kind", [1, 6])
-def test_the_finished_matrices_add_up_each_with_its_own_type(directory, kind):
+def test_the_delta_is_the_sum_of_the_finished_matrices_by_type(directory, kind):
     it = bench(directory, type=kind, restart_every=2, restart_warmup=0)
     seen = []
     layer = watched(it, seen)
@@ -351,7 +349,7 @@ def test_the_finished_matrices_add_up_each_with_its_own_type(directory, kind):
     torch.testing.assert_close(layer.update(x), x @ expected.T, **CLOSE)
 
 
-def test_the_sum_of_two_types_has_more_rank_and_leaves_as_a_pair(directory):
+def test_the_sum_of_two_types_is_exported_as_a_pair_of_their_ranks(directory):
     it = bench(directory, restart_every=3, restart_warmup=0)
     layers = it.attached.layers.values()
     for step, types in ((2, 1), (3, 2), (5, 2), (9, 2)):
@@ -366,7 +364,7 @@ def test_the_sum_of_two_types_has_more_rank_and_leaves_as_a_pair(directory):
         assert torch.linalg.matrix_rank(layer.delta()) > len(layer.m)
 
 
-def test_of_rotation_and_sharing_there_is_no_pair(directory):
+def test_rotation_with_sharing_is_not_exported_as_a_pair(directory):
     it = bench(directory, type=6, restart_every=1, restart_warmup=0)
     it.step()
     assert all(layer.factors() is None for layer in it.attached.layers.values())
@@ -374,7 +372,7 @@ def test_of_rotation_and_sharing_there_is_no_pair(directory):
 
 @pytest.mark.parametrize("kind", [1, 6])
 @pytest.mark.parametrize("steps", [1, 2, 4, 5])
-def test_a_loaded_layer_computes_the_same(directory, kind, steps):
+def test_a_loaded_layer_has_the_same_outputs(directory, kind, steps):
     settings = {"type": kind, "restart_every": 2, "restart_warmup": 0}
     it = bench(directory, **settings)
     for _ in range(steps):
@@ -386,10 +384,10 @@ def test_a_loaded_layer_computes_the_same(directory, kind, steps):
 
 
 @pytest.mark.parametrize("steps", [2, 3, 4, 6])
-def test_a_run_that_was_interrupted_ends_in_the_same_bits(directory, tmp_path, steps):
+def test_a_resumed_run_ends_with_the_same_bits(directory, tmp_path, steps):
     settings = {"restart_every": 3, "restart_warmup": 1, "dropout": 0.1}
-    whole, first = bench(directory, **settings), bench(directory, **settings)
-    losses = [whole.step() for _ in range(8)]
+    uninterrupted, first = bench(directory, **settings), bench(directory, **settings)
+    losses = [uninterrupted.step() for _ in range(8)]
     for _ in range(steps):
         first.step()
     state = checkpoint.TrainingState(
@@ -402,17 +400,17 @@ def test_a_run_that_was_interrupted_ends_in_the_same_bits(directory, tmp_path, s
     second.number = steps
     assert [second.step() for _ in range(8 - steps)] == losses[steps:]
     found = second.attached.state()
-    assert all(torch.equal(found[name], t) for name, t in whole.attached.state().items())
+    assert all(torch.equal(found[name], t) for name, t in uninterrupted.attached.state().items())
 
 
-def test_restarts_that_never_come_are_plain_mora_to_the_bit(directory):
+def test_without_a_restart_remora_equals_mora_to_the_bit(directory):
     plain, never = bench(directory), bench(directory, restart_every=2000)
     assert [plain.step() for _ in range(4)] == [never.step() for _ in range(4)]
     for path, layer in plain.attached.layers.items():
         assert torch.equal(layer.m, never.attached.layers[path].m)
 
 
-def test_a_skipped_step_puts_a_restart_off(directory):
+def test_a_skipped_step_delays_a_restart(directory):
     it = bench(directory, restart_every=2, restart_warmup=0)
     it.step()
     layer = it.attached.layers["model.layers.0.mlp.up_proj"]
@@ -426,7 +424,7 @@ def test_a_skipped_step_puts_a_restart_off(directory):
     assert layer.finished.tolist() == [1, 2]
 
 
-def test_a_run_that_begins_where_another_ended_restarts_on_time(directory):
+def test_a_run_started_from_a_saved_state_restarts_on_time(directory):
     settings = {"restart_every": 2, "restart_warmup": 0}
     old = bench(directory, **settings)
     for _ in range(5):
@@ -438,7 +436,7 @@ def test_a_run_that_begins_where_another_ended_restarts_on_time(directory):
         assert layer.finished.tolist() == finished
 
 
-def test_beside_a_large_sum_a_small_m_is_not_rounded_away():
+def test_a_small_m_is_not_rounded_away_by_a_large_sum():
     """In bf16, 1 + 0.001 is 1."""
     settings = MoRA(rank=1, type=1, restart_every=9, restart_warmup=0)
     layer = one_layer(settings, 8, 8, FP32(), method=MoRAMethod, dtype=torch.bfloat16)
@@ -446,5 +444,5 @@ def test_beside_a_large_sum_a_small_m_is_not_rounded_away():
     layer.finish(torch.zeros(4, 4))
     layer.m.data[:, 0] = 0.001
     assert layer.sums.dtype is torch.float32
-    x = torch.tensor([1.0, -1, 0, 0] * 2, dtype=torch.bfloat16)  # the sum makes nothing of it
+    x = torch.tensor([1.0, -1, 0, 0] * 2, dtype=torch.bfloat16)  # the sum maps it to zero
     torch.testing.assert_close(layer.update(x).float(), torch.full((8,), 0.002), rtol=0.01, atol=0)

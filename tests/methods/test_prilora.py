@@ -1,4 +1,4 @@
-"""PRILoRA: ranks on a line, sizes of the inputs, and events that prune the rows of A."""
+"""PRILoRA: linear ranks, average input sizes, and the pruning of A."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-7}
 """fp32 sums of a few hundred squares, in another order."""
 
 PRUNING = {"rank": 4, "alpha": 8, "prune_every": 3, "prune_until": 0.5}
-"""Events after steps 3, 6 and 9 of 20."""
+"""Prunes after steps 3, 6 and 9 of 20."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def planned(settings, specs):
 
 
 def zeros(run):
-    """How many entries are zero in every row of every A, in the master and at rest."""
+    """(zeros, width) of the rows of every A; equal in the fp32 copy and in the parameter."""
     found = set()
     for layer in run.attached.layers.values():
         kept = run.engine.read(layer.a)
@@ -90,14 +90,14 @@ def test_halves_are_rounded_up():
     assert [rank_on_line(4, 1, block, 3) for block in range(3)] == [4, 3, 1]
 
 
-def test_outside_the_blocks_and_in_a_single_one_it_is_the_middle_of_the_line():
+def test_without_several_blocks_the_rank_is_the_middle_of_the_line():
     settings = PRILoRA(first_rank=3, last_rank=8)
     specs = [spec(0), spec(None), spec(11)]
     assert [p.rank for p in planned(settings, specs).plans.values()] == [3, 6, 8]
     assert made(settings).a.shape == (6, 57)
 
 
-def test_all_layers_of_a_block_have_its_rank_and_a_pattern_wins():
+def test_all_layers_of_a_block_have_its_rank_unless_a_pattern_matches():
     specs = [spec(i, 3, name) for i in range(3) for name in ("q_proj", "up_proj", "v_proj")]
     settings = PRILoRA(first_rank=2, last_rank=6, ranks={"v_proj": 0, "2": 9, "up_proj": 1})
     ranks = {path: plan.rank for path, plan in planned(settings, specs).plans.items()}
@@ -133,16 +133,16 @@ def test_alpha_is_the_same_in_all_layers(scaling, scales):
         ({"rank": 99, "first_rank": 2, "last_rank": 3}, (2, 3)),
     ],
 )
-def test_the_rank_is_the_middle_of_the_line_unless_both_ends_are_given(settings, line):
+def test_the_rank_is_the_mean_of_the_line_unless_both_ends_are_given(settings, line):
     assert PRILoRA(**settings).line == line
 
 
-def test_a_line_below_one_is_an_error():
+def test_ranks_below_1_are_an_error():
     with pytest.raises(ValidationError, match="from -4 to 20"):
         PRILoRA(rank=8, last_rank=20)
 
 
-# -- which entries go ------------------------------------------------------------------------------
+# -- which entries are pruned ----------------------------------------------------------------------
 
 
 def naive_mask(a, activity, share):
@@ -156,7 +156,7 @@ def naive_mask(a, activity, share):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.99])
-def test_each_row_loses_its_lowest_scores_and_exactly_their_share(share):
+def test_the_lowest_scores_of_each_row_are_pruned(share):
     draw = torch.Generator().manual_seed(0)
     a, activity = torch.randn(6, 57, generator=draw), torch.rand(57, generator=draw)
     found = least_important(a, activity, share)
@@ -164,41 +164,41 @@ def test_each_row_loses_its_lowest_scores_and_exactly_their_share(share):
     assert set(found.sum(1).tolist()) == {int(share * 57)}
 
 
-def test_large_weights_on_silent_inputs_go_before_small_ones_on_loud_inputs():
+def test_large_weights_of_small_inputs_are_pruned_before_small_weights_of_large_inputs():
     a = torch.tensor([[5.0, 0.1, -4.0, 0.2]])
     activity = torch.tensor([0.01, 9.0, 0.01, 9.0])
     assert least_important(a, activity, 0.5).tolist() == [[True, False, True, False]]
 
 
-def test_equal_scores_do_not_make_more_zeros_than_the_share():
+def test_ties_do_not_prune_more_than_the_share():
     assert least_important(torch.ones(3, 10), torch.ones(10), 0.5).sum(1).tolist() == [5, 5, 5]
 
 
-# -- when ------------------------------------------------------------------------------------------
+# -- when it is pruned -----------------------------------------------------------------------------
 
 
-def test_events_end_at_their_share_of_the_run():
+def test_pruning_ends_at_its_share_of_the_run():
     assert [d for d in range(1, 401) if is_pruning_due(d, 400, 40, 0.9)] == list(range(40, 361, 40))
     assert [d for d in range(1, 101) if is_pruning_due(d, 100, 29, 0.29)] == [29]
     assert [d for d in range(401) if pruning_is_over(d, 400, 40, 0.9)] == list(range(360, 401))
     assert [d for d in range(11) if pruning_is_over(d, 10, 3, 1.0)] == [9, 10]
 
 
-def test_a_run_that_is_too_short_has_no_event_and_none_that_are_over():
+def test_a_run_that_is_too_short_is_never_pruned():
     assert not any(is_pruning_due(d, 43, 40, 0.9) for d in range(1, 44))
     assert not any(pruning_is_over(d, 43, 40, 0.9) for d in range(44))
 
 
-def test_each_row_has_its_zeros_right_after_an_event_and_grows_again(directory):
+def test_rows_have_zeros_after_a_pruning_and_grow_again(directory):
     run = bench(directory, PRILoRA(**PRUNING, prune_share=0.3))
-    after_event = {(int(0.3 * width), width) for width in (64, 128)}
+    after_pruning = {(int(0.3 * width), width) for width in (64, 128)}
     for done in range(1, 13):
         run.step()
-        assert zeros(run) == (after_event if done in (3, 6, 9) else {(0, 64), (0, 128)}), done
+        assert zeros(run) == (after_pruning if done in (3, 6, 9) else {(0, 64), (0, 128)}), done
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_event_chooses_by_the_moved_weight_and_the_inputs_up_to_this_step(directory, dtype):
+def test_pruning_uses_the_updated_weights_and_the_inputs_of_this_step(directory, dtype):
     seen = {}
 
     class Watching(PRILoRAMethod):
@@ -234,7 +234,7 @@ def record_inputs(run):
     return seen
 
 
-def test_the_average_is_that_of_the_formula_over_all_micro_batches(directory):
+def test_the_average_equals_the_formula_over_all_micro_batches(directory):
     run = bench(directory, PRILoRA(rank=4, beta=0.7))
     seen = record_inputs(run)
     for _ in range(4):
@@ -261,18 +261,18 @@ def test_with_checkpointing_every_token_counts_once(directory):
         assert torch.equal(checkpointed.method.activity[path], activity)
 
 
-def test_evaluation_and_a_rehearsal_before_the_first_step_leave_it_as_it_is(directory):
-    plain, rehearsed = (bench(directory, PRILoRA(**PRUNING)) for _ in range(2))
-    rehearsed.attached.train()
-    loss = summed_loss(rehearsed.model, next(batches_of(99, 5)), rehearsed.attached).total
-    rehearsed.engine.backward(loss, last=False)
-    rehearsed.engine.zero_grad()
+def test_evaluation_and_forwards_before_the_first_step_are_not_averaged(directory):
+    plain, other = (bench(directory, PRILoRA(**PRUNING)) for _ in range(2))
+    other.attached.train()
+    loss = summed_loss(other.model, next(batches_of(99, 5)), other.attached).total
+    other.engine.backward(loss, last=False)
+    other.engine.zero_grad()
     for _ in range(4):
-        assert plain.step() == rehearsed.step()
-        rehearsed.logits()
+        assert plain.step() == other.step()
+        other.logits()
     for path, activity in plain.method.activity.items():
-        assert torch.equal(rehearsed.method.activity[path], activity)
-    layer = next(iter(rehearsed.attached.layers.values()))
+        assert torch.equal(other.method.activity[path], activity)
+    layer = next(iter(other.attached.layers.values()))
     assert layer.num_tokens == 2 * 2 * 12
 
 
@@ -285,7 +285,7 @@ def test_bf16_inputs_are_measured_in_fp32():
     torch.testing.assert_close(layer.squares.double(), expected, rtol=1e-5, atol=0)
 
 
-def test_inputs_before_dropout_are_measured():
+def test_inputs_are_measured_before_dropout():
     layer = made(PRILoRA(rank=4, dropout=0.5)).train()
     x = torch.randn(20, 57)
     layer.update(x)
@@ -350,7 +350,7 @@ def test_the_inputs_of_all_processes_are_averaged(num_elsewhere):
 
 
 @pytest.mark.parametrize("inputs", [None, torch.zeros(0, 57)])
-def test_a_layer_that_no_token_reaches_is_not_pruned(inputs):
+def test_a_layer_without_tokens_is_not_pruned(inputs):
     layer = perturb(made(PRILoRA(rank=4, prune_every=1))).train()
     before = layer.a.detach().clone()
     layer.method.begin_step(info(0))
@@ -362,7 +362,7 @@ def test_a_layer_that_no_token_reaches_is_not_pruned(inputs):
     assert not layer.method.activity
 
 
-def test_a_skipped_step_is_neither_counted_nor_an_event():
+def test_a_skipped_step_is_neither_averaged_nor_pruned():
     layer = perturb(made(PRILoRA(rank=4, prune_every=1))).train()
     before = layer.a.detach().clone()
     layer.method.begin_step(info(0))
@@ -374,30 +374,30 @@ def test_a_skipped_step_is_neither_counted_nor_an_event():
     assert (layer.a == 0).sum() == 4 * 28
 
 
-# -- what stays zero -------------------------------------------------------------------------------
+# -- frozen masks and optimizer state --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reset_momentum", [True, False])
-def test_a_frozen_mask_holds_what_the_last_event_pruned(directory, dtype, reset_momentum):
+def test_a_frozen_mask_keeps_the_zeros_of_the_last_pruning(directory, dtype, reset_momentum):
     settings = PRILoRA(**PRUNING, freeze_mask=True, reset_momentum=reset_momentum)
     run = bench(directory, settings, dtype=dtype, weight_decay=0.1)
-    after_event = {(32, 64), (64, 128)}
+    after_pruning = {(32, 64), (64, 128)}
     for done in range(1, 10):
         run.step()
-        assert (zeros(run) == after_event) == (done in (3, 6, 9))
+        assert (zeros(run) == after_pruning) == (done in (3, 6, 9))
     layers = run.attached.layers.values()
     masks = [layer.a == 0 for layer in layers]
     for _ in range(4):
         before = [run.engine.read(layer.a) for layer in layers]
         run.step()
-        assert zeros(run) == after_event
+        assert zeros(run) == after_pruning
         for layer, mask, then in zip(layers, masks, before, strict=True):
             assert torch.equal(layer.a == 0, mask)
             assert (run.engine.read(layer.a) != then)[~mask].float().mean() > 0.99
 
 
-def test_what_a_frozen_mask_holds_does_not_count_in_the_clipped_norm(directory):
+def test_masked_entries_do_not_count_in_the_gradient_norm(directory):
     norms = {}
 
     class Watching(PRILoRAMethod):
@@ -416,7 +416,7 @@ def test_what_a_frozen_mask_holds_does_not_count_in_the_clipped_norm(directory):
 
 
 @pytest.mark.parametrize("resets", [True, False])
-def test_adams_moments_of_what_is_pruned_are_cleared(directory, resets):
+def test_adams_moments_of_pruned_entries_are_cleared(directory, resets):
     run = bench(directory, PRILoRA(**PRUNING, reset_momentum=resets))
     for _ in range(3):
         run.step()
@@ -428,19 +428,19 @@ def test_adams_moments_of_what_is_pruned_are_cleared(directory, resets):
             assert moments[name][~pruned].all()
 
 
-# -- beside LoRA -----------------------------------------------------------------------------------
+# -- LoRA, resuming, planning ----------------------------------------------------------------------
 
 
-def test_on_a_level_line_without_pruning_it_is_lora_to_the_bit(directory):
-    level = PRILoRA(first_rank=4, last_rank=4, alpha=8, prune_share=0.0, prune_every=2)
-    run = bench(directory, level)
+def test_with_equal_ranks_and_no_pruning_it_equals_lora_to_the_bit(directory):
+    constant = PRILoRA(first_rank=4, last_rank=4, alpha=8, prune_share=0.0, prune_every=2)
+    run = bench(directory, constant)
     lora = bench(directory, LoRA(rank=4, alpha=8), LoRAMethod)
     assert [run.step() for _ in range(5)] == [lora.step() for _ in range(5)]
     found, expected = run.attached.state(), lora.attached.state()
     assert all(torch.equal(found[name], t) for name, t in expected.items())
 
 
-def test_early_stopping_waits_for_the_first_pruning_if_there_is_one():
+def test_the_adapter_is_settled_after_the_first_pruning():
     method = PRILoRAMethod(PRILoRA(prune_every=4))
     assert [method.is_settled(done, 12) for done in (0, 3, 4, 12)] == [False, False, True, True]
     assert method.is_settled(0, 3)  # too short for a pruning
@@ -456,11 +456,11 @@ def test_early_stopping_waits_for_the_first_pruning_if_there_is_one():
         pytest.param(10, False, marks=pytest.mark.slow),
     ],
 )
-def test_a_run_that_was_interrupted_ends_in_the_same_bits(directory, steps, freeze_mask):
+def test_a_resumed_run_ends_with_the_same_bits(directory, steps, freeze_mask):
     settings = PRILoRA(**PRUNING, freeze_mask=freeze_mask, dropout=0.1)
     how = {"dtype": torch.bfloat16, "weight_decay": 0.1, "checkpointing": True}
-    whole, first = bench(directory, settings, **how), bench(directory, settings, **how)
-    losses = [whole.step() for _ in range(12)]
+    uninterrupted, first = bench(directory, settings, **how), bench(directory, settings, **how)
+    losses = [uninterrupted.step() for _ in range(12)]
     for _ in range(steps):
         first.step()
     second = bench(directory, settings, **how, saved=first.attached.state())
@@ -469,8 +469,8 @@ def test_a_run_that_was_interrupted_ends_in_the_same_bits(directory, steps, free
     second.number = first.number
     assert [second.step() for _ in range(12 - steps)] == losses[steps:]
     found = second.attached.state()
-    assert all(torch.equal(found[name], t) for name, t in whole.attached.state().items())
-    expected = whole.method.state_dict()
+    assert all(torch.equal(found[name], t) for name, t in uninterrupted.attached.state().items())
+    expected = uninterrupted.method.state_dict()
     assert all(torch.equal(v, expected[name]) for name, v in second.method.state_dict().items())
 
 
@@ -483,14 +483,14 @@ def test_the_methods_state_is_one_vector_per_layer(directory):
     assert shapes["model.layers.0.mlp.down_proj.activity"] == (128,)
 
 
-def test_the_footprint_has_two_vectors_beside_the_factors():
+def test_the_memory_plan_has_two_vectors_besides_the_factors():
     method = planned(PRILoRA(), [spec(0), spec(11)])
     footprint = method.footprint(spec(11))
     assert (footprint.width, footprint.trained) == (12, 12 * (64 + 48))
     assert (footprint.frozen, footprint.statistics) == (0, 2 * 64)
 
 
-def test_it_begins_from_a_pair_that_fits_and_names_the_setting_of_one_that_does_not():
+def test_a_warm_start_needs_a_pair_of_at_most_the_rank_of_the_layer():
     small = perturb(one_layer(LoRA(rank=2, alpha=3), 33, 57, method=LoRAMethod))
     layer = made(PRILoRA(first_rank=3, last_rank=3))
     layer.warm_start(small.factors())

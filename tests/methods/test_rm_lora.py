@@ -1,4 +1,4 @@
-"""RM-LoRA: a penalty that makes factors orthonormal, and masks that a step draws."""
+"""RM-LoRA: the orthonormality penalty and the masks drawn in every step."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def made(settings, d_out=33, d_in=57, **how):
 
 
 class Watching(RMLoRAMethod):
-    """Keeps, of every step, all gradients before and after the mask."""
+    """Records all gradients of every step before and after masking."""
 
     def __init__(self, settings):
         super().__init__(settings)
@@ -49,8 +49,8 @@ class Watching(RMLoRAMethod):
         }
 
 
-def live(name, gradient):
-    """The components whose gradient is not zero."""
+def trained_components(name, gradient):
+    """The components with a nonzero gradient."""
     return frozenset(gradient.any(dim=1 if name.endswith(".a") else 0).nonzero().flatten().tolist())
 
 
@@ -70,7 +70,7 @@ def naive_distance(vectors):
     return total**0.5
 
 
-def test_the_penalty_has_the_value_and_the_gradients_of_its_formula(directory):
+def test_the_penalty_has_the_value_and_gradients_of_the_formula(directory):
     run = bench(directory, RMLoRA(rank=4, orthogonality=0.3))
     for layer in run.attached.layers.values():
         perturb(layer, 0.3)
@@ -89,7 +89,7 @@ def test_the_penalty_has_the_value_and_the_gradients_of_its_formula(directory):
         torch.testing.assert_close(got, want, **CLOSE)
 
 
-def test_it_is_zero_for_orthonormal_factors():
+def test_the_distance_is_zero_for_orthonormal_rows():
     rows, _ = torch.linalg.qr(torch.randn(40, 6))
     assert distance_from_orthonormal(rows.T) < 3e-6  # rounding of 36 dot products, and the 1e-6
     assert distance_from_orthonormal(2 * rows.T) == pytest.approx(3 * 6**0.5, rel=1e-5)
@@ -101,7 +101,7 @@ def test_exactly_orthonormal_rows_have_a_gradient_of_zero():
     assert torch.equal(gradient, torch.zeros(3, 7))
 
 
-def test_at_a_b_of_zero_it_is_the_root_of_the_rank_and_pulls_nowhere():
+def test_for_b_zero_the_distance_is_the_root_of_the_rank_without_a_gradient():
     layer = made(RMLoRA(rank=9, orthogonality=1.0))
     of_b = distance_from_orthonormal(layer.b.T)
     assert of_b.item() == pytest.approx(3.0)
@@ -112,11 +112,11 @@ def test_at_a_b_of_zero_it_is_the_root_of_the_rank_and_pulls_nowhere():
     assert not b.any()
 
 
-def test_without_its_weight_there_is_none():
+def test_there_is_no_penalty_of_weight_zero():
     assert made(RMLoRA(orthogonality=0.0)).method.penalty() is None
 
 
-def test_it_is_added_once_per_step(directory):
+def test_the_penalty_is_computed_once_per_step(directory):
     calls = []
 
     class Counting(RMLoRAMethod):
@@ -127,10 +127,10 @@ def test_it_is_added_once_per_step(directory):
     run = bench(directory, RMLoRA(rank=4), Counting)
     for _ in range(3):
         run.step()
-    assert len(calls) == 3  # of two micro-batches each
+    assert len(calls) == 3  # with two micro-batches each
 
 
-def test_it_makes_the_rows_of_a_more_orthonormal(directory):
+def test_the_penalty_makes_the_rows_of_a_more_orthonormal(directory):
     ends = []
     for weight in (0.0, 1.0):
         run = bench(directory, RMLoRA(rank=4, orthogonality=weight, num_drawn=4))
@@ -153,9 +153,9 @@ def test_from_the_second_step_on_k_components_keep_their_gradient(directory, var
     assert all(torch.equal(first[0][name], g) for name, g in first[1].items())
     for before, after in later:
         for name, gradient in after.items():
-            kept = live(name, gradient)
+            kept = trained_components(name, gradient)
             assert len(kept) == 2
-            assert live(name, before[name]) == set(range(6))
+            assert trained_components(name, before[name]) == set(range(6))
             chosen = sorted(kept)
             got, want = (of_component(name, g, chosen) for g in (gradient, before[name]))
             assert torch.equal(got, want)
@@ -171,42 +171,42 @@ def test_v1_draws_the_same_components_for_both_factors_and_v2_for_each(
     same = []
     for _, after in run.method.seen[1:]:
         for path in run.attached.layers:
-            rows, columns = (live(f"{path}.{n}", after[f"{path}.{n}"]) for n in "ab")
+            rows, columns = (trained_components(f"{path}.{n}", after[f"{path}.{n}"]) for n in "ab")
             same.append(rows == columns)
     assert all(same) == are_equal
     assert sum(same) < 0.5 * len(same) or are_equal  # by chance one pair in fifteen
 
 
-def test_every_layer_and_every_step_draws_anew(directory):
+def test_every_layer_and_every_step_has_its_own_draw(directory):
     run = bench(directory, RMLoRA(rank=6, num_drawn=2), Watching)
     for _ in range(5):
         run.step()
     drawn = [
-        [live(name, g) for name, g in after.items() if name.endswith(".a")]
+        [trained_components(name, g) for name, g in after.items() if name.endswith(".a")]
         for _, after in run.method.seen[1:]
     ]
     assert all(len(set(of_step)) > 1 for of_step in drawn)
     assert all(len(set(of_layer)) > 1 for of_layer in zip(*drawn, strict=True))
 
 
-def test_components_are_drawn_alike():
+def test_components_are_drawn_with_equal_probability():
     draw = torch.Generator().manual_seed(0)
     kept = sum((~mask_all_but(2, 5, draw)).int() for _ in range(2000))
     assert kept.sum() == 2 * 2000
-    # 2000 draws of a chance of 2/5: a standard deviation of 22
+    # 2000 draws with probability 2/5: standard deviation 22
     assert (kept - 800).abs().max() < 4 * 22
 
 
-def test_half_of_a_layers_own_rank_is_drawn_unless_a_number_is_given(directory):
+def test_half_of_the_rank_of_a_layer_is_drawn_by_default(directory):
     run = bench(directory, RMLoRA(rank=4, ranks={"q_proj": 7, "k_proj": 1}), Watching)
     for _ in range(2):
         run.step()
     for name, gradient in run.method.seen[1][1].items():
         expected = 3 if "q_proj" in name else 1 if "k_proj" in name else 2
-        assert len(live(name, gradient)) == expected
+        assert len(trained_components(name, gradient)) == expected
 
 
-def test_the_norm_that_is_clipped_is_that_of_the_masked_gradients(directory):
+def test_the_clipped_norm_is_that_of_the_masked_gradients(directory):
     run = bench(directory, RMLoRA(rank=6, num_drawn=2), Watching)
     for _ in range(2):
         run.step()
@@ -230,26 +230,26 @@ def test_only_the_factors_are_masked(directory):
     assert all((after[name] != value).all() for name, value in before.items())
 
 
-# -- what rests ------------------------------------------------------------------------------------
+# -- strict masks ----------------------------------------------------------------------------------
 
 
-def resting_components_that_moved(run):
-    """Of every factor after the next step: did what was not drawn move, in masters or at rest?"""
+def masked_components_that_moved(run):
+    """For every factor: whether components not drawn in the next step moved, in either copy."""
     parameters = run.attached.parameters()
     then = {n: (run.engine.read(p), p.detach().clone()) for n, p in parameters.items()}
     run.step()
     moved = []
     for name, gradient in run.method.seen[-1][1].items():
-        rest = sorted(set(range(6)) - live(name, gradient))
+        masked = sorted(set(range(6)) - trained_components(name, gradient))
         now = run.engine.read(parameters[name]), parameters[name].detach()
         pairs = zip(then[name], now, strict=True)
         moved.append(
             any(
-                not torch.equal(of_component(name, a, rest), of_component(name, b, rest))
+                not torch.equal(of_component(name, a, masked), of_component(name, b, masked))
                 for a, b in pairs
             )
         )
-        drawn = sorted(live(name, gradient))
+        drawn = sorted(trained_components(name, gradient))
         assert not torch.equal(
             of_component(name, now[0], drawn), of_component(name, then[name][0], drawn)
         )
@@ -257,18 +257,18 @@ def resting_components_that_moved(run):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_strict_mask_holds_what_was_not_drawn_to_the_bit(directory, dtype):
+def test_a_strict_mask_keeps_masked_components_to_the_bit(directory, dtype):
     settings = RMLoRA(rank=6, num_drawn=2, strict_mask=True)
     run = bench(directory, settings, Watching, dtype=dtype, weight_decay=0.1)
     run.step()
     for _ in range(4):
-        assert not any(resting_components_that_moved(run))
+        assert not any(masked_components_that_moved(run))
 
 
-def test_without_it_momentum_moves_it_on(directory):
+def test_without_a_strict_mask_momentum_moves_masked_components(directory):
     run = bench(directory, RMLoRA(rank=6, num_drawn=2), Watching)
     run.step()
-    assert all(resting_components_that_moved(run))
+    assert all(masked_components_that_moved(run))
 
 
 def test_a_skipped_step_writes_nothing():
@@ -291,7 +291,7 @@ def test_a_skipped_step_writes_nothing():
     assert not layer.method.previous
 
 
-def test_a_layer_without_a_gradient_is_left_alone():
+def test_a_layer_without_a_gradient_is_ignored():
     layer = made(RMLoRA(rank=6))
 
     class Without:
@@ -301,11 +301,11 @@ def test_a_layer_without_a_gradient_is_left_alone():
     layer.method.before_step(Without(), StepInfo(1, 20, 1e-2, generator(0, "method", 1)))
 
 
-# -- beside LoRA -----------------------------------------------------------------------------------
+# -- LoRA, resuming, the claim of the paper --------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_with_all_components_and_no_penalty_it_is_lora_to_the_bit(directory, dtype):
+def test_with_all_components_and_no_penalty_it_equals_lora_to_the_bit(directory, dtype):
     neutral = RMLoRA(rank=4, alpha=8, num_drawn=4, orthogonality=0.0, strict_mask=True)
     run = bench(directory, neutral, dtype=dtype)
     lora = bench(directory, LoRA(rank=4, alpha=8), LoRAMethod, dtype=dtype)
@@ -315,11 +315,11 @@ def test_with_all_components_and_no_penalty_it_is_lora_to_the_bit(directory, dty
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_a_run_that_was_interrupted_ends_in_the_same_bits(directory, strict):
+def test_a_resumed_run_ends_with_the_same_bits(directory, strict):
     settings = RMLoRA(rank=6, strict_mask=strict, dropout=0.1)
     how = {"dtype": torch.bfloat16, "weight_decay": 0.1}
-    whole, first = bench(directory, settings, **how), bench(directory, settings, **how)
-    losses = [whole.step() for _ in range(6)]
+    uninterrupted, first = bench(directory, settings, **how), bench(directory, settings, **how)
+    losses = [uninterrupted.step() for _ in range(6)]
     for _ in range(3):
         first.step()
     second = bench(directory, settings, **how, saved=first.attached.state())
@@ -328,7 +328,7 @@ def test_a_run_that_was_interrupted_ends_in_the_same_bits(directory, strict):
     second.number = first.number
     assert [second.step() for _ in range(3)] == losses[3:]
     found = second.attached.state()
-    assert all(torch.equal(found[name], t) for name, t in whole.attached.state().items())
+    assert all(torch.equal(found[name], t) for name, t in uninterrupted.attached.state().items())
 
 
 def effective_rank_after_learning(method, settings, seed):
@@ -352,7 +352,7 @@ def effective_rank_after_learning(method, settings, seed):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_penalty_gives_the_update_a_higher_effective_rank_than_loras(seed):
+def test_the_penalty_raises_the_effective_rank_above_that_of_lora(seed):
     ours = effective_rank_after_learning(RMLoRAMethod, RMLoRA(rank=8, alpha=8), seed)
     theirs = effective_rank_after_learning(LoRAMethod, LoRA(rank=8, alpha=8), seed)
     assert ours > theirs + 0.1  # 0.21 to 0.27 more than 3.7
@@ -367,7 +367,7 @@ def test_the_defaults_are_those_of_the_released_glue_script():
     assert (settings.orthogonality, settings.num_drawn, settings.strict_mask) == (0.1, None, False)
 
 
-def test_more_components_than_there_are_cannot_be_drawn():
+def test_drawing_more_components_than_the_rank_is_an_error():
     with pytest.raises(ValidationError, match="num_drawn=9 is above the rank, 8"):
         RMLoRA(rank=8, num_drawn=9)
     assert RMLoRA(rank=8, num_drawn=9, ranks={"q_proj": 16}).num_drawn == 9

@@ -1,4 +1,4 @@
-"""SoRA: gates that reach exactly zero, and may come back."""
+"""SoRA: the proximal step on the gates, and its thresholds."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_after_every_step_a_gate_is_exactly_zero_or_was_above_the_threshold(tmp_
 
 
 @pytest.mark.parametrize("release", [False, True])
-def test_a_step_takes_the_threshold_off_every_gate(tmp_path, release):
+def test_a_step_shrinks_every_gate_by_the_threshold(tmp_path, release):
     settings = SoRA(rank=8, threshold=0.1, release_prox=release)
     bare = SoRA(rank=8, threshold=0.0)
     directory = save_tiny(tmp_path / "base")
@@ -68,12 +68,12 @@ def test_a_step_takes_the_threshold_off_every_gate(tmp_path, release):
 
 
 @pytest.mark.parametrize("threshold", [[], -0.1, [0.1, -0.2], [0.2, 0.1]])
-def test_thresholds_that_shrink_nothing_or_fall_are_refused(threshold):
+def test_negative_or_decreasing_thresholds_are_an_error(threshold):
     with pytest.raises(ValidationError, match=r"threshold=.*0 or more.*must not decrease"):
         SoRA(threshold=threshold)
 
 
-def test_a_huge_threshold_leaves_the_bare_base(tmp_path):
+def test_a_huge_threshold_gives_the_outputs_of_the_base(tmp_path):
     bench = Bench(save_tiny(tmp_path / "base"), SoRA(rank=4, threshold=100.0))
     start = bench.logits()
     bench.step()
@@ -88,7 +88,7 @@ def test_a_skipped_step_shrinks_nothing():
     assert torch.equal(layer.g.detach(), before)
 
 
-def test_the_threshold_is_a_constant_a_schedule_or_tied_to_the_rate():
+def test_the_threshold_is_constant_scheduled_or_proportional_to_the_learning_rate():
     assert threshold_at(SoRA(threshold=0.25), info(5)) == 0.25
     schedule = SoRA(threshold=[0.1, 0.2, 0.4, 0.8])
     widths = [threshold_at(schedule, info(step)) for step in range(8)]
@@ -97,6 +97,6 @@ def test_the_threshold_is_a_constant_a_schedule_or_tied_to_the_rate():
     assert threshold_at(SoRA(threshold_per_lr=3.0, lr_ratio=4.0), info(lr=0.5)) == 6.0
 
 
-def test_the_penalty_is_the_mean_size_of_all_gates():
+def test_the_penalty_is_the_mean_absolute_gate():
     layer = one_layer(SoRA(rank=4, l1=0.5, threshold=0.0), 33, 57)
     assert layer.method.penalty().item() == pytest.approx(0.5 * layer.g.abs().mean().item())

@@ -1,4 +1,4 @@
-"""XGBLoRA: boosters of rank 1 on layers drawn anew, kept when their steps are over."""
+"""XGBLoRA: boosters of rank 1 on drawn layers, frozen after their steps."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def bench_of(directory, total=15, **settings):
     return Bench(directory, XGBLoRA(boost_every=KAPPA, **settings), total=total)
 
 
-def test_only_the_drawn_layers_move_and_a_draw_lasts_for_a_booster(directory):
+def test_only_the_drawn_layers_train_until_the_booster_is_finished(directory):
     bench = bench_of(directory, num_layers=2)
     draws = []
     for _ in range(15):
@@ -33,7 +33,7 @@ def test_only_the_drawn_layers_move_and_a_draw_lasts_for_a_booster(directory):
     assert len({tuple(sorted(draw)) for draw in draws}) > 1
 
 
-def test_a_third_of_the_layers_is_drawn_by_default_and_all_come_in_turn():
+def test_a_third_of_the_layers_is_drawn_by_default_with_equal_probability():
     method = XGBLoRAMethod(XGBLoRA())
     method.layers = {str(i): None for i in range(12)}
     method._block_of = {str(i): i for i in range(12)}
@@ -42,25 +42,25 @@ def test_a_third_of_the_layers_is_drawn_by_default_and_all_come_in_turn():
         drawn = method._draw(torch.Generator().manual_seed(seed))
         assert len(set(drawn)) == 4
         counts[drawn] += 1
-    # 200 expected each, with a deviation of 11.5: within four of them
+    # expected 200 each with standard deviation 11.5: within four of these
     assert (counts - 200).abs().max() < 46
 
 
-def test_the_export_has_a_rank_for_every_booster_that_touched_the_layer(directory):
+def test_the_exported_rank_is_the_number_of_boosters_of_the_layer(directory):
     bench = bench_of(directory, num_layers=2)
-    touched = dict.fromkeys(bench.attached.layers, 0)
+    num_boosters = dict.fromkeys(bench.attached.layers, 0)
     for step in range(15):
         bench.step()
         if (step + 1) % KAPPA == 0:
             for path in bench.attached.layers:
-                touched[path] += bench.method._block_of[path] in bench.method._blocks
+                num_boosters[path] += bench.method._block_of[path] in bench.method._blocks
     for path, layer in bench.attached.layers.items():
-        assert len(layer.bank_scales) == touched[path]
-        assert layer.factors().rank == touched[path]
-    assert sum(touched.values()) == 5 * 2 * 7
+        assert len(layer.bank_scales) == num_boosters[path]
+        assert layer.factors().rank == num_boosters[path]
+    assert sum(num_boosters.values()) == 5 * 2 * 7
 
 
-def test_the_optimizers_state_does_not_grow(directory):
+def test_the_optimizer_state_does_not_grow(directory):
     bench = bench_of(directory, num_layers=2)
     sizes = []
     for _ in range(15):
@@ -73,11 +73,11 @@ def test_the_optimizers_state_does_not_grow(directory):
 
 
 def test_a_finished_booster_is_shrunk(directory):
-    whole, half = bench_of(directory), bench_of(directory, shrinkage=0.5)
-    for bench in (whole, half):
+    full, half = bench_of(directory), bench_of(directory, shrinkage=0.5)
+    for bench in (full, half):
         for _ in range(KAPPA):
             bench.step()
-    for path, layer in whole.attached.layers.items():
+    for path, layer in full.attached.layers.items():
         other = half.attached.layers[path]
         torch.testing.assert_close(other.delta(), 0.5 * layer.delta())
 
@@ -91,7 +91,7 @@ def test_a_bank_above_the_cap_is_recompressed(directory):
     assert all(layer.bank_error > 0 for layer in layers)
 
 
-def test_a_draw_survives_a_resume_in_the_middle_of_a_booster(directory):
+def test_a_run_resumed_within_a_booster_keeps_its_layers(directory):
     first = bench_of(directory, num_layers=2)
     for _ in range(4):
         first.step()
@@ -100,7 +100,7 @@ def test_a_draw_survives_a_resume_in_the_middle_of_a_booster(directory):
     assert second._blocks == first.method._blocks
 
 
-def test_the_penalty_is_on_the_live_boosters_only(directory):
+def test_the_penalty_is_on_the_live_booster_only(directory):
     bench = bench_of(directory, num_layers=2, norm_penalty=0.5)
     bench.step()
     live = [p for p in bench.attached.parameters().values() if p.requires_grad]
@@ -109,24 +109,24 @@ def test_the_penalty_is_on_the_live_boosters_only(directory):
     torch.testing.assert_close(bench.method.penalty().detach(), expected)
 
 
-def test_the_rate_rises_again_with_every_booster_on_request():
+def test_the_learning_rate_warms_up_with_every_booster_if_rewarm_is_set():
     method = XGBLoRAMethod(XGBLoRA(boost_every=4, rewarm=2))
     found = [method.lr_scale(step, 12) for step in range(8)]
     assert found == pytest.approx([1, 1, 1, 1, 1 / 3, 2 / 3, 1, 1])
 
 
 def test_an_extended_run_has_the_boosters_of_an_uninterrupted_one(directory):
-    whole, extended = bench_of(directory, total=16), bench_of(directory, total=8)
+    uninterrupted, extended = bench_of(directory, total=16), bench_of(directory, total=8)
     for number in range(16):
-        whole.step()
+        uninterrupted.step()
         if number == 8:
             extended.total = 16
         extended.step()
-    for path, layer in whole.attached.layers.items():
+    for path, layer in uninterrupted.attached.layers.items():
         assert len(extended.attached.layers[path].bank_scales) == len(layer.bank_scales)
 
 
-def test_a_new_booster_is_drawn_anew(directory):
+def test_a_new_booster_starts_with_a_new_a_and_b_zero(directory):
     bench = bench_of(directory, num_layers=6)
     before = {path: layer.a.detach().clone() for path, layer in bench.attached.layers.items()}
     for _ in range(KAPPA):
