@@ -135,7 +135,8 @@ class AdaLoRAMethod(Method[AdaLoRALayer]):
         for path, layer in self.layers.items():
             for name, parameter in layer.trained().items():
                 gradient = access.gradient(parameter)
-                assert gradient is not None, f"{path}.{name} has no gradient"
+                if gradient is None:  # an expert that got no token
+                    gradient = torch.zeros_like(access.read(parameter))
                 self._gradients[f"{path}.{name}"] = gradient.clone()
 
     def after_step(self, access: ParameterAccess, step: StepInfo) -> None:
@@ -190,12 +191,12 @@ class AdaLoRAMethod(Method[AdaLoRALayer]):
         for path, layer in self.layers.items():
             for name, parameter in layer.trained().items():
                 key = f"{path}.{name}"
-                seen = (access.read(parameter).float() * gradients[key].float()).abs()
-                mean = self._sensitivity.setdefault(key, torch.zeros_like(seen))
-                mean.mul_(s.sensitivity_decay).add_(seen, alpha=1 - s.sensitivity_decay)
-                deviation = self._deviation.setdefault(key, torch.zeros_like(seen))
-                away = (seen - mean).abs()
-                deviation.mul_(s.deviation_decay).add_(away, alpha=1 - s.deviation_decay)
+                now = (access.read(parameter).float() * gradients[key].float()).abs()
+                sensitivity = self._sensitivity.setdefault(key, torch.zeros_like(now))
+                sensitivity.mul_(s.sensitivity_decay).add_(now, alpha=1 - s.sensitivity_decay)
+                difference = (now - sensitivity).abs()
+                deviation = self._deviation.setdefault(key, torch.zeros_like(now))
+                deviation.mul_(s.deviation_decay).add_(difference, alpha=1 - s.deviation_decay)
 
     def _select(self, count: int) -> dict[str, Tensor]:
         """Masks of the `count` triplets with the highest scores over all layers, by path."""
@@ -208,11 +209,11 @@ class AdaLoRAMethod(Method[AdaLoRALayer]):
 
     def _scores(self, path: str) -> Tensor:
         """(r0,): importance of E, plus the means over the row of Q and over the column of P."""
-        of = {
-            name: self._sensitivity[f"{path}.{name}"] * self._deviation[f"{path}.{name}"]
+        e, a, b = (
+            self._sensitivity[f"{path}.{name}"] * self._deviation[f"{path}.{name}"]
             for name in ("e", "a", "b")
-        }
-        return of["e"] + of["a"].mean(1) + of["b"].mean(0)
+        )
+        return e + a.mean(1) + b.mean(0)
 
     def _mask(self, access: ParameterAccess, kept: Mapping[str, Tensor]) -> None:
         for path, layer in self.layers.items():

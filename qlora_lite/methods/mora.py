@@ -58,9 +58,9 @@ from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
 
-Type = Literal[1, 2, 6]
+MoRAType = Literal[1, 2, 6]
 
-OTHER: dict[Type, Type] = {1: 2, 6: 1}
+ALTERNATE: dict[MoRAType, MoRAType] = {1: 2, 6: 1}
 """The type with which the first one alternates when M is restarted."""
 
 
@@ -106,7 +106,7 @@ class MoRA(AdapterSettings):
 # -- compression before M and decompression after it -----------------------------------------------
 
 
-def side_of_square(rank: int, d_in: int, d_out: int, kind: Type) -> int:
+def side_of_square(rank: int, d_in: int, d_out: int, kind: MoRAType) -> int:
     """r_hat, with which M has about the parameters of a LoRA of this rank. Even for type 6."""
     r_hat = min(round(math.sqrt(rank * (d_in + d_out))), d_in, d_out)
     return r_hat // 2 * 2 if kind == 6 else r_hat
@@ -182,7 +182,9 @@ class MoRALayer(AdapterLayer):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, base: FrozenLinear, r_hat: int, kind: Type, dropout: float = 0.0) -> None:
+    def __init__(
+        self, base: FrozenLinear, r_hat: int, kind: MoRAType, dropout: float = 0.0
+    ) -> None:
         super().__init__(base)
         self.m = nn.Parameter(torch.zeros(r_hat, r_hat))
         self.kind = kind
@@ -192,7 +194,7 @@ class MoRALayer(AdapterLayer):
             self.register_buffer("cos", rotation.cos(), persistent=False)
             self.register_buffer("sin", rotation.sin(), persistent=False)
 
-    def matrices(self) -> dict[Type, list[Tensor]]:
+    def matrices(self) -> dict[MoRAType, list[Tensor]]:
         """The square matrices of every type in use; those of one type act as their sum."""
         return {self.kind: [self.m]}
 
@@ -206,7 +208,7 @@ class MoRALayer(AdapterLayer):
             parts.append(self.decompress(y, kind))
         return reduce(torch.add, parts)
 
-    def compress(self, x: Tensor, kind: Type) -> Tensor:
+    def compress(self, x: Tensor, kind: MoRAType) -> Tensor:
         """f_comp, (..., d_in) -> (..., r_hat), or (..., blocks, r_hat) for type 6."""
         r_hat = len(self.m)
         match kind:
@@ -219,7 +221,7 @@ class MoRALayer(AdapterLayer):
                 blocks = wrap(x, len(self.cos) * r_hat).unflatten(-1, (-1, r_hat))
                 return rotate(blocks, self.cos.to(x.dtype), self.sin.to(x.dtype))
 
-    def decompress(self, y: Tensor, kind: Type) -> Tensor:
+    def decompress(self, y: Tensor, kind: MoRAType) -> Tensor:
         """f_dec, to (..., d_out)."""
         match kind:
             case 1:
@@ -244,14 +246,14 @@ class MoRALayer(AdapterLayer):
             return Factors(down, up)
         return None if rank is None else nearest_pair(self.delta(), rank)
 
-    def _down(self, m: Tensor, kind: Type) -> Tensor:
+    def _down(self, m: Tensor, kind: MoRAType) -> Tensor:
         """M f_comp as a matrix (r_hat, d_in), for types 1 and 2."""
         d_in, r_hat = self.base.d_in, len(m)
         if kind == 2:
             return repeat_groups(m, d_in)
         return unwrap(tile(m, math.ceil(d_in / r_hat) * r_hat), d_in)
 
-    def _dense(self, m: Tensor, kind: Type) -> Tensor:
+    def _dense(self, m: Tensor, kind: MoRAType) -> Tensor:
         """f_dec M f_comp as a matrix (d_out, d_in)."""
         if kind != 6:
             return self.decompress(self._down(m, kind).T, kind).T
@@ -267,7 +269,7 @@ class MoRALayer(AdapterLayer):
         return len(self.m) ** 2
 
 
-def _sums(matrices: Mapping[Type, Sequence[Tensor]]) -> dict[Type, Tensor]:
+def _sums(matrices: Mapping[MoRAType, Sequence[Tensor]]) -> dict[MoRAType, Tensor]:
     """The sum of the matrices of each type, in fp32."""
     return {
         kind: reduce(torch.add, [m.detach().float() for m in parts])
@@ -288,9 +290,11 @@ class ReMoRALayer(MoRALayer):
     sums: Tensor
     finished: Tensor
 
-    def __init__(self, base: FrozenLinear, r_hat: int, kind: Type, dropout: float = 0.0) -> None:
+    def __init__(
+        self, base: FrozenLinear, r_hat: int, kind: MoRAType, dropout: float = 0.0
+    ) -> None:
         super().__init__(base, r_hat, kind, dropout)
-        self.cycle = (kind, OTHER[kind])
+        self.cycle = (kind, ALTERNATE[kind])
         self.register_buffer("sums", torch.zeros(2, r_hat, r_hat))
         self.register_buffer("finished", torch.zeros(0, dtype=torch.int64))
 
@@ -299,7 +303,7 @@ class ReMoRALayer(MoRALayer):
         """Index of the current type of M in `cycle`."""
         return len(self.finished) % 2
 
-    def matrices(self) -> dict[Type, list[Tensor]]:
+    def matrices(self) -> dict[MoRAType, list[Tensor]]:
         kept = list(zip(self.cycle, self.sums, strict=True))[: len(self.finished)]
         found = {kind: [total] for kind, total in kept}
         found.setdefault(self.cycle[self.turn], []).append(self.m)

@@ -14,9 +14,10 @@ pruning selects from all entries. From 4 to 12 over twelve blocks the ranks are
 Known from the abstract and from summaries: the linear ranks and the form of the score. From memory,
 not checked: 4 to 12, half of A, 40 steps. Not found: beta, the scale, the end of the pruning, and
 any public repository (the ACL Anthology has a software archive of the paper, which we did not
-read). Our choices: beta = 0.9; alpha is the same in all layers; u is a mean over tokens, so steps
-of different sizes count equally; the last pruning is at 90 % of the run. v starts at zero without
-bias correction: the correction is one factor on all of v and does not change the order in a row.
+read). Our choices: beta = 0.9; alpha is the same in all layers; u is a root mean square over
+tokens, so steps of different sizes count equally; the last pruning is at 90 % of the run. v starts
+at zero without bias correction: that is one factor on all of v and does not change the order in a
+row.
 
 Where we deviate: Adam's moments of pruned entries are cleared, or they would jump back
 (`reset_momentum`). `freeze_mask` keeps the entries of the last pruning at zero to the end. A

@@ -4,7 +4,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from qlora_lite.adapters.method import StepInfo
 from qlora_lite.methods.adalora import AdaLoRA, AdaLoRAMethod, budget
+from tests.methods.access import PlainAccess
 from tests.tiny import save_tiny
 from tests.workbench import Bench, one_layer, perturb
 
@@ -97,6 +99,16 @@ def test_the_scores_are_those_of_the_formula(directory):
     for i, found in enumerate(bench.method._scores(path)):
         expected = scores["e"][i] + scores["a"][i].sum() / d_in + scores["b"][:, i].sum() / d_out
         assert found == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_layer_without_tokens_has_importance_zero():
+    layer = one_layer(SETTINGS, 33, 57)
+    access, step = PlainAccess(), StepInfo(0, TOTAL, 1e-2, torch.Generator())
+    layer.a.grad = torch.ones_like(layer.a)  # of the penalty; e and b have none
+    layer.method.before_step(access, step)
+    layer.method.after_step(access, step)
+    expected = (0.15 * 0.15 * 0.85 * layer.a.detach().square()).mean(1)
+    torch.testing.assert_close(layer.method._scores("blocks.0.linear"), expected)
 
 
 def test_ties_keep_exactly_as_many_as_the_budget():
