@@ -1,4 +1,4 @@
-"""The study of all methods: it measures once, goes on, and says what shows and what does not."""
+"""The study of all methods: stored measurements, verdicts, and the page."""
 
 import importlib
 import json
@@ -38,14 +38,14 @@ STAGES = (
 
 @pytest.fixture(scope="module")
 def study():
-    """The tool and its stages, which Python finds beside the script that it runs."""
+    """The tool and its stages; their folder is on `sys.path` when the script runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "tools" / "benchmark")
         stages = {name: importlib.import_module(f"method_study.{name}") for name in STAGES}
         yield SimpleNamespace(tool=importlib.import_module("methods"), **stages)
 
 
-# ------------------------------------------------------------------------------------ the whole way
+# ----------------------------------------------------------------------------------- the whole tool
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def quick(study, monkeypatch):
 
 
 def stop_after(monkeypatch, results, number):
-    """The process ends before the next measurement is written down."""
+    """Interrupt before measurement `number + 1` is stored."""
     record = results.Results.record
 
     def counted(self, *measured):
@@ -114,7 +114,7 @@ def test_two_methods_from_the_first_run_to_the_page(quick, tmp_path, monkeypatch
     assert all(c["rest_bytes"] > 77_824 * 4 * 3 and c["peak_bytes"] > 0 for c in costs)
 
 
-def test_other_settings_do_not_pass_for_the_same_measurement(study, tmp_path):
+def test_a_measurement_with_other_settings_is_refused(study, tmp_path):
     results = study.results.Results(tmp_path)
     key = study.results.Key("run", "lora", "embedded", 0)
     results.record(study.results.Task(key, {"steps": 40}, dict), {"loss": 1.0}, 20.0, threads=2)
@@ -127,7 +127,7 @@ def test_other_settings_do_not_pass_for_the_same_measurement(study, tmp_path):
 
 
 def process_of(barrier):
-    """Meets the other measurement, which must run at the same time."""
+    """Wait for the other measurement, which must run at the same time."""
     barrier.wait(timeout=60)
     return {"process": os.getpid(), "threads": torch.get_num_threads(), "run_seconds": 1000.0}
 
@@ -136,15 +136,15 @@ def fails(error):
     raise error
 
 
-def test_measurements_run_side_by_side_in_processes_of_their_own(study):
+def test_measurements_run_in_parallel_subprocesses(study):
     barrier = multiprocessing.get_context("fork").Barrier(2)
     keys = [study.results.Key("run", "lora", "embedded", seed) for seed in range(2)]
     tasks = [study.results.Task(key, {}, partial(process_of, barrier)) for key in keys]
-    found = list(study.processes.side_by_side(tasks, jobs=2, threads=1))
+    found = list(study.processes.run_in_parallel(tasks, jobs=2, threads=1))
     assert sorted(task.key.seed for task, _, _ in found) == [0, 1]
     assert len({values["process"] for _, values, _ in found} | {os.getpid()}) == 3
     assert all(values["threads"] == 1 for _, values, _ in found)
-    assert all(seconds == 1000.0 for *_, seconds in found)  # an earlier attempt's count
+    assert all(seconds == 1000.0 for *_, seconds in found)  # earlier attempts count
 
 
 @pytest.mark.parametrize(
@@ -155,10 +155,10 @@ def test_a_measurement_that_fails_ends_the_study(study, error, said):
         study.results.Key("run", "lora", "embedded"), {}, partial(fails, error)
     )
     with pytest.raises((RunError, RuntimeError), match=said):
-        list(study.processes.side_by_side([task], jobs=2, threads=1))
+        list(study.processes.run_in_parallel([task], jobs=2, threads=1))
 
 
-# ---------------------------------------------------------------------------------- who takes part
+# -------------------------------------------------------------------------------------- the methods
 
 
 def test_every_method_of_the_catalogue_takes_part_at_the_budget(study):
@@ -173,7 +173,7 @@ def test_every_method_of_the_catalogue_takes_part_at_the_budget(study):
     assert set(study.contenders.SETTINGS) <= set(study.contenders.kinds())
 
 
-def test_only_what_is_asked_for_and_lora(study):
+def test_only_the_given_methods_and_lora_are_trained(study):
     chosen = study.contenders.contenders(["melora"])
     assert [contender.name for contender in chosen] == ["lora", "melora"]
     assert [extra.name for extra in study.contenders.extras(chosen)] == ["lora-rank-4"]
@@ -183,7 +183,7 @@ def test_only_what_is_asked_for_and_lora(study):
 
 def test_a_truncated_lora_keeps_its_first_components(study):
     layer = perturb(one_layer(LoRA(rank=4, alpha=8), d_out=6, d_in=5))
-    down, up = study.ranks.cut(layer, 2)
+    down, up = study.ranks.truncated(layer, 2)
     torch.testing.assert_close(up @ down, 2.0 * layer.b[:, :2] @ layer.a[:2])
 
 
@@ -193,23 +193,23 @@ def test_a_truncated_lora_keeps_its_first_components(study):
 @pytest.mark.parametrize(
     ("values", "above", "not_below"),
     [
-        ([0.3, 0.2, 0.4], "shows", "shows"),
+        ([0.3, 0.2, 0.4], "confirmed", "confirmed"),
         ([0.1, -0.2, 0.4], "undecided", "undecided"),
-        ([-0.001, 0.001, 0.0], "undecided", "shows"),
-        ([-0.3, -0.2, -0.4], "does not show at this size", "does not show at this size"),
+        ([-0.001, 0.001, 0.0], "undecided", "confirmed"),
+        ([-0.3, -0.2, -0.4], "not confirmed at this size", "not confirmed at this size"),
         ([0.3], "one seed has no spread", "one seed has no spread"),
-        ([0.0, 0.0], "does not show at this size", "shows"),
+        ([0.0, 0.0], "not confirmed at this size", "confirmed"),
     ],
 )
-def test_a_difference_counts_if_it_is_larger_than_its_error(study, values, above, not_below):
+def test_a_difference_is_significant_if_it_exceeds_its_error(study, values, above, not_below):
     assert study.verdict.is_above(values) == above
     assert study.verdict.is_not_below(values) == not_below
 
 
-def test_a_mean_is_spoken_with_its_spread(study):
-    assert study.verdict.spoken([3.0, 3.1, 3.2]) == "3.100 ± 0.100"
-    assert study.verdict.spoken([3.0]) == "3.000"
-    assert study.verdict.spoken([0.5, 0.5], sign="+") == "+0.500 ± 0.000"
+def test_a_mean_is_printed_with_its_spread(study):
+    assert study.verdict.mean_and_spread([3.0, 3.1, 3.2]) == "3.100 ± 0.100"
+    assert study.verdict.mean_and_spread([3.0]) == "3.000"
+    assert study.verdict.mean_and_spread([0.5, 0.5], sign="+") == "+0.500 ± 0.000"
 
 
 def readings_of(study, folder, measured):
@@ -226,7 +226,7 @@ def run(loss, **more):
     return {"loss": loss, "losses": [4.0, loss], "trained": 100, "components": 8, **more}
 
 
-def test_claims_name_both_sides_and_are_left_out_where_runs_are_missing(study, tmp_path):
+def test_claims_report_both_methods_and_are_left_out_if_runs_are_missing(study, tmp_path):
     readings = readings_of(
         study,
         tmp_path,
@@ -239,10 +239,10 @@ def test_claims_name_both_sides_and_are_left_out_where_runs_are_missing(study, t
     )
     found = study.claims.findings(readings, ["e2e", "gsm8k"])
     assert [(f.claim, f.data, f.verdict) for f in found] == [
-        ("MELoRA is as good as LoRA with fewer numbers", "e2e", "does not show at this size"),
+        ("MELoRA is as good as LoRA with fewer parameters", "e2e", "not confirmed at this size"),
         ("COLA is better than LoRA at equal steps", "e2e", "undecided"),
     ]
-    assert found[0].measured.endswith("difference +0.100 ± 0.000; trained numbers 50 and 100")
+    assert found[0].measured.endswith("difference +0.100 ± 0.000; trained parameters 50 and 100")
     assert found[1].measured == "cola 2.950 ± 0.071, lora 3.100 ± 0.141; difference -0.150 ± 0.071"
     assert study.page.table(readings, ["lora", "adalora"], ["e2e"]).endswith(
         "| lora | – | – | – | 3.100 ± 0.141 | – | – |\n| adalora | – | – | – | stopped | – | – |"
@@ -250,7 +250,7 @@ def test_claims_name_both_sides_and_are_left_out_where_runs_are_missing(study, t
     assert "adalora on e2e: the loss is nan" in study.page.stopped(readings, ["adalora"], ["e2e"])
 
 
-def test_a_rate_at_the_edge_of_those_tried_is_marked(study, tmp_path):
+def test_the_lowest_and_highest_rates_are_marked(study, tmp_path):
     readings = readings_of(study, tmp_path, {("run", "lora", "embedded"): (run(3.0),)})
     for kind, losses in {"lora": (3.2, 3.1, 3.3), "adalora": (3.2, 3.1, 3.0)}.items():
         for lr, loss in zip(study.rates.rates_of(kind), losses, strict=True):
@@ -279,16 +279,16 @@ def dylora_readings(study, folder):
     return readings_of(study, folder, measured)
 
 
-def test_dylora_is_held_against_separate_and_truncated_runs(study, tmp_path):
+def test_dylora_is_compared_with_separate_and_truncated_runs(study, tmp_path):
     readings = dylora_readings(study, tmp_path)
     time, truncated, quality = study.claims.findings(readings, ["embedded"])
-    assert (time.verdict, time.measured[:9]) == ("shows", "5.0 ± 0.0")
-    assert (truncated.verdict, quality.verdict) == ("shows", "undecided")
+    assert (time.verdict, time.measured[:9]) == ("confirmed", "5.0 ± 0.0")
+    assert (truncated.verdict, quality.verdict) == ("confirmed", "undecided")
     assert "dylora 2.950 ± 0.071, truncated lora 3.500 ± 0.000" in truncated.measured
     assert "dylora 2.950 ± 0.071, separate runs 3.000 ± 0.000" in quality.measured
 
 
-def test_loftq_starts_nearer_on_either_side_of_the_base(study, tmp_path):
+def test_the_start_of_loftq_may_be_on_either_side_of_the_base(study, tmp_path):
     readings = readings_of(
         study,
         tmp_path,
@@ -299,14 +299,14 @@ def test_loftq_starts_nearer_on_either_side_of_the_base(study, tmp_path):
         },
     )
     final, start = study.claims.findings(readings, ["e2e"])
-    assert (final.verdict, start.verdict) == ("does not show at this size", "undecided")
-    assert "loftq 0.0500 ± 0.0707, plain start 0.2000 ± 0.0000" in start.measured
+    assert (final.verdict, start.verdict) == ("not confirmed at this size", "undecided")
+    assert "loftq 0.0500 ± 0.0707, 4-bit base 0.2000 ± 0.0000" in start.measured
 
 
 # ----------------------------------------------------------------------------------------- the page
 
 
-def test_the_page_changes_between_its_markers_only(study, tmp_path):
+def test_the_page_changes_only_between_its_markers(study, tmp_path):
     page = tmp_path / "docs" / "methods.md"
     study.page.update(page, "one")
     assert page.read_text() == "<!-- study:begin -->\none\n<!-- study:end -->\n"
@@ -320,7 +320,7 @@ def test_the_page_changes_between_its_markers_only(study, tmp_path):
     assert page.read_text() == "# Methods\n\n<!-- study:begin -->\nthree\n<!-- study:end -->\n"
 
 
-def test_figures_are_drawn_where_the_runs_were_made(study, tmp_path):
+def test_figures_are_drawn_if_their_runs_exist(study, tmp_path):
     pytest.importorskip("matplotlib")
     readings = dylora_readings(study, tmp_path)
     files = study.figures.draw(readings, ["lora", "dylora"], tmp_path / "docs" / "methods")

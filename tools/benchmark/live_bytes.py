@@ -1,4 +1,4 @@
-"""The most bytes that tensors held at a time, counted operator by operator."""
+"""Peak bytes of live tensors, counted operator by operator."""
 
 import weakref
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts every storage that an operator made while it lives, except the `resident` ones."""
+    """Counts the storages that operators allocate until they are freed, except `resident` ones."""
 
     def __init__(self, resident: Iterable[Tensor]) -> None:
         super().__init__()

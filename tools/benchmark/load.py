@@ -1,12 +1,12 @@
-"""Time and peak anonymous memory of loading a base in NF4: ours, and transformers' own.
+"""Time and peak anonymous memory of loading a base in NF4, with qlora_lite and with transformers.
 
     python tools/benchmark/load.py --results load.json
 
 Makes a Llama of about 1 GB in bf16 with random weights, in 1 and in 5 shards, and loads each in
 fresh processes with `load_base` and with `from_pretrained` and a `BitsAndBytesConfig`. A process
-first loads a tiny model, so that imports and first calls are not measured. Memory is RssAnon: the
-pages that are the process's own, not those of mapped files. (On CPU, transformers leaves what it
-does not quantise in the mapped files, so its own pages are fewer than the bytes of its model.)
+first loads a tiny model, so that imports and first calls are not measured. Memory is RssAnon, the
+anonymous pages of the process, without mapped files. (On CPU, transformers leaves weights that it
+does not quantise in the mapped files, so its RssAnon is less than the bytes of its model.)
 """
 
 import argparse
@@ -81,7 +81,7 @@ def compare(folder: Path, repeats: int) -> list[dict[str, Any]]:
 
 
 def write_random_llama(directory: Path, config: dict[str, Any], num_shards: int) -> Path:
-    """A directory in bf16 as `save_pretrained` would write it."""
+    """A model directory in bf16, as `save_pretrained` would write it."""
     llama = LlamaConfig(**config, dtype="bfloat16")
     llama.save_pretrained(directory)
     specs = [TensorSpec(p.name, torch.bfloat16, p.shape) for p in model_shape(llama).parameters]
@@ -104,7 +104,7 @@ def in_fresh_process(loader: str, warm_up: Path, model: Path) -> dict[str, Any]:
 
 
 def measure(loader: str, warm_up: str, model: str) -> dict[str, Any]:
-    """Load `model`; bytes are those above the process before."""
+    """Load `model`; bytes are relative to the process before loading."""
     load = {"qlora_lite": load_ours, "transformers": load_transformers}[loader]
     load(warm_up)
     gc.collect()
@@ -137,7 +137,7 @@ def load_transformers(model: str) -> torch.nn.Module:
 
 
 class PeakAnonymous:
-    """The largest RssAnon while the block runs, above that at its start, sampled every 2 ms."""
+    """Peak RssAnon during the block relative to its start, sampled every 2 ms."""
 
     def __enter__(self) -> "PeakAnonymous":
         self._start = self._peak = anonymous_bytes()

@@ -1,4 +1,4 @@
-"""What every run gets: the same base, the same rows in the same order, steps, tokens and rank."""
+"""What all runs share: base, rows and their order, steps, tokens and rank."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ FILES = ("train", "heldout")
 
 @dataclass(frozen=True)
 class Budget:
-    """How long every run is, and how often it is repeated."""
+    """Length and number of repetitions of every run."""
 
     steps: int = 40
     seeds: int = 3
@@ -30,16 +30,16 @@ class Budget:
 def recipe_of(
     contender: Contender, material: Material, steps: int, seed: int, lr: float, output: Path
 ) -> Recipe:
-    """The recipe of one run. Its held-out rows are scored before and after, and at no other time.
+    """The recipe of one run. Its held-out rows are scored only before and after training.
 
-    Fields that a method shares with LoRA (rank 8, alpha 16, no dropout) are kept, its own take
-    their defaults.
+    Fields that a method shares with LoRA are kept (rank 8, alpha 16, no dropout); its own fields
+    have their defaults.
     """
     optim = Optim(
         tokens_per_step=TOKENS_PER_STEP,
-        # said, since the planner's choice depends on the memory that is free
+        # explicit, since the choice of the planner depends on the free memory
         micro_batch_tokens=TOKENS_PER_STEP,
-        # the same bits a quarter sooner; what a step costs is measured with it
+        # same results in three quarters of the time; cost.py measures with checkpointing
         checkpointing=False,
     )
     recipe = Recipe(
@@ -63,7 +63,7 @@ def recipe_of(
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """What a measurement depends on, beside its key and the place of its files."""
+    """What a measurement depends on, besides its key and the paths of its files."""
     values = recipe.to_dict()
     data = {name: value for name, value in values["data"].items() if name not in FILES}
     return {

@@ -1,8 +1,8 @@
-"""What is trained: every method of the catalogue at one budget, and the runs that claims add.
+"""What is trained: every method of the catalogue at one budget, and extra runs for some claims.
 
-A method is told apart by its kind and set by assignments over the recipe of `budget.py`, so a new
-one of the catalogue takes part without a line here. Rank 8 is the budget; where a method counts its
-rank otherwise, its line says how it comes to about as much.
+A method is its `kind` and assignments to the recipe of `budget.py`, so a new method of the
+catalogue takes part without a line here. The budget is rank 8. `SETTINGS` has the methods that
+define their rank differently, with settings of about the same size.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     # alpha = r, as in the authors' scripts
     "pissa": ("adapter.alpha=8",),
     "ba_lora": ("adapter.alpha=8",),
-    # s = 1: what is taken out of the weight is the first part of its QR, as in the paper
+    # s = 1: the first part of the QR is subtracted from the weight, as in the paper
     "olora": ("adapter.alpha=8",),
     # from 12 triplets a layer to 8 on average
     "adalora": ("adapter.rank=12", "adapter.target_rank=8", "adapter.alpha=24"),
-    # 12 gates a layer, drawn from N(0, 1): a third of them is below what 40 steps take off
+    # 12 gates per layer from N(0, 1): 40 steps shrink a third of them to zero
     "sora": ("adapter.rank=12", "adapter.alpha=24", "adapter.threshold=0.011"),
-    # ranks 4 to 12 over the blocks; the 40 steps between two events would be the whole run
+    # ranks 4 to 12 over the blocks; the default of 40 steps between events is the whole run
     "prilora": ("adapter.prune_every=10",),
-    # two minis of rank 4: an update of rank 8 from the numbers of rank 4
+    # two blocks of rank 4: an update of rank 8 with the parameters of rank 4
     "melora": ("adapter.rank=4", "adapter.num_blocks=2", "adapter.alpha=8"),
     # boosters of rank 1, a new one every 8 steps
     "xgblora": ("adapter.rank=1",),
@@ -36,17 +36,17 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to train, under a name that its runs carry."""
+    """A method and its settings, under the name of its runs."""
 
     name: str
     kind: str
     settings: tuple[str, ...] = ()
     serves: tuple[str, ...] = ()
-    """Methods whose claims need it; empty for a method that takes part itself."""
+    """Methods whose claims need this run; empty for the methods themselves."""
 
     @property
     def assignments(self) -> tuple[str, ...]:
-        """What is laid over the recipe."""
+        """Overrides of the recipe."""
         return (f"adapter={self.kind}", *self.settings)
 
 
@@ -59,7 +59,7 @@ def contenders(only: Sequence[str]) -> tuple[Contender, ...]:
     """The methods that take part: all, or LoRA and those of `only`.
 
     Raises:
-        RecipeError: if a name is no method.
+        RecipeError: if a name is not a method.
     """
     known = kinds()
     if unknown := sorted(set(only) - set(known)):
@@ -69,7 +69,7 @@ def contenders(only: Sequence[str]) -> tuple[Contender, ...]:
 
 
 def extras(chosen: Sequence[Contender]) -> tuple[Contender, ...]:
-    """The runs that the claims of these methods need beside them."""
+    """The extra runs that the claims of these methods need."""
     names = {contender.name for contender in chosen}
     return tuple(extra for extra in _all_extras() if names & set(extra.serves))
 
@@ -85,14 +85,14 @@ def _all_extras() -> list[Contender]:
 
 
 def _lora_at(rank: int) -> Contender:
-    """LoRA at a lower rank, with the scale that it has at rank 8."""
+    """LoRA at a lower rank, with the scale of rank 8."""
     equals = {1: ("lora_mini", "xgblora"), 4: ("melora",)}
     settings = (f"adapter.rank={rank}", f"adapter.alpha={2 * rank}")
     return Contender(at_rank(rank), "lora", settings, ("dylora", *equals.get(rank, ())))
 
 
 def at_rank(rank: int) -> str:
-    """The name under which LoRA of this rank runs."""
+    """Name of the LoRA run with this rank."""
     return REFERENCE if rank == RANK else f"{REFERENCE}-rank-{rank}"
 
 

@@ -1,4 +1,4 @@
-"""What a step costs: seconds beside LoRA's, and the bytes that tensors hold."""
+"""The cost of a step: seconds relative to LoRA, and bytes of tensors."""
 
 import gc
 import time
@@ -24,11 +24,11 @@ from qlora_lite.training.optimizer import AdamW
 from qlora_lite.training.step import optimizer_step
 
 PAIRS = 12
-"""Steps of LoRA and of the method that are timed, in turns; one more of each warms up."""
+"""Timed steps of LoRA and of the method, alternating, after one warm-up step of each."""
 
 
 class Stepper:
-    """A method on the base, ready for real optimizer steps. Its schedule runs once over them."""
+    """A method on the base, ready for optimizer steps; its schedule covers all of them."""
 
     def __init__(self, recipe: Recipe, data: PreparedData) -> None:
         optim = recipe.optim
@@ -52,29 +52,29 @@ class Stepper:
         self.number = 0
 
     def step(self) -> float:
-        """The next step; returns its seconds."""
+        """Do the next step; return its seconds."""
         batches = self.batches.step(self.number)
         draws = generator(self.recipe.seed, "method", self.number)
         info = StepInfo(self.number, self.batches.steps, self.recipe.optim.lr, draws)
         limit = self.recipe.optim.max_grad_norm
-        began = time.perf_counter()
+        start = time.perf_counter()
         optimizer_step(
             self.model, batches, self.attached, self.engine, info, limit, lambda loss, batch: None
         )
         self.number += 1
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
 
 def cost(recipe: Recipe, reference: Recipe) -> Values:
-    """Both recipes are of PAIRS + 1 steps on the same rows."""
+    """Bytes of a step, and seconds relative to `reference`; both recipes have PAIRS + 1 steps."""
     data = load_data(recipe.data, load_tokenizer(recipe.base), recipe.seed)
     return step_bytes(recipe, data) | {"ratios": time_ratios(recipe, reference, data)}
 
 
 def time_ratios(recipe: Recipe, reference: Recipe, data: PreparedData) -> list[float]:
-    """Seconds of a step relative to the reference's on the same batch, pair by pair.
+    """Seconds of a step relative to the reference on the same batch, pair by pair.
 
-    The two take turns, and turns at being first, so that a busy machine slows both alike.
+    The two alternate, and alternate in going first, so that a busy machine slows both equally.
     """
     ours, theirs = Stepper(recipe, data), Stepper(reference, data)
     ours.step()
@@ -90,29 +90,29 @@ def time_ratios(recipe: Recipe, reference: Recipe, data: PreparedData) -> list[f
 
 
 def step_bytes(recipe: Recipe, data: PreparedData) -> Values:
-    """Bytes of the base, adapter, optimizer and method between two steps, and the most that the
-    second step (Adam's state exists by then) holds beyond them."""
+    """Bytes of base, adapter, optimizer and method between two steps, and the additional peak
+    during the second step (when the Adam states exist)."""
     before = storages()
     stepper = Stepper(recipe, data)
     stepper.step()
-    at_rest = storages()
+    between_steps = storages()
     with LiveBytes(living_tensors()) as live:
         stepper.step()
     parameters = stepper.attached.parameters().values()
     return {
-        "rest_bytes": sum(size for key, size in at_rest.items() if key not in before),
+        "rest_bytes": sum(size for key, size in between_steps.items() if key not in before),
         "peak_bytes": live.peak,
         "trained_at_a_time": sum(p.numel() for p in parameters if p.requires_grad),
     }
 
 
 def living_tensors() -> list[Tensor]:
-    """Every tensor that Python knows of."""
+    """Every tensor known to the garbage collector."""
     gc.collect()
     return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
 
 
 def storages() -> dict[int, int]:
-    """Bytes of every storage that is alive."""
+    """Bytes of every live storage, by its address."""
     kept = [tensor.untyped_storage() for tensor in living_tensors()]
     return {storage._cdata: storage.nbytes() for storage in kept}

@@ -1,4 +1,4 @@
-"""The pictures of the study: first steps, loss against parameters, DyLoRA against rank."""
+"""The figures of the study: first steps, loss against parameters, DyLoRA against rank."""
 
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ MARKERS = "os^vDP"
 
 
 def require_matplotlib() -> None:
-    """Before two hours are spent.
+    """Check this before hours of training.
 
     Raises:
         RecipeError: if it is not installed.
@@ -28,7 +28,7 @@ def require_matplotlib() -> None:
 
 
 def draw(readings: Readings, methods: Sequence[str], folder: Path) -> list[Path]:
-    """Draw every figure for which the runs were made; returns the files."""
+    """Draw every figure that has its runs; return the files."""
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def draw(readings: Readings, methods: Sequence[str], folder: Path) -> list[Path]
         except Missing:
             continue
         files.append(folder / f"{name}.png")
-        # without the version of matplotlib, the same numbers give the same file
+        # without the version of matplotlib, equal data gives equal files
         figure.savefig(files[-1], dpi=120, metadata={"Software": None})
     return files
 
@@ -56,18 +56,19 @@ def first_steps(axes: Any, readings: Readings) -> None:
         curves = [first_part(run["losses"]) for run in readings.runs(method, DATA)]
         losses = [mean(seeds) for seeds in zip(*curves, strict=True)]
         axes.plot(range(1, len(losses) + 1), losses, marker=".", label=method)
-    _say(axes, "first steps, embedded data", "step", "training loss")
+    _label(axes, "first steps, embedded data", "step", "training loss")
 
 
 def loss_against_parameters(axes: Any, readings: Readings, methods: Sequence[str]) -> None:
-    """Held-out loss over trained numbers, the best first in the legend."""
+    """Held-out loss against trained parameters, the best first in the legend."""
     losses = {method: mean(readings.losses(method, DATA)) for method in methods}
     for number, method in enumerate(sorted(losses, key=losses.__getitem__)):
         trained = readings.runs(method, DATA)[0]["trained"]
         marker = MARKERS[number % len(MARKERS)]
         axes.plot(trained, losses[method], marker, color=f"C{number % 10}", label=method)
     axes.set_xscale("log")
-    _say(axes, "held-out loss, embedded data", "trained numbers", "held-out loss", beside=True)
+    title = "held-out loss, embedded data"
+    _label(axes, title, "trained parameters", "held-out loss", outside=True)
 
 
 def dylora_against_rank(axes: Any, readings: Readings) -> None:
@@ -78,13 +79,14 @@ def dylora_against_rank(axes: Any, readings: Readings) -> None:
         axes.plot(ranks, losses, marker=".", label=label)
     separate = [mean(readings.losses(at_rank(rank), DATA)) for rank in ranks]
     axes.plot(ranks, separate, marker=".", label=f"{RANK} LoRA runs")
-    _say(axes, "held-out loss by rank, embedded data", "rank", "held-out loss")
+    _label(axes, "held-out loss by rank, embedded data", "rank", "held-out loss")
 
 
-def _say(axes: Any, title: str, x: str, y: str, beside: bool = False) -> None:
+def _label(axes: Any, title: str, x: str, y: str, outside: bool = False) -> None:
+    """Title, axis labels, grid and a legend, which may be outside of the axes."""
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
-    if beside:
+    if outside:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7)
     else:
         axes.legend()

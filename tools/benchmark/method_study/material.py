@@ -9,7 +9,7 @@ from qlora_lite.foundation.errors import DataError
 
 @dataclass(frozen=True)
 class Material:
-    """Rows to train on and rows held out, as settings of a recipe."""
+    """Training and held-out rows, as settings of a recipe."""
 
     name: str
     settings: tuple[str, ...]
@@ -21,17 +21,17 @@ EMBEDDED = Material(
 
 
 FEWER = ("data.max_heldout_rows=100",)
-"""Their rows are long, so fewer are held out."""
+"""The rows of E2E and GSM8K are long, so fewer are held out."""
 
 
 def e2e(folder: Path) -> Material:
-    """Restaurants described from their attributes: `train.csv` and `test.csv`."""
+    """Descriptions of restaurants from their attributes: `train.csv` and `test.csv`."""
     fields = 'data.fields={"prompt": "mr", "completion": "ref"}'
     return Material("e2e", (*_files(folder, "csv"), fields, "data.max_tokens=256", *FEWER))
 
 
 def gsm8k(folder: Path) -> Material:
-    """Sums with their reasoning: `train.jsonl` and `test.jsonl`."""
+    """Arithmetic word problems with their reasoning: `train.jsonl` and `test.jsonl`."""
     fields = 'data.fields={"prompt": "question", "completion": "answer"}'
     return Material("gsm8k", (*_files(folder, "jsonl"), fields, "data.max_tokens=1024", *FEWER))
 
@@ -40,5 +40,5 @@ def _files(folder: Path, suffix: str) -> tuple[str, str]:
     train, test = folder / f"train.{suffix}", folder / f"test.{suffix}"
     for file in (train, test):
         if not file.is_file():
-            raise DataError(f"{file} is not there. Give the folder of train and test.{suffix}")
+            raise DataError(f"{file} does not exist. Give the folder of train and test.{suffix}")
     return f"data.train={train.resolve()}", f"data.heldout={test.resolve()}"

@@ -8,17 +8,17 @@ from method_study import rates
 from method_study.budget import HELDOUT_ROWS, TOKENS_PER_STEP, Budget
 from method_study.readings import Missing, Readings
 from method_study.record import Machine
-from method_study.verdict import LEAST, MARGIN, Finding, spoken
+from method_study.verdict import MARGIN, MIN_DIFFERENCE, Finding, mean_and_spread
 from qlora_lite.foundation.files import write_text
 from qlora_lite.foundation.units import format_bytes, format_seconds
 
 BEGIN, END = "<!-- study:begin -->", "<!-- study:end -->"
 TOOL = "tools/benchmark/methods.py"
-NOTHING = "–"
+EMPTY = "–"
 
 
 def update(page: Path, content: str) -> None:
-    """Put `content` between the markers; a page without them gets them at its end."""
+    """Put `content` between the markers, which are appended to a page without them."""
     page.parent.mkdir(parents=True, exist_ok=True)
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     if BEGIN not in text:
@@ -29,24 +29,24 @@ def update(page: Path, content: str) -> None:
 
 
 def introduction(budget: Budget, core_seconds: float, machine: Machine) -> str:
-    """What was done, and how long it took."""
+    """What was measured, and how long it took."""
     seeds = f"{budget.seeds} seeds" if budget.seeds > 1 else "1 seed"
     return (
-        f"Measured by `{TOOL}` in {format_seconds(core_seconds)} of core time (of {machine.cores} "
-        "CPU cores, a run on each): the embedded base in NF4, all linear layers, "
-        f"{budget.steps} steps of about {TOKENS_PER_STEP:,} tokens, rank 8 or about as much, "
-        f"no dropout, {seeds}, at most {HELDOUT_ROWS} held-out rows, drawn by the seed.\n\n"
-        "The learning rate is the best of three, each 4 times the one before, around "
-        f"{rates.CENTRE:g} ({_exceptions()}), on embedded rows set aside from training; it is "
-        "kept for the other data and for runs at other ranks, and where it is the highest or "
-        "lowest tried, the best of all may lie beyond. E2E and GSM8K are far from what the "
-        "base was trained on and want higher rates than the embedded rows: there the rate "
-        "says more than the method, so compare methods of one rate. Losses are of the held-"
-        "out rows, mean ± standard deviation over the seeds. Seconds are those of a step "
-        "relative to LoRA's, in turns with it on the same batches (the median of the pairs; "
-        "LoRA beside itself shows how exact that is). Peak bytes are those of all tensors in "
-        "the second step, the base's included and banks still empty. Exported is PEFT's file,"
-        " or our own (native) where PEFT has none."
+        f"Measured by `{TOOL}` in {format_seconds(core_seconds)} of core time (on {machine.cores} "
+        "CPU cores, one run per core): the embedded base in NF4, all linear layers, "
+        f"{budget.steps} steps of about {TOKENS_PER_STEP:,} tokens, rank 8 or about the same "
+        f"size, no dropout, {seeds}, at most {HELDOUT_ROWS} held-out rows, chosen by the seed.\n\n"
+        "The learning rate is the best of three, a factor of 4 apart, around "
+        f"{rates.CENTRE:g} ({_exceptions()}), on embedded rows set aside from training. It is "
+        "also used for the other data and for runs at other ranks. Where it is the highest or "
+        "lowest of the three, a better one may lie beyond. E2E and GSM8K are far from the "
+        "pretraining data of the base and need higher rates than the embedded rows: there the "
+        "loss depends more on the rate than on the method, so compare methods with equal rates. "
+        "Losses are of the held-out rows, mean ± standard deviation over the seeds. Seconds are "
+        "per step, relative to LoRA on the same batches (median over alternating pairs; the row "
+        "of LoRA shows the error of this measurement). Peak bytes are of all tensors in the "
+        "second step, including the base, with empty banks. Exported is the file of PEFT, or our "
+        "own (native) if PEFT has no such format."
     )
 
 
@@ -55,7 +55,7 @@ def _exceptions() -> str:
 
 
 def table(readings: Readings, methods: Sequence[str], materials: Sequence[str]) -> str:
-    """One row a method."""
+    """One row per method."""
     losses = [f"loss, {data}" for data in materials]
     heads = ["method", "rate", "trained", "exported", *losses, "seconds", "peak bytes"]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
@@ -70,7 +70,7 @@ def _cells(readings: Readings, method: str, materials: Sequence[str]) -> list[st
     try:
         run, cost = readings.runs(method, materials[0])[0], readings.cost(method)
     except Missing:
-        return [NOTHING, NOTHING, NOTHING, *losses, NOTHING, NOTHING]
+        return [EMPTY, EMPTY, EMPTY, *losses, EMPTY, EMPTY]
     trained = f"{run['trained']:,}"
     if cost["trained_at_a_time"] != run["trained"]:
         trained += f" ({cost['trained_at_a_time']:,} at a time)"
@@ -92,13 +92,13 @@ def _loss(readings: Readings, method: str, data: str) -> str:
     if readings.failures(method, data):
         return "stopped"
     try:
-        return spoken(readings.losses(method, data))
+        return mean_and_spread(readings.losses(method, data))
     except Missing:
-        return NOTHING
+        return EMPTY
 
 
 def stopped(readings: Readings, methods: Sequence[str], materials: Sequence[str]) -> str:
-    """Why runs had to stop; empty if all went to the end."""
+    """Why runs stopped; empty if all finished."""
     lines = [
         f"- {method} on {data}: {failures[0]}"
         for method in methods
@@ -109,21 +109,20 @@ def stopped(readings: Readings, methods: Sequence[str], materials: Sequence[str]
 
 
 def claims_table(findings: Sequence[Finding]) -> str:
-    """One row a claim and data set."""
-    lines = ["| the paper's claim | data | measured | here |", "|---|---|---|---|"]
+    """One row per claim and data set."""
+    lines = ["| claim of the paper | data | measured | here |", "|---|---|---|---|"]
     for found in findings:
         lines.append(f"| {found.claim} | {found.data} | {found.measured} | {found.verdict} |")
     return "\n".join(lines)
 
 
 RULE = (
-    "Methods are compared seed by seed, on the same rows. A claim shows if the mean difference is "
-    "beyond its error (one-sided 95 % of Student's t over the seeds), does not show if it is "
-    'beyond it the other way, and is undecided otherwise; "better" is by more than '
-    f'{LEAST:g} nats, "as good as" and "no worse" allow {MARGIN:g}. One in twenty claims that '
-    "are not true shows by chance. Differences are the "
-    "method's loss less the other's, ± their standard deviation. Ranks of claims are 64 where "
-    "they are called high, else 8."
+    "Methods are compared seed by seed, on the same rows. A claim is confirmed if the mean "
+    "difference exceeds its error (one-sided 95 % of Student's t over the seeds), not confirmed if "
+    'it exceeds the error in the other direction, and undecided otherwise. "Better" means by '
+    f'more than {MIN_DIFFERENCE:g} nats; "as good as" and "no worse" allow {MARGIN:g}. One in '
+    "twenty false claims is confirmed by chance. Differences are the loss of the method minus the "
+    "loss of the other, ± their standard deviation. A high rank is 64; other ranks are 8."
 )
 
 

@@ -1,8 +1,8 @@
-"""Measurements in processes of their own, several at a time.
+"""Run measurements in subprocesses, several at a time.
 
-A small model gains little from a second thread, so two runs side by side, each on one core, are
-done sooner than one after the other on both. A process is a fork of this one, which must not have
-computed anything itself: threads of a pool do not survive a fork.
+A small model gains little from a second thread, so two parallel runs with one core each are faster
+than two runs in sequence with both cores. Subprocesses are forks of this process, which must not
+have computed anything with threads: a thread pool does not survive a fork.
 """
 
 import time
@@ -17,20 +17,20 @@ from method_study.results import Task, Values
 from qlora_lite.foundation.errors import QloraLiteError
 
 Outcome = tuple[Values, float]
-"""What was measured, and the seconds that it took."""
+"""The measured values, and the seconds that it took."""
 
 
-def side_by_side(
+def run_in_parallel(
     tasks: Sequence[Task], jobs: int, threads: int
 ) -> Iterator[tuple[Task, Values, float]]:
-    """Each task with what it measured and its seconds, in the order in which they end.
+    """Yield each task with its values and seconds, in the order of completion.
 
     Args:
-        jobs: processes at a time.
-        threads: of each.
+        jobs: number of parallel processes.
+        threads: threads per process.
 
     Raises:
-        QloraLiteError: that of a measurement; the others are ended.
+        QloraLiteError: from a measurement; the other processes are terminated.
     """
     context = get_context("fork")
     waiting = list(tasks)
@@ -40,7 +40,7 @@ def side_by_side(
             while waiting and len(running) < jobs:
                 ours, theirs = context.Pipe(duplex=False)
                 task = waiting.pop(0)
-                process = context.Process(target=_carry_out, args=(task, threads, theirs))
+                process = context.Process(target=_measure, args=(task, threads, theirs))
                 process.start()
                 theirs.close()
                 running[ours] = task, process
@@ -56,15 +56,15 @@ def side_by_side(
             process.terminate()
 
 
-def _carry_out(task: Task, threads: int, pipe: Connection) -> None:
-    """In the process: send what was measured, or why not."""
+def _measure(task: Task, threads: int, pipe: Connection) -> None:
+    """In the subprocess: send the outcome or the error."""
     torch.set_num_threads(threads)
-    began = time.perf_counter()
+    start = time.perf_counter()
     outcome: Outcome | QloraLiteError
     try:
         values = task.measure()
-        # what an earlier attempt at a run has spent counts
-        outcome = values, max(time.perf_counter() - began, values.get("run_seconds", 0.0))
+        # `run_seconds` includes earlier, interrupted attempts
+        outcome = values, max(time.perf_counter() - start, values.get("run_seconds", 0.0))
     except QloraLiteError as error:
         outcome = error
     pipe.send(outcome)

@@ -1,4 +1,4 @@
-"""A trained adapter cut to lower ranks, and how well it does there."""
+"""Held-out loss of a trained adapter truncated to lower ranks."""
 
 from pathlib import Path
 
@@ -25,20 +25,21 @@ def losses_by_rank(run: Path) -> Values:
     losses = []
     for rank in range(1, RANK + 1):
         for path, layer in loaded.attached.layers.items():
-            replace(loaded.model, path, LoRALayer(layer.base, *cut(layer, rank), scale=1.0))
+            pair = truncated(layer, rank)
+            replace(loaded.model, path, LoRALayer(layer.base, *pair, scale=1.0))
         losses.append(score(loaded.causal, batches).loss)
     return {"losses": losses}
 
 
-def cut(layer: AdapterLayer, rank: int) -> tuple[Tensor, Tensor]:
-    """The pair at a lower rank: as the method exports it, else its first components.
+def truncated(layer: AdapterLayer, rank: int) -> tuple[Tensor, Tensor]:
+    """The pair at a lower rank: as exported by the method, else its first components.
 
-    The first b rows of A and columns of B, at the scale of training, are what DyLoRA's paper calls
-    a truncated LoRA.
+    The DyLoRA paper calls the first b rows of A and columns of B, at the scale of training, a
+    truncated LoRA.
     """
     pair = layer.factors(rank)
     if pair is not None:
         return pair.down, pair.up
-    whole = layer.factors()
-    assert whole is not None, f"{type(layer).__name__} has no pair to cut"
-    return whole.down[:rank].clone(), whole.up[:, :rank].clone()
+    full = layer.factors()
+    assert full is not None, f"{type(layer).__name__} has no pair to truncate"
+    return full.down[:rank].clone(), full.up[:, :rank].clone()

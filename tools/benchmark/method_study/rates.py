@@ -1,6 +1,6 @@
-"""The learning rate of a method: the best of three, on rows that are not counted afterwards.
+"""The learning rate of a method: the best of three, on rows that are not scored later.
 
-They are set aside from the training rows, with a seed of their own.
+These rows are set aside from the training rows, with a separate seed.
 """
 
 import math
@@ -14,17 +14,17 @@ CENTRE = 4e-3
 FACTORS = (0.25, 1.0, 4.0)
 
 CENTRES = {
-    # B moves at 16 times the rate: 3.348 at 1e-3, 3.527 at 4e-3
+    # B has 16 times the rate: loss 3.348 at 1e-3, 3.527 at 4e-3
     "lora_plus": 1e-3,
-    # its singular values start at zero between small factors: 3.429 at 4e-3, 3.332 at 1.6e-2
+    # its singular values start at zero, between small factors: 3.429 at 4e-3, 3.332 at 1.6e-2
     "adalora": 1.6e-2,
 }
-"""Of methods whose best held-out loss is far from where LoRA has it (3.386 at 1e-3, 3.330 at 4e-3,
-3.384 at 1.6e-2, after 40 steps)."""
+"""For methods whose best rate is far from that of LoRA (loss 3.386 at 1e-3, 3.330 at 4e-3, 3.384 at
+1.6e-2, after 40 steps)."""
 
 
 def rates_of(kind: str) -> tuple[float, ...]:
-    """The rates that are tried, ascending."""
+    """The rates to try, ascending."""
     return tuple(CENTRES.get(kind, CENTRE) * factor for factor in FACTORS)
 
 

@@ -1,4 +1,4 @@
-"""The results as claims, tables and figures ask for them: a list with one number a seed."""
+"""The results by method and data set, as lists with one value per seed."""
 
 import math
 from collections.abc import Sequence
@@ -9,16 +9,16 @@ from method_study.material import EMBEDDED
 from method_study.results import Key, Results, Values
 
 FIRST_SHARE = 0.25
-"""Of the steps, that count as the first ones."""
+"""Share of the steps in the mean loss of the first steps."""
 
 
 class Missing(LookupError):
-    """It was not measured, or a run failed: whatever needs it is left out."""
+    """A value was not measured or its run failed; claims that need it are left out."""
 
 
 @dataclass(frozen=True)
 class Readings:
-    """What the results say."""
+    """Typed access to the results."""
 
     results: Results
     seeds: int
@@ -48,18 +48,18 @@ class Readings:
         return [run["step_seconds"] for run in self.runs(method, data)]
 
     def by_rank(self, method: str, data: str) -> list[list[float]]:
-        """Held-out losses of an adapter that is cut to ranks 1, 2, ... 8."""
+        """Held-out losses of an adapter truncated to ranks 1, 2, ... 8."""
         keys = [Key("ranks", method, data, seed) for seed in range(self.seeds)]
         return [self._one(key)["losses"] for key in keys]
 
     def rate(self, kind: str) -> float:
-        """The learning rate that a method was given."""
+        """The learning rate of a method."""
         if not rates.tried(self.results, kind):
             raise Missing(kind)
         return rates.best_rate(self.results, kind)
 
     def failures(self, method: str, data: str) -> list[str]:
-        """Why runs of a method had to stop."""
+        """Why runs of a method stopped."""
         keys = [Key("run", method, data, seed) for seed in range(self.seeds)]
         found = [self.results.values(key) or {} for key in keys]
         return [values["failed"] for values in found if "failed" in values]
@@ -72,10 +72,10 @@ class Readings:
 
 
 def first_part(losses: Sequence[float]) -> Sequence[float]:
-    """Of the first steps."""
+    """The losses of the first steps."""
     return losses[: max(1, math.ceil(len(losses) * FIRST_SHARE))]
 
 
 def mean(values: Sequence[float]) -> float:
-    """The plain mean."""
+    """Arithmetic mean."""
     return sum(values) / len(values)

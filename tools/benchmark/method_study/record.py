@@ -1,4 +1,4 @@
-"""Everything as one JSON file: settings, versions, the machine, and every measurement."""
+"""The study as one JSON file: settings, versions, the machine, and every measurement."""
 
 import importlib.metadata
 import os
@@ -17,21 +17,21 @@ PACKAGES = ("qlora-lite", "torch", "transformers", "bitsandbytes")
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it was measured."""
+    """The machine of the measurements."""
 
     cores: int
     architecture: str
 
 
 def this_machine() -> Machine:
-    """The present process's."""
+    """The machine of this process."""
     return Machine(len(os.sched_getaffinity(0)), platform.machine())
 
 
 def record(
     results: Results, budget: Budget, methods: Sequence[str], findings: Sequence[Finding]
 ) -> dict[str, Any]:
-    """What is written beside the page."""
+    """The content of docs/benchmarks/methods.json."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
         "settings": {

@@ -1,4 +1,4 @@
-"""`results.jsonl`: one line a measurement. What is there is not measured again."""
+"""`results.jsonl`: one line per measurement, so that nothing is measured twice."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Key:
-    """What was measured."""
+    """Identifies a measurement."""
 
     kind: str
     method: str
@@ -28,11 +28,11 @@ class Key:
 
 @dataclass(frozen=True)
 class Task:
-    """Something to measure."""
+    """A measurement to make."""
 
     key: Key
     settings: Values
-    """What the result depends on beside the key."""
+    """What the result depends on, besides the key."""
     measure: Callable[[], Values]
 
 
@@ -46,7 +46,7 @@ class Results:
         self.lines: dict[Key, Values] = {Key(**line["key"]): line for line in lines}
 
     def has(self, task: Task) -> bool:
-        """Whether this is measured already.
+        """Whether this task has a result.
 
         Raises:
             RunError: if it was measured with other settings.
@@ -56,12 +56,12 @@ class Results:
         if changed := differences(self.lines[task.key]["settings"], task.settings):
             raise RunError(
                 f"{self.path} has '{task.key}' with other settings: {'; '.join(changed)}. "
-                "Give the settings that it has, or another folder"
+                "Use these settings, or another folder"
             )
         return True
 
     def record(self, task: Task, values: Values, seconds: float, threads: int) -> None:
-        """Write down what was measured, and what it took."""
+        """Store the values of a task and its time."""
         self.lines[task.key] = {
             "key": asdict(task.key),
             "settings": task.settings,
@@ -72,11 +72,11 @@ class Results:
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines.values()))
 
     def values(self, key: Key) -> Values | None:
-        """What was measured, if it was."""
+        """The values of a measurement; None if it was not made."""
         line = self.lines.get(key)
         return None if line is None else line["values"]
 
     @property
     def core_seconds(self) -> float:
-        """What all measurements took together, over all calls: seconds times threads."""
+        """Total of seconds times threads, over all calls."""
         return sum(line["seconds"] * line["threads"] for line in self.lines.values())

@@ -1,4 +1,4 @@
-"""Everything that has to be measured, in stages: what a stage needs was measured before it."""
+"""All measurements, in stages; a stage may need the results of the stages before it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from qlora_lite.run.loading import load_model
 
 @dataclass(frozen=True)
 class Study:
-    """What takes part."""
+    """The parts of the study."""
 
     work: Path
     budget: Budget
@@ -32,7 +32,7 @@ class Study:
     results: Results
 
     def rate(self, contender: Contender) -> float:
-        """That of its method, at the rank of the budget."""
+        """The learning rate of its method, chosen at rank 8."""
         return rates.best_rate(self.results, contender.kind)
 
     def run_folder(self, name: str, material: Material, seed: int) -> Path:
@@ -41,18 +41,18 @@ class Study:
 
 @dataclass(frozen=True)
 class Stage:
-    """Measurements that do not need one another."""
+    """Independent measurements."""
 
     name: str
     tasks: Sequence[Task]
     is_timed: bool = False
-    """It is about seconds: one at a time, on all cores."""
+    """Measures time: run one at a time, on all cores."""
 
 
 def stages(study: Study) -> Iterator[Stage]:
-    """All measurements of a study, each stage when the one before it is done.
+    """All stages of a study; each is created when the one before it is done.
 
-    Claims that need more runs are checked on embedded rows.
+    Extra runs of claims use the embedded rows only.
     """
     yield Stage("rates", list(_rates(study)))
     yield Stage("costs", list(_costs(study)), is_timed=True)
@@ -64,7 +64,9 @@ def stages(study: Study) -> Iterator[Stage]:
         runs += [_run(study, extra, EMBEDDED, seed) for extra in more]
         runs += _unquantised(study, seed)
     yield Stage("runs", runs)
-    yield Stage("ranks", [cut for seed in range(study.budget.seeds) for cut in _cuts(study, seed)])
+    yield Stage(
+        "ranks", [task for seed in range(study.budget.seeds) for task in _truncations(study, seed)]
+    )
 
 
 def _rates(study: Study) -> Iterator[Task]:
@@ -98,20 +100,20 @@ def _run(study: Study, contender: Contender, material: Material, seed: int) -> T
     return Task(key, settings_of(recipe), partial(train, recipe))
 
 
-def _cuts(study: Study, seed: int) -> Iterator[Task]:
-    """DyLoRA at every rank, and LoRA truncated to it."""
+def _truncations(study: Study, seed: int) -> Iterator[Task]:
+    """DyLoRA and LoRA truncated to every rank."""
     names = [contender.name for contender in study.contenders]
     if "dylora" not in names:
         return
     for name in ("dylora", REFERENCE):
-        whole = _run(study, study.contenders[names.index(name)], EMBEDDED, seed)
+        run = _run(study, study.contenders[names.index(name)], EMBEDDED, seed)
         folder = study.run_folder(name, EMBEDDED, seed)
         key = Key("ranks", name, EMBEDDED.name, seed)
-        yield Task(key, whole.settings, partial(losses_by_rank, folder))
+        yield Task(key, run.settings, partial(losses_by_rank, folder))
 
 
 def _unquantised(study: Study, seed: int) -> Iterator[Task]:
-    """The base before quantisation, which LoftQ's start should be near to."""
+    """The base before quantisation, for the claim of LoftQ."""
     if not any(contender.name == "loftq" for contender in study.contenders):
         return
     for material in study.materials:

@@ -1,4 +1,4 @@
-"""One run of the study, and what is kept of it."""
+"""One run of the study and its measurements."""
 
 import statistics
 from pathlib import Path
@@ -17,9 +17,9 @@ from qlora_lite.training import metrics
 
 
 def train(recipe: Recipe) -> Values:
-    """Train to the end, or go on where an earlier call stopped.
+    """Train, or resume where an earlier call stopped.
 
-    A run that has to stop (its loss is not finite) is a result too: `failed` says why.
+    A run that stops (its loss is not finite) is a result too, with the reason in `failed`.
     """
     try:
         result = run_recipe(recipe)
@@ -40,7 +40,7 @@ def train(recipe: Recipe) -> Values:
 
 
 def _steps(events: list[dict[str, Any]]) -> Values:
-    """Training losses, and the median of the seconds that a step took."""
+    """Training losses, and the median seconds per step."""
     steps = [event for event in events if "loss" in event]
     tokens = [0, *(event["tokens"] for event in steps)]
     seconds = [
@@ -54,7 +54,7 @@ def _steps(events: list[dict[str, Any]]) -> Values:
 
 
 def components(attached: AttachedAdapter) -> int | None:
-    """Rank-one parts that the adapter leaves with, over all layers; None if it has no pair."""
+    """Total rank of the exported adapter over all layers; None if a layer has no pair."""
     pairs = [layer.factors() for layer in attached.layers.values()]
     if any(pair is None for pair in pairs):
         return None
@@ -62,7 +62,7 @@ def components(attached: AttachedAdapter) -> int | None:
 
 
 def exported(adapter: Path) -> Values:
-    """Bytes of PEFT's file, or of our own where there is no PEFT form."""
+    """Name and bytes of the PEFT file, or of `native.safetensors` if there is no PEFT file."""
     peft = adapter / WEIGHTS
     file = peft if peft.is_file() else adapter / NATIVE
     return {"exported": file.name, "exported_bytes": file.stat().st_size}
