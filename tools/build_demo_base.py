@@ -1,17 +1,17 @@
-"""Pretrain the embedded default: a small Llama that has read Python's own documentation.
+"""Pretrain the embedded model: a small Llama, trained on the documentation of Python.
 
     python tools/build_demo_base.py                # rebuilds base/ and data/ in qlora_lite/demo
     python tools/build_demo_base.py --out DIR --minutes 1
 
-The text is `pydoc_data.topics` and the docstrings of the standard library, which every Python
-installation carries, under the licence of Python.  The way of it:
+The text is `pydoc_data.topics` and the docstrings of the standard library, which are part of every
+Python installation, under the licence of Python.  Stages:
 
     objects -> seen or held out -> documents -> tokenizer -> model -> files and a model card
 
-Each stage is a file in `tools/demo_base`; which objects are held out, and why, is in `corpus.py`.
+Each stage is a file in `tools/demo_base`; `corpus.py` explains which objects are held out.
 
-With `--steps`, the same Python, libraries and number of threads give the same files, except for
-the seconds on the card.
+With `--steps`, the same versions of Python and libraries and the same number of threads give the
+same files, except for the seconds in the model card.
 """
 
 import argparse
@@ -29,9 +29,9 @@ DEMO = Path(__file__).resolve().parent.parent / "qlora_lite" / "demo"
 
 
 def main() -> None:
-    """Build the base and its rows, from the text of this Python to the model card."""
-    asked = arguments()
-    torch.set_num_threads(asked.threads)
+    """Build the base, its rows and the model card from the text of this Python."""
+    options = arguments()
+    torch.set_num_threads(options.threads)
     settings = Pretraining()
     corpus = collect()
     print(
@@ -40,7 +40,9 @@ def main() -> None:
     )
     tokenizer = train_tokenizer(corpus.documents, settings.vocabulary)
     model = new_model(settings, tokenizer)
-    steps = asked.steps if asked.minutes is None else steps_in(asked.minutes, model, settings)
+    steps = options.steps
+    if options.minutes is not None:
+        steps = steps_in(options.minutes, model, settings)
     result = pretrain(
         model,
         encode(corpus.documents, tokenizer),
@@ -48,24 +50,24 @@ def main() -> None:
         steps,
         settings,
     )
-    base = asked.out / "base"
+    base = options.out / "base"
     save_base(base, model, tokenizer)
     save_licence(base)
-    save_rows(asked.out / "data" / "train.jsonl", corpus.rows)
-    save_rows(asked.out / "data" / "heldout.jsonl", corpus.held_out_rows)
-    write(base / "README.md", card(base, corpus, tokenizer, result, asked.threads))
+    save_rows(options.out / "data" / "train.jsonl", corpus.rows)
+    save_rows(options.out / "data" / "heldout.jsonl", corpus.held_out_rows)
+    write(base / "README.md", card(base, corpus, tokenizer, result, options.threads))
     print((base / "README.md").read_text(encoding="utf-8"))
 
 
 def arguments() -> argparse.Namespace:
-    """What the command line asks for."""
-    parser = argparse.ArgumentParser(description="Pretrain the embedded default and make its rows.")
-    parser.add_argument("--out", type=Path, default=DEMO, help="receives base/ and data/")
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description="Pretrain the embedded model and make its rows.")
+    parser.add_argument("--out", type=Path, default=DEMO, help="folder for base/ and data/")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, default=3000, help="optimizer steps (3000)")
-    length.add_argument("--minutes", type=float, help="about this long instead, by a measurement")
-    # Measured on two cores: 2 threads are 1.5 times faster than 1 while nothing else runs, and 20
-    # times slower while something does, for they wait for each other in a spin loop.
+    length.add_argument("--minutes", type=float, help="as many steps as fit, instead of --steps")
+    # Measured on two cores: 2 threads are 1.5 times faster than 1 on an idle machine, and 20 times
+    # slower on a busy one, since they wait for each other in a spin loop.
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
     return parser.parse_args()
 

@@ -1,8 +1,8 @@
-"""The merge command as a script, for those who look for it here.
+"""The command `qlora-lite merge` as a script.
 
     python tools/merge_and_export.py RUN OUT [--base auto|trained|original] [--dtype bf16|fp16|fp32]
 
-The same as `qlora-lite merge`, with the same options.
+All options of `qlora-lite merge` work here.
 """
 
 import sys

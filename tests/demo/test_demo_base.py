@@ -1,4 +1,4 @@
-"""The embedded default: what its folder promises, and how `tools/build_demo_base.py` keeps it."""
+"""The embedded model and its rows, and `tools/build_demo_base.py`, which makes them."""
 
 import importlib
 import json
@@ -38,7 +38,7 @@ def model() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def build() -> Iterator[ModuleType]:
-    """The package behind the script, which Python finds beside the script that it runs."""
+    """The package of the script; its folder is on `sys.path` when the script runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "tools")
         importlib.import_module("build_demo_base")
@@ -58,7 +58,7 @@ def plain(text: str) -> str:
 
 
 @given(text=st.text())
-def test_any_text_comes_back(tokenizer, text):
+def test_any_text_survives_encoding_and_decoding(tokenizer, text):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == text
 
@@ -66,13 +66,13 @@ def test_any_text_comes_back(tokenizer, text):
 @pytest.mark.parametrize(
     "text", ["  two  spaces \n\n\tand tabs\r\n", "naïve 日本語 🙂 é", "12345.678", "a , b . c 's"]
 )
-def test_awkward_text_comes_back(tokenizer, text):
+def test_awkward_text_survives_encoding_and_decoding(tokenizer, text):
     ids = tokenizer(text)["input_ids"]
     assert ids[0] == tokenizer.bos_token_id
     assert tokenizer.decode(ids[1:]) == text
 
 
-def test_digits_stand_alone(tokenizer):
+def test_every_digit_is_a_token(tokenizer):
     ids = tokenizer("2048", add_special_tokens=False)["input_ids"]
     assert [tokenizer.decode([i]) for i in ids] == ["2", "0", "4", "8"]
 
@@ -100,7 +100,7 @@ TWO_TURNS = [
 ]
 
 
-def test_a_conversation_is_written_out(tokenizer):
+def test_the_template_renders_a_conversation(tokenizer):
     assert tokenizer.apply_chat_template(TWO_TURNS, tokenize=False) == (
         "<|bos|><|user|>\nWhat does len do?\n<|assistant|>\nIt counts.<|eos|>\n"
         "<|user|>\nAnd now?\n<|assistant|>\nSo on.<|eos|>\n"
@@ -119,7 +119,7 @@ def test_an_unknown_role_is_refused(tokenizer):
 
 
 @pytest.mark.parametrize("messages", [TWO_TURNS, *rows("heldout.jsonl")[:20]])
-def test_exactly_the_answers_and_their_end_are_trained(tokenizer, messages):
+def test_only_the_answers_and_their_end_tokens_are_trained(tokenizer, messages):
     rendered = tokenizer.apply_chat_template(
         messages, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -132,7 +132,7 @@ def test_exactly_the_answers_and_their_end_are_trained(tokenizer, messages):
     assert tokenizer.decode(trained) == "".join(f"{answer}<|eos|>" for answer in answers)
 
 
-def test_the_generation_prompt_is_the_beginning_of_the_whole_conversation(tokenizer):
+def test_the_generation_prompt_is_a_prefix_of_the_conversation(tokenizer):
     prompt = tokenizer.apply_chat_template(
         TWO_TURNS[:1], add_generation_prompt=True, return_dict=False
     )
@@ -172,7 +172,7 @@ def test_every_linear_layer_divides_into_blocks_of_64(model):
             assert layer.in_features % 64 == layer.out_features % 64 == 0, name
 
 
-def test_user_and_assistant_do_not_look_alike(model, tokenizer):
+def test_embeddings_of_user_and_assistant_differ(model, tokenizer):
     vectors = model.model.embed_tokens.weight[
         tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
     ]
@@ -190,7 +190,7 @@ def mean_loss(model, texts_ids: list[list[int]]) -> float:
     return total / count
 
 
-def test_the_model_has_learned_to_read_docstrings(model, tokenizer):
+def test_the_model_predicts_docstrings_better_than_chance(model, tokenizer):
     """Plain documents made of the held-out rows, in the form of the pretraining text."""
     held_out = [
         tokenizer(f"function {question['content'].split()[-2]}()\n{answer['content']}")["input_ids"]
@@ -241,7 +241,7 @@ def test_every_row_is_one_question_and_one_answer(name):
         assert 20 < len(answer) < 200
 
 
-def test_no_question_and_no_answer_comes_twice():
+def test_questions_and_answers_are_unique():
     everything = rows("train.jsonl") + rows("heldout.jsonl")
     assert len({question["content"] for question, _ in everything}) == len(everything)
     assert len({plain(answer["content"]) for _, answer in everything}) == len(everything)
@@ -272,16 +272,16 @@ def test_no_held_out_answer_occurs_in_a_training_row():
         ("See below for this one:\n\n  x", None),
     ],
 )
-def test_an_answer_is_the_first_sentence_if_it_tells_something(build, doc, answer):
+def test_an_answer_is_the_first_sentence_if_it_is_usable(build, doc, answer):
     assert build.questions.first_sentence(doc) == answer
 
 
-def test_the_best_known_name_wins(build):
+def test_the_best_known_name_is_chosen(build):
     names = ["posixpath.join", "os.path.join", "_private.join", "genericpath.join"]
-    assert min(names, key=build.docstrings.renown) == "os.path.join"
+    assert min(names, key=build.docstrings.name_order) == "os.path.join"
 
 
-def test_signatures_do_not_tell_about_this_machine(build):
+def test_signatures_do_not_depend_on_the_machine(build):
     secret = {"HOME": "secret"}
     source = "def f(self, a, b=1, c=None, env=secret, path='/secret', *rest, d='x'): pass"
     names: dict = {"secret": secret}
@@ -322,7 +322,7 @@ def test_nothing_held_out_is_in_the_pretraining_text(build, corpus):
 
 
 @pytest.mark.slow
-def test_the_text_is_the_same_for_every_reader(build, corpus):
+def test_the_text_does_not_depend_on_the_machine(build, corpus):
     """No path, address or environment of the machine that collects it."""
     for text in corpus.documents:
         for private in (str(Path.home()), sys.prefix, sys.base_prefix, " at 0x7f"):

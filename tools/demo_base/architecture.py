@@ -1,4 +1,4 @@
-"""The settings of the base model, and the model before it has read anything."""
+"""The settings of the base model, and the model with random weights."""
 
 from dataclasses import dataclass
 
@@ -6,12 +6,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CONTEXT = 512
-"""Tokens of a row in pretraining; the model takes twice as many."""
+"""Tokens per row in pretraining; the model accepts twice as many."""
 
 
 @dataclass(frozen=True)
 class Pretraining:
-    """The recipe of the base model, as one-minute probes on two cores chose it.
+    """The settings of pretraining, chosen by one-minute runs on two cores.
 
     Held-out nats per byte after about 500,000 tokens each:
 
@@ -21,8 +21,7 @@ class Pretraining:
         hidden 128, 4 layers, vocabulary 2048, own head,  batch 4   1.61
         hidden 128, 4 layers, vocabulary 3072, tied head, batch 4   1.57
 
-    On a CPU, minutes are what is short: a smaller model that takes more and smaller steps learns
-    more from them.
+    In a given time on a CPU, a smaller model with more and smaller steps learns more.
     """
 
     vocabulary: int = 3072
@@ -43,7 +42,7 @@ class Pretraining:
 
 
 def new_model(settings: Pretraining, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama with random weights; every linear layer divides into blocks of 64."""
+    """A Llama with random weights; widths of all linear layers are multiples of 64."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden,

@@ -1,4 +1,4 @@
-"""The model card: what the base is, and what its making measured."""
+"""The model card: the base, how it was made, and the measurements."""
 
 import math
 import platform
@@ -24,18 +24,18 @@ language: en
 pipeline_tag: text-generation
 ---
 
-# The embedded default of qlora_lite
+# The embedded model of qlora_lite
 
-A Llama of {parameters:,} parameters that has read the documentation inside Python {python} and
-nothing else.  It exists so that fine-tuning can be shown, and tested, on any machine without a
-download.  It knows the tone of Python's docstrings; it knows no facts worth relying on.
+A Llama of {parameters:,} parameters, trained only on the documentation inside Python {python}.
+Its purpose is to show and test fine-tuning on any machine without a download.  It imitates the
+style of Python's docstrings; do not rely on its facts.
 
 | | |
 |---|---|
 | architecture | Llama: {layers} layers, hidden {hidden}, MLP {mlp}, {heads} query heads on {kv_heads} key-value heads, RoPE, RMSNorm, {head} head |
 | weights | bf16, {megabytes:.2f} MB |
 | tokenizer | byte-level BPE, {vocabulary:,} tokens, digits one by one; any text comes back byte for byte |
-| context | trained on {context} tokens; `max_position_embeddings` is {positions}, the second half unpractised |
+| context | trained on {context} tokens; `max_position_embeddings` is {positions}, positions in the second half were not trained |
 | chat | `<|user|>` and `<|assistant|>`, a turn of the assistant ends in `<|eos|>`; not seen in pretraining |
 
 ## How it was made
@@ -56,7 +56,7 @@ download.  It knows the tone of Python's docstrings; it knows no facts worth rel
 The held-out loss is that of the documents of the held-out objects, each read alone, with the bf16
 values of the file computed in fp32.
 
-## The rows beside it
+## The rows
 
 `../data/train.jsonl` has {train_rows:,} conversations, `../data/heldout.jsonl` has {held_out_rows:,}:
 a question about an object of the standard library, and the first sentence of its docstring.  No
@@ -71,7 +71,7 @@ The text is Python's: see `NOTICE` and `LICENSE-PSF`.
 def card(
     base: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, result: Result, threads: int
 ) -> str:
-    """The model card: what the base is, and what its making measured."""
+    """The text of the model card."""
     settings = result.settings
     held_out_tokens = sum(
         len(d[:CONTEXT]) - 1 for d in encode(corpus.held_out_documents, tokenizer)

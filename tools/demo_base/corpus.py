@@ -1,9 +1,8 @@
-"""What pretraining may see, and what is held out.
+"""The split into pretraining text and held-out objects.
 
-One object in 26 is held out, chosen by the hash of its name.  Its docstring is in no document
-that the tokenizer or the model sees, under no alias, and its first sentence stands in no other
-text: an object whose first sentence also occurs elsewhere is never held out.  So the held-out rows
-measure what fine-tuning taught, not what pretraining remembers.
+One object in 26 is held out, chosen by the hash of its name.  Its docstring, under any alias, is in
+no document that the tokenizer or the model sees.  Objects whose first sentence also occurs in other
+text are never held out.  So the held-out rows measure fine-tuning, not memory of the pretraining.
 """
 
 import importlib
@@ -11,19 +10,19 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from demo_base.docstrings import PLATFORM_MODULES, Documented, documented_objects, plain, renown
+from demo_base.docstrings import PLATFORM_MODULES, Documented, documented_objects, plain, name_order
 from demo_base.questions import Row, draw, first_sentence, row
 
 ONE_IN = 26
-"""One object in so many is held out, of those that may be."""
+"""One of this many objects is held out, if it may be."""
 
 NO_ROWS = {"test", "idlelib", "lib2to3", "turtledemo", *PLATFORM_MODULES}
-"""Good for pretraining, but nobody asks what these do."""
+"""Modules for pretraining only: users do not ask about them."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The text and the rows, parted by what the model may see in pretraining."""
+    """Text and rows, split into seen in pretraining and held out."""
 
     documents: list[str]
     rows: list[Row]
@@ -32,9 +31,9 @@ class Corpus:
 
 
 def collect() -> Corpus:
-    """Every text and every row on one of the two sides, or on none."""
+    """Collect all text and rows, and split them."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # from modules that will leave the library some day
+        warnings.simplefilter("ignore")  # deprecated modules
         objects = documented_objects()
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     answers = usable_answers(objects)
@@ -60,8 +59,8 @@ def usable_answers(objects: Sequence[Documented]) -> dict[Documented, str]:
     """The first sentences of public objects: each name once, each sentence under its best name."""
     answers: dict[Documented, str] = {}
     taken: set[str] = set()
-    for found in sorted(objects, key=lambda found: (renown(found.name), found.doc)):
-        is_public = not renown(found.name)[0] and found.name.split(".")[0] not in NO_ROWS
+    for found in sorted(objects, key=lambda found: (name_order(found.name), found.doc)):
+        is_public = not name_order(found.name)[0] and found.name.split(".")[0] not in NO_ROWS
         answer = first_sentence(found.doc) if is_public else None
         if answer and not taken & {plain(answer), found.name}:
             answers[found] = answer

@@ -1,7 +1,7 @@
 """Every docstring of the standard library once, under the best of its names.
 
-Modules are imported, for the names that users know; source files are read as well, for what is
-nested or cannot be imported here.
+Modules are imported for their public names; source files are parsed too, for nested functions and
+for modules that cannot be imported here.
 """
 
 import ast
@@ -31,7 +31,7 @@ class Documented:
 
     @property
     def text(self) -> str:
-        """The pretraining document: what it is called, then what it is."""
+        """The pretraining document: kind and name, then the docstring."""
         return f"{self.kind} {self.header}\n{self.doc}"
 
 
@@ -40,10 +40,10 @@ NEVER_IMPORTED = {
     *("idlelib", "tkinter", "turtle", "turtledemo"),  # they need a display
     *("test", "lib2to3", "_pyrepl", "pydoc_data"),
 }
-"""Read from their source files only; the others are imported, for the names that users know."""
+"""Modules that are read only from their source files."""
 
 PLATFORM_MODULES = {"posixpath", "ntpath", "genericpath", "posix", "nt", "opcode"}
-"""The same functions have better-known names in `os`, `os.path` and `dis`."""
+"""Modules whose functions have better-known names in `os`, `os.path` and `dis`."""
 
 
 def documented_objects() -> list[Documented]:
@@ -51,25 +51,25 @@ def documented_objects() -> list[Documented]:
     best: dict[str, Documented] = {}
     for found in [*from_imports(), *from_sources()]:
         key = plain(found.doc)
-        if key and (key not in best or renown(found.name) < renown(best[key].name)):
+        if key and (key not in best or name_order(found.name) < name_order(best[key].name)):
             best[key] = found
     return sorted(best.values(), key=lambda found: (found.name, found.doc))
 
 
-def renown(name: str) -> tuple[bool, bool, int, int, str]:
-    """Sorts the names of one object: public ones first, then the short ones."""
+def name_order(name: str) -> tuple[bool, bool, int, int, str]:
+    """Sort key for the names of one object: public names first, then short ones."""
     parts = name.split(".")
     is_private = any(part.startswith("_") for part in parts)
     return is_private, parts[0] in PLATFORM_MODULES, len(parts), len(name), name
 
 
 def plain(text: str) -> str:
-    """Text as it is compared: white space and case do not count."""
+    """Normalised for comparison: white space and case are ignored."""
     return " ".join(text.split()).lower()
 
 
 def from_imports() -> Iterator[Documented]:
-    """What the importable modules define or list in `__all__`."""
+    """Docstrings of what importable modules define or list in `__all__`."""
     for home, module in importable_modules():
         prefix = "" if home == "builtins" else f"{home}."
         if isinstance(module.__doc__, str):
@@ -82,16 +82,16 @@ def from_imports() -> Iterator[Documented]:
 
 
 def importable_modules() -> Iterator[tuple[str, types.ModuleType]]:
-    """The modules of the standard library that import here, with the name to know them by."""
+    """The modules of the standard library that can be imported here, by name."""
     waiting = sorted(sys.stdlib_module_names - NEVER_IMPORTED)
     while waiting:
         name = waiting.pop(0)
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 module = importlib.import_module(name)
-        except ImportError:  # made for another platform, or built without a C library
+        except ImportError:  # for another platform, or built without a C library
             continue
-        if not is_ours(module):
+        if not is_standard(module):
             continue
         yield name, module
         if hasattr(module, "__path__"):
@@ -100,8 +100,8 @@ def importable_modules() -> Iterator[tuple[str, types.ModuleType]]:
     yield "os.path", os.path
 
 
-def is_ours(module: types.ModuleType) -> bool:
-    """False where an installed package has taken the place of a standard module (distutils)."""
+def is_standard(module: types.ModuleType) -> bool:
+    """False if an installed package replaces a standard module (distutils)."""
     file = getattr(module, "__file__", None)
     return file is None or (STDLIB in Path(file).parents and "site-packages" not in file)
 
@@ -116,7 +116,7 @@ ATTRIBUTES = (property, types.GetSetDescriptorType, types.MemberDescriptorType)
 
 
 def described(name: str, value: object, owner: str) -> Iterator[Documented]:
-    """The docstring of a function or attribute; of a class, also those of what its body defines."""
+    """The docstring of a function, attribute or class, and those of the members of a class."""
     if isinstance(value, staticmethod | classmethod):
         value = value.__func__
     is_kind = isinstance(value, (type, *FUNCTIONS, *ATTRIBUTES))
@@ -136,7 +136,7 @@ def described(name: str, value: object, owner: str) -> Iterator[Documented]:
 
 
 def signature(value: object) -> str:
-    """`(a, b=None, *rest)`, or `()` where a function in C does not tell."""
+    """`(a, b=None, *rest)`, or `()` if a C function has no signature."""
     try:
         found = inspect.signature(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, AttributeError):  # the last: a default that does not exist here
@@ -151,27 +151,27 @@ def signature(value: object) -> str:
 
 
 def portable(default: object) -> object:
-    """A default that reads the same everywhere, or an ellipsis: `os.environ` is a default too."""
+    """A default that is the same on every machine, or an ellipsis (`os.environ` is a default)."""
     if default is None or default is inspect.Parameter.empty or type(default) in (bool, int):
         return default
     return default if type(default) is str and len(default) < 20 and "/" not in default else ...
 
 
 def from_sources() -> Iterator[Documented]:
-    """What the source files say: also nested functions, and modules that were not imported."""
+    """Docstrings in source files: also nested functions, and modules that were not imported."""
     for file in sorted(STDLIB.rglob("*.py")):
         path = file.relative_to(STDLIB).with_suffix("")
         if "site-packages" in path.parts or path.parts[0] not in {*sys.stdlib_module_names, "test"}:
             continue
         try:
             tree = ast.parse(file.read_bytes())
-        except SyntaxError:  # the tests of the parser hold such files
+        except SyntaxError:  # test files of the parser
             continue
         yield from written(".".join(part for part in path.parts if part != "__init__"), tree)
 
 
 def written(name: str, node: ast.AST) -> Iterator[Documented]:
-    """The docstring of this piece of source, then of the classes and functions in it."""
+    """The docstring of an AST node, then those of the classes and functions in it."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         parameters = ", ".join(a.arg for a in node.args.args if a.arg != "self")
         kind, header, doc = "function", f"{name}({parameters})", ast.get_docstring(node)

@@ -1,4 +1,4 @@
-"""The files of the base and of its rows, with the licence of the text."""
+"""Write the files of the base and of its rows, and the licence of the text."""
 
 import json
 import platform
@@ -28,25 +28,25 @@ def save_base(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokeni
 
 
 def save_rows(file: Path, rows: Sequence[Row]) -> None:
-    """One conversation a line."""
+    """One conversation per line."""
     write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def save_licence(folder: Path) -> None:
-    """The licence of the text, as this Python carries it, and what it applies to."""
+    """Copy the licence of this Python, and write the notice."""
     folders = (STDLIB, STDLIB.parent, Path(sys.base_prefix))
     licence = next((f / "LICENSE.txt" for f in folders if (f / "LICENSE.txt").is_file()), None)
     if licence is None:
         raise SystemExit(
-            "The LICENSE.txt of this Python is missing; the base may not be passed on without it. "
-            "Use a Python from python.org, pyenv or conda."
+            "This Python has no LICENSE.txt, and the base must not be distributed without it. Use "
+            "a Python from python.org, pyenv or conda."
         )
     write(folder / "LICENSE-PSF", licence.read_text(encoding="utf-8"))
     write(folder / "NOTICE", NOTICE.format(python=platform.python_version()))
 
 
 def write(file: Path, text: str) -> None:
-    """UTF-8 with the same line ends everywhere."""
+    """Write UTF-8 with \\n on every platform."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8", newline="\n")
 

@@ -1,4 +1,4 @@
-"""From random weights to a model that has read the documents: the loop, and what it measures."""
+"""The pretraining loop and its measurements."""
 
 import math
 import time
@@ -16,9 +16,9 @@ from demo_base.tokenizer import ASSISTANT, SPECIAL, USER
 
 
 def packed_batches(documents: Sequence[Sequence[int]], batch: int, seed: int) -> Iterator[Tensor]:
-    """Endless (batch, CONTEXT) ids: documents end to end, cut where a row is full.
+    """Yield (batch, CONTEXT) ids without end: concatenated documents, cut where a row is full.
 
-    Every epoch has an order of its own.
+    Every epoch has another order.
     """
     generator = torch.Generator().manual_seed(seed)
     waiting: list[int] = []
@@ -42,10 +42,8 @@ def cosine(step: int, steps: int, settings: Pretraining) -> float:
 
 @torch.no_grad()
 def loss_per_token(model: LlamaForCausalLM, documents: Sequence[Sequence[int]]) -> float:
-    """Mean cross-entropy in nats over all tokens but bos.
-
-    Each document is read alone, up to CONTEXT tokens of it.
-    """
+    """Mean cross-entropy in nats over all tokens except bos, for each document on its own, cut to
+    CONTEXT tokens."""
     total, count = 0.0, 0
     for document in documents:
         ids = torch.tensor([document[:CONTEXT]])
@@ -55,7 +53,7 @@ def loss_per_token(model: LlamaForCausalLM, documents: Sequence[Sequence[int]]) 
 
 
 def optimizer_for(model: LlamaForCausalLM, settings: Pretraining) -> torch.optim.AdamW:
-    """AdamW, with weight decay for the matrices inside the layers alone."""
+    """AdamW with weight decay only for the matrices inside the layers."""
     inside = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or ".layers." not in n]
     groups = [
@@ -67,7 +65,7 @@ def optimizer_for(model: LlamaForCausalLM, settings: Pretraining) -> torch.optim
 
 @dataclass(frozen=True)
 class Result:
-    """What pretraining measured; the held-out loss is that of the values of the bf16 file."""
+    """Measurements of pretraining; the held-out loss is computed with the bf16 values."""
 
     settings: Pretraining
     parameters: int
@@ -111,7 +109,7 @@ def pretrain(
                 f"{(step + 1) * ids.numel() / seconds:,.0f} tokens/s  {seconds:.0f} s",
                 flush=True,
             )
-    tell_apart(model, [SPECIAL.index(USER), SPECIAL.index(ASSISTANT)], settings.seed)
+    separate_embeddings(model, [SPECIAL.index(USER), SPECIAL.index(ASSISTANT)], settings.seed)
     round_to_bf16(model)
     return Result(
         settings=settings,
@@ -124,11 +122,11 @@ def pretrain(
     )
 
 
-def tell_apart(model: LlamaForCausalLM, ids: Sequence[int], seed: int) -> None:
-    """Add a random vector of ordinary length to the embeddings of tokens never seen.
+def separate_embeddings(model: LlamaForCausalLM, ids: Sequence[int], seed: int) -> None:
+    """Add a random vector of median length to the embeddings of tokens not in the training text.
 
-    With a tied head the softmax pushes all unseen rows the same way, until user and assistant look
-    alike (cosine above 0.99).
+    With a tied head the softmax moves all unseen rows in the same direction, until the embeddings
+    of user and assistant are nearly equal (cosine above 0.99).
     """
     rows = model.get_input_embeddings().weight.data
     length = rows.norm(dim=1).median()
@@ -137,13 +135,13 @@ def tell_apart(model: LlamaForCausalLM, ids: Sequence[int], seed: int) -> None:
 
 
 def round_to_bf16(model: LlamaForCausalLM) -> None:
-    """Keep fp32 tensors, with the values of the bf16 file: what is measured is what is saved."""
+    """Round to bf16 values in fp32 tensors, so that the measured model is the saved one."""
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().float()
 
 
 def steps_in(minutes: float, model: LlamaForCausalLM, settings: Pretraining) -> int:
-    """How many steps fit, by the time of six on random ids after two to warm up."""
+    """Steps that fit in `minutes`, estimated from six steps on random ids after two of warm-up."""
     ids = torch.randint(len(SPECIAL), settings.vocabulary, (settings.batch, CONTEXT))
     started = time.perf_counter()
     for step in range(8):

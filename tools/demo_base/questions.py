@@ -1,4 +1,4 @@
-"""A row: a question about an object, and the first sentence of its docstring as the answer."""
+"""Rows: a question about an object, and the first sentence of its docstring as the answer."""
 
 import hashlib
 import re
@@ -7,7 +7,7 @@ from demo_base.docstrings import Documented
 
 
 def first_sentence(doc: str) -> str | None:
-    """What an object does in one sentence, or None if its docstring does not say so in plain words.
+    """The first sentence of a docstring, or None if it is not a usable answer.
 
     >>> first_sentence("S.join(iterable) -> str\\n\\nConcatenate any number of strings.  Then ...")
     'Concatenate any number of strings.'
@@ -19,7 +19,7 @@ def first_sentence(doc: str) -> str | None:
     paragraph = re.sub(r"^[\w.]+(\([^)]*\))? (--?|->) ", "", " ".join(paragraph.split()))
     end = re.search(r"(?<!e\.g)(?<!i\.e)(?<!etc)(?<!vs)[.!](?=\s|$)", paragraph)
     sentence = paragraph[: end.start()] if end else paragraph
-    return f"{sentence[0].upper()}{sentence[1:]}." if is_telling(sentence) else None
+    return f"{sentence[0].upper()}{sentence[1:]}." if is_usable(sentence) else None
 
 
 def is_signature(line: str) -> bool:
@@ -27,8 +27,8 @@ def is_signature(line: str) -> bool:
     return bool(re.match(r"^[\w.\[\]]+\([^)]*\)?[)\]]*\s*(->.*|:)?$", line.strip()))
 
 
-def is_telling(sentence: str) -> bool:
-    """Long enough to be worth learning, short enough for one line, and words rather than code."""
+def is_usable(sentence: str) -> bool:
+    """Neither too short nor too long, and words rather than code."""
     letters = sum(c.isalpha() or c in " ,'-" for c in sentence)
     return (
         20 <= len(sentence) <= 180
@@ -66,7 +66,7 @@ QUESTIONS = {
 
 
 def draw(name: str, sides: int, purpose: str) -> int:
-    """A number below `sides` that depends on nothing but the name and what it is drawn for."""
+    """A number below `sides` that depends only on the name and the purpose."""
     digest = hashlib.sha256(f"{purpose}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % sides
 

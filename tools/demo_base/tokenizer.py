@@ -1,4 +1,4 @@
-"""Byte-level BPE, and the chat template that goes with it."""
+"""Byte-level BPE and the chat template."""
 
 from collections.abc import Sequence
 
@@ -34,14 +34,14 @@ CHAT_TEMPLATE = """\
     {{- '<|assistant|>\\n' }}
 {%- endif %}
 """
-"""Content is trimmed, so that no token straddles the line break and the answer that is trained."""
+"""Content is trimmed, so that no token spans the line break and the trained answer."""
 
 
 def train_tokenizer(documents: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text comes back byte for byte.
+    """Byte-level BPE: any text survives encoding and decoding byte for byte.
 
-    Digits stand alone, which helps small models to calculate.  llama.cpp calls this way of cutting
-    text `smollm`.
+    Every digit is a token, which helps small models to calculate.  llama.cpp calls this
+    pre-tokenizer `smollm`.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -70,6 +70,6 @@ def train_tokenizer(documents: Sequence[str], vocabulary: int) -> PreTrainedToke
 
 
 def encode(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """bos, document, eos."""
+    """Token ids of bos, document, eos for each document."""
     ids = tokenizer(list(documents), add_special_tokens=True, verbose=False)["input_ids"]
     return [[*document, tokenizer.eos_token_id] for document in ids]
