@@ -2,8 +2,8 @@
 
 Needs 2.08 GiB on a CUDA card with 16,384 tokens at a time, 933 MiB with one row of 1,024, and
 0.787 GFLOP a token: estimates by formula, printed by `qlora-lite plan recipes/gpt2.py`. The weights
-are a download of 0.5 GB. GPT-2 has no chat template, so conversations are written plainly, and each
-answer is closed by its end-of-text token.
+are a download of 0.5 GB. GPT-2 has no chat template: conversations use the plain template, and each
+answer ends with the end-of-text token.
 """
 
 from qlora_lite import NF4, Base, Data, LoRA, Optim, Recipe, main

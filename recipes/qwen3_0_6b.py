@@ -1,4 +1,4 @@
-"""Qwen3 0.6B: a chat model for a small card, or for patient hands on CPU.
+"""Qwen3 0.6B: a chat model for a small card, or for a long run on CPU.
 
 Needs 6.09 GiB on a CUDA card with 32,768 tokens at a time, 1.90 GiB with one row of 2,048, and
 4.48 GFLOP a token: estimates by formula, printed by `qlora-lite plan recipes/qwen3_0_6b.py`. The

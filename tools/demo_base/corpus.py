@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from demo_base.docstrings import PLATFORM_MODULES, Documented, documented_objects, plain, name_order
+from demo_base.docstrings import PLATFORM_MODULES, Documented, documented_objects, name_order, plain
 from demo_base.questions import Row, draw, first_sentence, row
 
 ONE_IN = 26
