@@ -91,9 +91,9 @@ def init(
 
     file, plan = write_recipe(model, output)
     with Display() as display:
-        display.say(f"{file}: {plan.verdict}")
-        display.say("Set train= to your data, then:")
-        display.say(f"  qlora-lite preview {file}\n  qlora-lite train {file}")
+        display.print_line(f"{file}: {plan.verdict}")
+        display.print_line("Set train= to your data, then:")
+        display.print_line(f"  qlora-lite preview {file}\n  qlora-lite train {file}")
 
 
 @app.command()
@@ -118,10 +118,10 @@ def plan(recipe: RecipeFile, settings: Assignments = None) -> None:
         for note in check_settings(setup):
             display.note(note)
         if not changed.budget and not planned.fits:
-            display.say(f"{planned.verdict}; {NO_BUDGET}", "bold red")
+            display.print_line(f"{planned.verdict}; {NO_BUDGET}", "bold red")
         if rule.is_available:
             rate = matmul_flops_per_second(rule.device, rule.compute)
-            display.say(time_line(rate, planned.flops_per_token, changed.optim))
+            display.print_line(time_line(rate, planned.flops_per_token, changed.optim))
     if changed.budget:
         require_fit(planned)
 
@@ -200,7 +200,7 @@ def extract(
     with Display() as display:
         error = extracting.extract(run, out, rank)
         lost = f"; at most {error:.1%} of a layer's update is lost" if error else ", without loss"
-        display.say(f"{out}: a PEFT adapter of rank {rank}{lost}")
+        display.print_line(f"{out}: a PEFT adapter of rank {rank}{lost}")
 
 
 @app.command("eval")

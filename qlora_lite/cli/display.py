@@ -37,9 +37,9 @@ class Display(Watcher):
         self.meter.end()
 
     def note(self, text: str) -> None:
-        self.say(text)
+        self.print_line(text)
 
-    def say(self, text: str, style: str = "") -> None:
+    def print_line(self, text: str, style: str = "") -> None:
         """Print one line of plain text. Do not wrap it when stdout is not a terminal."""
         # a style passed to print() would also colour the bar below
         self.console.print(Text(text, style), soft_wrap=not self.console.is_terminal)
@@ -47,19 +47,19 @@ class Display(Watcher):
     def planned(self, plan: Any) -> None:
         show(self.console, plan_table(plan))
         for line in plan_lines(plan):
-            self.say(line)
+            self.print_line(line)
 
     def prepared(self, data: Any) -> None:
         from qlora_lite.data.preview import preview_row
 
         stats, train = data.stats, data.train
-        self.say(
+        self.print_line(
             f"{len(train):,} rows to train on, {len(data.heldout):,} held out: "
             f"{format_count(train.num_tokens)} tokens, {train.num_targets / train.num_tokens:.0%} "
             f"of them trained; lengths p50 {stats.p50}, p95 {stats.p95}, max {stats.longest}"
         )
         if lost := lost_rows(stats):
-            self.say(lost, style="yellow")
+            self.print_line(lost, style="yellow")
         show_row(self.console, preview_row(train[0], data.train_source, data.template.tokenizer))
 
     def loading(self, done_bytes: int, total_bytes: int) -> None:
@@ -79,7 +79,7 @@ class Display(Watcher):
 
     def started(self, step: int, total: int) -> None:
         if step:
-            self.say(f"resuming after step {step:,}")
+            self.print_line(f"resuming after step {step:,}")
         self._start, self._total = (time.monotonic(), step), total
         self.meter.begin("training", total, TRAINING_LINES)
 
@@ -102,7 +102,7 @@ class Display(Watcher):
         scores = f"held-out loss {metrics['heldout_loss']:.3f}"
         if "heldout_accuracy" in metrics:
             scores += f", accuracy {metrics['heldout_accuracy']:.1%}"
-        self.say(f"after step {metrics['step']:,}: {scores}", style="cyan")
+        self.print_line(f"after step {metrics['step']:,}: {scores}", style="cyan")
 
     def ended(self) -> None:
         self.meter.end()
@@ -110,17 +110,19 @@ class Display(Watcher):
     def finished(self, result: Any) -> None:
         """Scores, measured memory against the plan, and where the results are."""
         if result.already_finished:
-            self.say(f"{result.directory} is finished after {result.steps:,} steps")
+            self.print_line(f"{result.directory} is finished after {result.steps:,} steps")
         if result.scores:
             before, after = result.scores["loss_before"], result.scores["loss"]
-            self.say(f"held-out loss {before:.3f} (at the start) -> {after:.3f}", style="bold")
+            self.print_line(
+                f"held-out loss {before:.3f} (at the start) -> {after:.3f}", style="bold"
+            )
         share = result.peak_bytes / result.predicted_peak_bytes - 1
-        self.say(
+        self.print_line(
             f"peak memory {format_bytes(result.peak_bytes)} measured, "
             f"{format_bytes(result.predicted_peak_bytes)} predicted ({share:+.0%})"
         )
-        self.say(f"adapter: {result.directory / 'adapter'}")
-        self.say(f"report:  {result.directory / 'report.html'}")
+        self.print_line(f"adapter: {result.directory / 'adapter'}")
+        self.print_line(f"report:  {result.directory / 'report.html'}")
 
     def merged(self, result: Any) -> None:
         """What a merge wrote, and the candidates it chose from."""
@@ -129,7 +131,7 @@ class Display(Watcher):
         dtype = str(result.dtype).removeprefix("torch.")
         base = "the base as trained" if result.base == "trained" else "the original base"
         size = format_bytes(result.num_bytes)
-        self.say(f"{result.out}: {size} in {dtype}, merged on {base}", style="bold")
+        self.print_line(f"{result.out}: {size} in {dtype}, merged on {base}", style="bold")
 
 
 def lost_rows(stats: Any) -> str:

@@ -82,19 +82,19 @@ def inspect(
         _show(display, inspection, i or j, j or i)
         if json is not None:
             write_json(json, inspection.to_dict())
-            display.say(f"JSON: {json}")
+            display.print_line(f"JSON: {json}")
         if figures is not None:
             inspecting.write_figures(inspection, figures)
-            display.say(f"figures: {figures}")
+            display.print_line(f"figures: {figures}")
 
 
 def _show(display: Display, inspection: "Inspection", i: int | None, j: int | None) -> None:
     for report in inspection.targets:
         base = f", base {report.base}" if report.base else ""
-        display.say(f"{report.target}: {report.what}{base}", style="bold")
+        display.print_line(f"{report.target}: {report.what}{base}", style="bold")
         show(console, layer_table(report.layers, report.is_scaled))
         if any(row.amplification for row in report.layers):
-            display.say(
+            display.print_line(
                 "||U'WV|| of the weight W for the top directions U, V of its delta dW, of W itself "
                 "and for random ones; amplified: ||dW|| / the first (Hu et al. 2021, table 4)"
             )
@@ -103,8 +103,10 @@ def _show(display: Display, inspection: "Inspection", i: int | None, j: int | No
         first, second = (
             inspection.targets[n].target for n in (comparison.first, comparison.second)
         )
-        display.say(f"phi of {first} (i) and {second} (j)", style="bold")
-        display.say(f"singular directions of {_of(comparison)}; i = j in columns with one number")
+        display.print_line(f"phi of {first} (i) and {second} (j)", style="bold")
+        display.print_line(
+            f"singular directions of {_directions_of(comparison)}; i = j in columns with one number"
+        )
         show(console, phi_table(comparison.layers, i, j))
 
 
@@ -117,10 +119,10 @@ def layer_table(rows: Sequence["LayerRow"], is_scaled: bool) -> Table:
         ">gates open": [_gates(row.gates) for row in rows],
         ">||dW||": [_number(row.norm) for row in rows],
         ">of ||W||": [_share(row.relative_norm) for row in rows],
-        "singular values" + " / largest" * (not is_scaled): [_first(row) for row in rows],
+        "singular values" + " / largest" * (not is_scaled): [_top_values(row) for row in rows],
     }
     known = {name: cells for name, cells in columns.items() if any(cells)}
-    return _table(_layers([row.path for row in rows]) | known)
+    return _table(_path_column([row.path for row in rows]) | known)
 
 
 def amplification_table(rows: Sequence["LayerRow"]) -> Table:
@@ -133,7 +135,7 @@ def amplification_table(rows: Sequence["LayerRow"]) -> Table:
         ">random": [_number(each.weight_by_chance) for each in found.values()],
         ">amplified": [_number(each.factor) for each in found.values()],
     }
-    return _table(_layers(list(found)) | columns)
+    return _table(_path_column(list(found)) | columns)
 
 
 def phi_table(rows: Sequence["PhiRow"], i: int | None, j: int | None) -> Table:
@@ -150,7 +152,7 @@ def phi_table(rows: Sequence["PhiRow"], i: int | None, j: int | None) -> Table:
             last = [*sizes.values()][-1]
             by_chance = None if last is None else phi_by_chance(*last, d)
             cells.setdefault(f">{side} chance", []).append(by_chance)
-    columns = _layers([row.path for row in rows], "mean")
+    columns = _path_column([row.path for row in rows], "mean")
     for name, values in cells.items():
         known = [value for value in values if value is not None]
         mean = sum(known) / len(known) if known else None
@@ -175,7 +177,7 @@ def _phi(grid: "Grid", size: tuple[int, int] | None) -> float | None:
     return None if size is None else grid[size[0] - 1][size[1] - 1]
 
 
-def _of(comparison: "Comparison") -> str:
+def _directions_of(comparison: "Comparison") -> str:
     kinds = {row.of for row in comparison.layers}
     if kinds == {"factors"}:
         return "the factors: right ones of A, left ones of B"
@@ -184,7 +186,7 @@ def _of(comparison: "Comparison") -> str:
     return "the factors (right ones of A, left ones of B), or of the delta if there are no factors"
 
 
-def _layers(paths: Sequence[str], *below: str) -> dict[str, list[str]]:
+def _path_column(paths: Sequence[str], *below: str) -> dict[str, list[str]]:
     """The column of layer paths without their common prefix, which is its heading."""
     parents = [path.split(".")[:-1] for path in paths]
     same = takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False))
@@ -192,7 +194,7 @@ def _layers(paths: Sequence[str], *below: str) -> dict[str, list[str]]:
     return {shared or "layer": [*(path.removeprefix(shared) for path in paths), *below]}
 
 
-def _first(row: "LayerRow") -> str:
+def _top_values(row: "LayerRow") -> str:
     values = row.singular_values
     shown = " ".join(f"{value:.3g}" for value in values[:SHOWN_VALUES])
     return shown + (" ..." if len(values) > SHOWN_VALUES else "")

@@ -40,13 +40,13 @@ def row_text(pieces: Sequence["Piece"], has_colour: bool) -> Text:
 def show_preview(console: Console, preview: "Preview") -> None:
     """Print some rows, then statistics of all rows."""
 
-    def say(line: str, style: str | None = None) -> None:
+    def print_line(line: str, style: str | None = None) -> None:
         console.print(line, style=style, markup=False, soft_wrap=True)
 
     for row in preview.rows:
         show_row(console, row)
         console.print()
-    say(
+    print_line(
         f"{preview.num_train:,} rows to train on, {preview.num_heldout:,} held out; "
         f"{preview.train_tokens:,} tokens, {preview.trained_tokens:,} trained "
         f"({preview.trained_tokens / preview.train_tokens:.0%})"
@@ -54,18 +54,20 @@ def show_preview(console: Console, preview: "Preview") -> None:
     template = (
         "the tokenizer's chat template" if preview.has_chat_template else "the plain template"
     )
-    say(f"{template}; end of turn {preview.end_of_turn!r}")
+    print_line(f"{template}; end of turn {preview.end_of_turn!r}")
     for name, stats in (("train", preview.stats), ("held out", preview.heldout_stats)):
         if stats is not None:
-            say(_lengths_line(name, stats))
+            print_line(_lengths_line(name, stats))
     for bar in _histogram(preview.lengths):
-        say(bar)
+        print_line(bar)
     if preview.num_repeated:
-        say(f"{preview.num_repeated:,} rows left out: the held-out file contains them", "yellow")
+        print_line(
+            f"{preview.num_repeated:,} rows left out: the held-out file contains them", "yellow"
+        )
     if preview.too_long:
-        say(f"too long: {', '.join(preview.too_long)}", "yellow")
+        print_line(f"too long: {', '.join(preview.too_long)}", "yellow")
     if preview.stats.rewritten_turns:
-        say(
+        print_line(
             f"{preview.stats.rewritten_turns:,} assistant turns are changed by the chat template; "
             "the text that it writes is trained",
             "yellow",
