@@ -27,7 +27,7 @@ RecipeFile = Annotated[
     Path,
     typer.Argument(
         metavar="RECIPE",
-        help="A recipe file, a recipe.json, a run's folder or a name from `init --list`.",
+        help="A recipe file, a recipe.json, a run folder or a name from `init --list`.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
@@ -46,17 +46,15 @@ def _print_version(is_requested: bool) -> None:
         raise typer.Exit
 
 
-def _print_recipes(is_asked: bool) -> None:
-    if is_asked:
+def _print_recipes(is_requested: bool) -> None:
+    if is_requested:
         from qlora_lite.shipped_recipes import shipped_recipes, summary
 
         recipes = shipped_recipes()
         width = max(map(len, recipes))
         for name, file in recipes.items():
             typer.echo(f"{name:{width}}  {summary(file)}")
-        typer.echo(
-            "Take one by its name: qlora-lite plan NAME, qlora-lite train NAME key=value ..."
-        )
+        typer.echo("Use one by its name: qlora-lite plan NAME, qlora-lite train NAME key=value ...")
         raise typer.Exit
 
 
@@ -82,7 +80,7 @@ def init(
             "--list",
             callback=_print_recipes,
             is_eager=True,
-            help="Print the recipes that come with qlora-lite.",
+            help="Print the recipes of the package and exit.",
         ),
     ] = False,
 ) -> None:

@@ -29,7 +29,7 @@ def test_every_promised_model_has_a_recipe():
     assert names >= {"gpt2", "qwen3_0_6b", "qwen3_8b", "llama3_1_8b", "mistral_7b", "demo"}
 
 
-def test_init_lists_them_with_a_line_of_their_docstrings():
+def test_init_lists_recipes_with_the_first_lines_of_their_docstrings():
     listed = run_command("init", "--list")
     assert listed.status == 0
     for file in RECIPES:
@@ -37,18 +37,18 @@ def test_init_lists_them_with_a_line_of_their_docstrings():
         assert re.search(rf"^{file.stem} +{re.escape(first)}$", listed.out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("verb", ["plan", "preview", "train"])
-def test_every_verb_that_takes_a_recipe_finds_it_by_its_name(verb, tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", ["plan", "preview", "train"])
+def test_commands_find_recipes_by_name(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    wrong = run_command(verb, "llama3_1_8b", "optim.lrr=1")
+    wrong = run_command(command, "llama3_1_8b", "optim.lrr=1")
     assert wrong.status == 2
     assert "optim.lrr" in wrong.err
-    unknown = run_command(verb, "llama3_8b")
+    unknown = run_command(command, "llama3_8b")
     assert unknown.status == 2
     assert "mean llama3_1_8b" in unknown.err
 
 
-def test_a_recipe_found_by_its_name_is_planned_without_a_network(tmp_path, monkeypatch):
+def test_plan_of_a_recipe_by_name_needs_no_network(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     planned = run_command("plan", "qwen3_8b", "device=cuda")
     assert planned.status == 0
@@ -56,7 +56,7 @@ def test_a_recipe_found_by_its_name_is_planned_without_a_network(tmp_path, monke
     assert "22.0 GiB" in planned.out
 
 
-def test_it_loads_and_is_at_most_a_screen(file):
+def test_a_recipe_loads_and_is_at_most_60_lines(file):
     assert load_recipe(file).output.startswith("runs/")
     assert len(file.read_text(encoding="utf-8").splitlines()) <= 60
 

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from qlora_lite.cli.tables import merge_table, show, time_line
 from qlora_lite.report.contents import MergeRow
-from qlora_lite.training.optimizer import Optim
+from qlora_lite.training.settings import Optim
 
 ROWS = [
     MergeRow("a candidate with a long name that a narrow terminal has to fold", 2.0, None, False),

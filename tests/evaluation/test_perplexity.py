@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from qlora_lite.data.batches import Batch
 from qlora_lite.evaluation import perplexity
-from qlora_lite.kernels.cross_entropy import IGNORED
+from qlora_lite.kernels.cross_entropy import IGNORE_INDEX
 from qlora_lite.model.causal import CausalModel
 from tests.tiny import VOCABULARY, tiny_model
 
@@ -22,9 +22,9 @@ def batch_of(seed, tokens=24, rows=2):
     draws = torch.Generator().manual_seed(seed)
     ids = torch.randint(VOCABULARY, (rows, tokens + 1), generator=draws)
     targets = ids[:, 1:].clone()
-    targets[:, ::3] = IGNORED
+    targets[:, ::3] = IGNORE_INDEX
     positions = torch.arange(tokens).expand(rows, -1)
-    count = int((targets != IGNORED).sum())
+    count = int((targets != IGNORE_INDEX).sum())
     return Batch(ids[:, :-1], targets, positions, count, rows * tokens, list(range(rows)))
 
 
@@ -35,7 +35,7 @@ def test_the_score_is_that_of_the_full_logits(model, monkeypatch):
     targets = torch.cat([b.targets.flatten() for b in batches])
     with torch.no_grad():
         logits = torch.cat([model(b.input_ids).logits.flatten(0, 1) for b in batches])
-    kept = targets != IGNORED
+    kept = targets != IGNORE_INDEX
     loss = F.cross_entropy(logits[kept], targets[kept]).item()
     guesses = logits[kept].argmax(-1)
     assert found.num_targets == int(kept.sum()) == sum(b.num_targets for b in batches)
