@@ -109,7 +109,9 @@ def test_numbers_are_finite(value):
 
 
 def test_a_key_of_data_fields_is_a_field_of_a_format():
-    with pytest.raises(RecipeError, match=r"'inptu' is no field of a format. Did you mean 'input'"):
+    with pytest.raises(
+        RecipeError, match=r"'inptu' is not a field of any format. Did you mean 'input'"
+    ):
         RECIPE.but('data.fields={"inptu": "context"}')
 
 

@@ -18,7 +18,7 @@ from qlora_lite.adapters.layer import AdapterLayer
 from qlora_lite.adapters.method import AdapterSettings, Method
 from qlora_lite.adapters.plan import plan_adapter, plan_layers
 from qlora_lite.adapters.split_state import SplitState
-from qlora_lite.data.batches import Batch, make_batch, make_bin
+from qlora_lite.data.collate import Batch, make_batch, make_bin
 from qlora_lite.data.examples import Example
 from qlora_lite.foundation import device
 from qlora_lite.methods.catalogue import METHODS

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from qlora_lite.data.coloured import Piece
     from qlora_lite.data.preview import LengthBar, Preview, PreviewRow
+    from qlora_lite.data.token_display import Piece
 
 LONGEST_TEXT = 2000
 """Characters shown of a row."""
@@ -28,7 +28,7 @@ def show_row(console: Console, row: "PreviewRow") -> None:
 
 def row_text(pieces: Sequence["Piece"], has_colour: bool) -> Text:
     """The text of a row with its trained tokens marked, cut at `LONGEST_TEXT`."""
-    from qlora_lite.data.coloured import bracketed, coloured
+    from qlora_lite.data.token_display import bracketed, coloured
 
     text = coloured(pieces) if has_colour else Text(bracketed(pieces))
     if len(text) > LONGEST_TEXT:

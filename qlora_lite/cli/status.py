@@ -72,7 +72,7 @@ def _show_sample(error: DataError) -> None:
     from qlora_lite.data.tokenise import NothingTrained
 
     if isinstance(error, NothingTrained):
-        errors.print(row_text(error.sample, has_colour=errors.color_system is not None))
+        errors.print(row_text(error.pieces, has_colour=errors.color_system is not None))
 
 
 def _say(message: str, kind: str) -> None:

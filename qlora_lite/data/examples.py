@@ -1,4 +1,4 @@
-"""Tokenised rows, held in four flat tensors: 5 bytes a token whatever the number of rows."""
+"""Tokenised rows in four flat tensors: 5 bytes per token, for any number of rows."""
 
 from array import array
 from collections.abc import Iterator, Sequence
@@ -10,19 +10,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Example:
-    """One row, or a piece of one, as the model sees it."""
+    """One row, or a piece of one."""
 
     ids: Tensor
     """(tokens,) int32"""
     loss_mask: Tensor
-    """(tokens,) bool: which tokens are trained. The first never is: nothing predicts it."""
+    """(tokens,) bool: which tokens are trained. The first one is not: nothing predicts it."""
     row: int
     """Number of the row in its source."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Many rows."""
+    """Many examples: example i has the tokens offsets[i] to offsets[i + 1]."""
 
     ids: Tensor
     """(all tokens,) int32"""
@@ -31,7 +31,7 @@ class Examples:
     offsets: Tensor
     """(examples + 1,) int64"""
     rows: Tensor
-    """(examples,) int64"""
+    """(examples,) int64: number of the row in its source"""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -73,7 +73,7 @@ class Examples:
 
 
 class ExamplesBuilder:
-    """Grows `Examples` row by row."""
+    """Collects examples one by one."""
 
     def __init__(self) -> None:
         self._ids, self._loss_mask = array("i"), bytearray()
@@ -87,7 +87,7 @@ class ExamplesBuilder:
         self._rows.append(row)
 
     def build(self) -> Examples:
-        """All that was added."""
+        """All examples added so far."""
         return Examples(
             _tensor(self._ids, torch.int32),
             _tensor(self._loss_mask, torch.bool),
@@ -97,5 +97,5 @@ class ExamplesBuilder:
 
 
 def _tensor(values: array | bytearray, dtype: torch.dtype) -> Tensor:
-    """The same memory as a tensor."""
+    """A tensor over the same memory."""
     return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)

@@ -1,7 +1,7 @@
-"""A row of a file as a conversation, or as plain text.
+"""Turn a row of a file into a conversation or plain text.
 
-A format says which fields it needs and how they are read; `FORMATS` is the list, in the order in
-which `auto` tries them. Another format is one function and one line there.
+`FORMATS` lists the formats in the order in which `auto` tries them. A new format is one function
+and one line there.
 """
 
 import math
@@ -14,7 +14,7 @@ ROLES = get_args(Role)
 
 
 class RowError(Exception):
-    """What is wrong with a row. Whoever knows the file makes a `DataError` of it."""
+    """Something wrong with a row. The caller, who knows file and line, raises a `DataError`."""
 
     def __init__(self, field: str | None, problem: str) -> None:
         super().__init__(f"field {field!r}: {problem}" if field else problem)
@@ -30,14 +30,14 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns, of which the last one is the assistant's."""
+    """Messages, of which the last one is from the assistant."""
 
     messages: tuple[Message, ...]
 
 
 @dataclass(frozen=True)
 class Document:
-    """Plain text. `is_end` is false where it goes on in the next row of its file."""
+    """Plain text. `is_end` is false if the text continues in the next row."""
 
     text: str
     is_end: bool = True
@@ -45,43 +45,46 @@ class Document:
 
 @dataclass(frozen=True)
 class Fields:
-    """How the fields that a format needs are found in a row."""
+    """The fields of a row, by the names that the formats use.
+
+    `names` maps these to the names in the file; `prompt` is the template `data.prompt`.
+    """
 
     row: Mapping[str, Any]
     names: Mapping[str, str]
     prompt: str | None = None
 
     def name(self, field: str) -> str:
-        """The file's name of a field."""
+        """The name of a field in the file."""
         return self.names.get(field, field)
 
     def value(self, field: str) -> Any:
-        """The value of a field that must be there."""
+        """The value of a required field."""
         name = self.name(field)
         if self.row.get(name) is None:
-            there = ", ".join(map(repr, self.row)) or "none"
-            raise RowError(name, f"is missing or null; this row has the fields {there}")
+            present = ", ".join(map(repr, self.row)) or "none"
+            raise RowError(name, f"is missing or null; this row has the fields {present}")
         return self.row[name]
 
     def text(self, field: str) -> str:
-        """The value of a field that must be text; a number, such as a label, is written out."""
+        """A required field as text. Numbers, such as labels, are converted."""
         value = self.value(field)
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise RowError(self.name(field), f"got {_kind(value)}, text is needed: {value!r:.80}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise RowError(self.name(field), f"got {value}, which is no number")
+            raise RowError(self.name(field), f"got {value}, a finite number is needed")
         return _utf8(str(value), self.name(field))
 
     def user_text(self) -> str:
-        """What the user says: the prompt field, or the row's fields put into `data.prompt`."""
+        """The user message: the prompt field, or `data.prompt` filled with the row's fields."""
         if self.prompt is None:
             return self.text("prompt")
         try:
             return _utf8(self.prompt.format_map(self.row), "data.prompt")
         except KeyError as error:
-            there = ", ".join(map(repr, self.row))
+            present = ", ".join(map(repr, self.row))
             raise RowError(
-                str(error.args[0]), f"is named by data.prompt; this row has the fields {there}"
+                str(error.args[0]), f"is used in data.prompt; this row has the fields {present}"
             ) from None
 
 
@@ -97,7 +100,7 @@ def read_messages(fields: Fields) -> Conversation:
 
 
 def read_alpaca(fields: Fields) -> Conversation:
-    """`{"instruction": "...", "input": "...", "output": "..."}`, where input may be left out."""
+    """`{"instruction": "...", "input": "...", "output": "..."}`; `input` is optional."""
     user = fields.text("instruction")
     if fields.row.get(fields.name("input")) not in (None, ""):
         user = f"{user}\n\n{fields.text('input')}"
@@ -121,7 +124,7 @@ def read_text(fields: Fields) -> Document:
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of row: the fields that it cannot do without, and how it is read."""
+    """A kind of row: the fields that it requires, and the function that reads it."""
 
     needs: tuple[str, ...]
     read: Callable[[Fields], Conversation | Document]
@@ -136,7 +139,10 @@ FORMATS = {
 
 
 def find_format(row: Mapping[str, Any], names: Mapping[str, str], has_prompt: bool) -> str | None:
-    """The format that a row's fields speak for; fields that the user has named come first."""
+    """The first format whose required fields the row has, or None.
+
+    If the user named fields of some formats (`names`), only those formats are tried.
+    """
     if has_prompt:
         return "completion"
     named = [kind for kind, f in FORMATS.items() if names and set(names) & set(f.needs)]
@@ -147,7 +153,7 @@ def find_format(row: Mapping[str, Any], names: Mapping[str, str], has_prompt: bo
 
 
 def with_system(conversation: Conversation, system: str | None) -> Conversation:
-    """The conversation, opened by `system` if it has no system message of its own."""
+    """The conversation with the message `system` in front, unless it has a system message."""
     if system is None or conversation.messages[0].role == "system":
         return conversation
     return Conversation((Message("system", system), *conversation.messages))
@@ -165,18 +171,18 @@ def _message(message: Any, field: str) -> Message:
 
 
 def _conversation(messages: tuple[Message, ...], field: str) -> Conversation:
-    """A conversation that can be trained: it ends in something that the assistant says.
+    """A conversation that can be trained.
 
     Raises:
-        RowError: if it does not.
+        RowError: if it is empty, does not end with the assistant, or has an empty answer.
     """
     if not messages:
-        raise RowError(field, "holds no messages")
+        raise RowError(field, "has no messages")
     for i, message in enumerate(messages):
         if message.role == "system" and i > 0:
             raise RowError(field, f"message {i} is a system message; only the first can be one")
         if message.role == "assistant" and not message.content.strip():
-            raise RowError(field, f"message {i}: the assistant says nothing")
+            raise RowError(field, f"message {i}: the assistant message is empty")
     if messages[-1].role != "assistant":
         raise RowError(
             field, f"ends with the {messages[-1].role}; the last message must be the assistant's"
@@ -185,10 +191,10 @@ def _conversation(messages: tuple[Message, ...], field: str) -> Conversation:
 
 
 def _utf8(text: str, field: str) -> str:
-    """The text, if it can be written; JSON can name a half of a pair of UTF-16, which cannot.
+    """The text itself, after a check: JSON escapes may encode half of a surrogate pair.
 
     Raises:
-        RowError: with the character that cannot.
+        RowError: with the position of such a half.
     """
     try:
         text.encode()
@@ -200,6 +206,6 @@ def _utf8(text: str, field: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    """A value's type in the words of JSON."""
+    """The type of a value, by its JSON name."""
     names = {dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
     return names.get(type(value), f"a {type(value).__name__}")

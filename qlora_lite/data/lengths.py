@@ -1,13 +1,16 @@
-"""What becomes of a row that is longer than `max_tokens`."""
+"""Drop, split or truncate rows that are longer than `max_tokens`."""
 
 from collections.abc import Sequence
 
+from qlora_lite.data.encoding import Encoded
 from qlora_lite.data.settings import TooLong
-from qlora_lite.data.templates import Encoded
 
 
 def fit(row: Encoded, max_tokens: int, policy: TooLong, *, keeps_first: bool) -> list[Encoded]:
-    """The row, its pieces, its beginning, or nothing. For `error` it has to fit."""
+    """The row itself if it is short enough; otherwise its pieces, its start, or nothing.
+
+    With the policy `error` the caller has checked that it is short enough.
+    """
     if len(row.ids) <= max_tokens:
         return [row]
     assert policy != "error", len(row.ids)
@@ -19,10 +22,10 @@ def fit(row: Encoded, max_tokens: int, policy: TooLong, *, keeps_first: bool) ->
 
 
 def split(row: Encoded, max_tokens: int, *, keeps_first: bool) -> list[Encoded]:
-    """Pieces of a text in which every token is trained exactly once.
+    """Pieces of a text such that every token is trained exactly once.
 
-    A piece begins with one token that is only read: the row's first if `keeps_first` (BOS), else
-    the last of the piece before.
+    Each piece starts with one token as context: the first of the row if `keeps_first` (BOS), else
+    the last of the previous piece.
     """
     pieces = []
     for start in range(1, len(row.ids), max_tokens - 1):
@@ -33,6 +36,6 @@ def split(row: Encoded, max_tokens: int, *, keeps_first: bool) -> list[Encoded]:
 
 
 def percentile(lengths: Sequence[int], percent: int) -> int:
-    """The length that `percent` of the rows do not exceed."""
+    """The smallest length such that `percent` % of the rows are not longer."""
     ordered = sorted(lengths)
     return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]

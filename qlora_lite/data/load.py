@@ -1,7 +1,7 @@
-"""Data as a recipe describes it: tokenised, and divided into what is trained and what is held out.
+"""Load the data of a recipe: tokenise it, and split it into training rows and held-out rows.
 
-A held-out row never is a training row as well, also not as a repetition: rows are told apart by
-what they say. Which ones are held out depends on that and on the seed, not on their order.
+A row with the same content as a held-out row is never trained, so duplicates cannot leak. Which
+rows are held out depends on their content and the seed, not on their order.
 """
 
 import hashlib
@@ -28,15 +28,15 @@ class PreparedData:
     """Empty if nothing is held out."""
     template: ChatTemplate
     stats: Stats
-    """Of the source of the training rows, before any were held out."""
+    """Of the training source, before rows were held out."""
     heldout_stats: Stats | None
-    """Of the held-out rows' own source, if they have one."""
+    """Of the held-out source, if it is another one."""
     num_repeated: int
-    """Training examples left out because the held-out file has them as well."""
+    """Training examples that were left out because the held-out file contains them."""
     train_source: Source
     heldout_source: Source
     fingerprints: dict[str, str]
-    """Hashes of everything that the tokens depend on, by what it is."""
+    """Hashes of everything that the tokens depend on, by name."""
 
     @property
     def fingerprint(self) -> str:
@@ -45,67 +45,77 @@ class PreparedData:
 
 
 def load_data(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreparedData:
-    """Read, tokenise and divide: the same for the same content, settings and seed.
+    """Read, tokenise and split. The result depends on content, settings and seed only.
 
     Raises:
-        DataError: for anything wrong with a file or a row, with its place; if no row is left.
+        DataError: for anything wrong with a file or a row, with its place; or if no row is left
+            to train on.
     """
     template = ChatTemplate(tokenizer)
     require_source("data.train", data.train)
-    if data.heldout is not None:  # before the training rows are tokenised
+    if data.heldout is not None:  # fail before tokenising the training rows
         require_source("data.heldout", data.heldout)
     train = tokenise(data, data.train, template, data.max_rows)
-    if data.heldout is not None:
-        other = tokenise(data, data.heldout, template)
-        drawn = draw(other.keys, data.max_heldout_rows, seed)
-        taken = set(other.keys)
-    else:
-        other = train
-        wanted = round(data.heldout_share * len(train.keys))
-        wanted = min(max(1, wanted), data.max_heldout_rows) if data.heldout_share else 0
-        drawn = taken = draw(train.keys, wanted, seed)
-    kept = [i for i, key in enumerate(train.keys) if key not in taken]
+    heldout = train if data.heldout is None else tokenise(data, data.heldout, template)
+    scored, excluded = _heldout_keys(data, train, heldout, seed)
+    kept = [i for i, key in enumerate(train.keys) if key not in excluded]
     if not kept:
-        if other is not train:
-            raise DataError(
-                f"{train.source.name}: every row is among those of data.heldout "
-                f"({other.source.name}), so none is left to train on. Give rows that differ"
-            )
-        raise DataError(
-            f"{train.source.name}: no row is left to train on, all are held out. Add rows that "
-            "say something else, or take data.heldout_share=0"
-        )
-    num_taken = len(train.keys) - len(kept)
+        raise DataError(_no_row_left(train, heldout))
+    num_excluded = len(train.keys) - len(kept)
     return PreparedData(
-        train=train.examples.select(kept) if num_taken else train.examples,
-        heldout=other.examples.select([i for i, key in enumerate(other.keys) if key in drawn]),
+        train=train.examples.select(kept) if num_excluded else train.examples,
+        heldout=heldout.examples.select([i for i, k in enumerate(heldout.keys) if k in scored]),
         template=template,
         stats=train.stats,
-        heldout_stats=None if other is train else other.stats,
-        num_repeated=0 if other is train else num_taken,
+        heldout_stats=None if heldout is train else heldout.stats,
+        num_repeated=0 if heldout is train else num_excluded,
         train_source=train.source,
-        heldout_source=other.source,
-        fingerprints=_fingerprints(data, template, train, other, seed),
+        heldout_source=heldout.source,
+        fingerprints=_fingerprints(data, template, train, heldout, seed),
     )
 
 
-def draw(keys: list[bytes], wanted: int, seed: int) -> set[bytes]:
-    """Keys of about `wanted` rows, by a lottery in which a row's number is its hash.
+def _heldout_keys(
+    data: Data, train: Tokenised, heldout: Tokenised, seed: int
+) -> tuple[set[bytes], set[bytes]]:
+    """The keys of the rows to score, and of the rows that may not be trained."""
+    if heldout is not train:
+        return choose_heldout(heldout.keys, data.max_heldout_rows, seed), set(heldout.keys)
+    wanted = round(data.heldout_share * len(train.keys))
+    wanted = min(max(1, wanted), data.max_heldout_rows) if data.heldout_share else 0
+    chosen = choose_heldout(train.keys, wanted, seed)
+    return chosen, chosen
 
-    All rows of one key are drawn together, and no more keys than needed.
+
+def _no_row_left(train: Tokenised, heldout: Tokenised) -> str:
+    if heldout is not train:
+        return (
+            f"{train.source.name}: every row is also in data.heldout ({heldout.source.name}), so "
+            "none is left to train on. Give different rows"
+        )
+    return (
+        f"{train.source.name}: no row is left to train on, all are held out. Add different rows, "
+        "or set data.heldout_share=0"
+    )
+
+
+def choose_heldout(keys: list[bytes], wanted: int, seed: int) -> set[bytes]:
+    """The keys of about `wanted` rows: those with the lowest salted hashes.
+
+    All rows with the same key are chosen together, so there can be a few more than `wanted`.
     """
     counts: dict[bytes, int] = {}
     for key in keys:
         counts[key] = counts.get(key, 0) + 1
     salt = derive(seed, "heldout").to_bytes(8, "little")
-    drawn: set[bytes] = set()
+    chosen: set[bytes] = set()
     total = 0
     for key in sorted(counts, key=lambda key: hashlib.blake2b(salt + key, digest_size=8).digest()):
         if total >= wanted:
             break
-        drawn.add(key)
+        chosen.add(key)
         total += counts[key]
-    return drawn
+    return chosen
 
 
 def _fingerprints(

@@ -1,19 +1,19 @@
-"""What a run would be fed: some rows token by token, how long rows are, what is cut or dropped."""
+"""The data that a run would see: some rows token by token, row lengths, rows cut or dropped."""
 
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora_lite.data.coloured import Piece, spell
 from qlora_lite.data.examples import Example, Examples
 from qlora_lite.data.load import PreparedData
 from qlora_lite.data.sources import Source
+from qlora_lite.data.token_display import Piece, decode_pieces
 from qlora_lite.data.tokenise import Stats
 
 
 @dataclass(frozen=True)
 class PreviewRow:
-    """One row."""
+    """One row, token by token."""
 
     where: str
     """`train.jsonl, line 17`"""
@@ -24,7 +24,7 @@ class PreviewRow:
 
 @dataclass(frozen=True)
 class LengthBar:
-    """How many rows have from `shortest` to `longest` tokens."""
+    """Number of rows with `shortest` to `longest` tokens."""
 
     shortest: int
     longest: int
@@ -33,7 +33,7 @@ class LengthBar:
 
 @dataclass(frozen=True)
 class Preview:
-    """What the `preview` command shows."""
+    """Everything that the `preview` command shows."""
 
     rows: list[PreviewRow]
     num_train: int
@@ -41,7 +41,7 @@ class Preview:
     train_tokens: int
     trained_tokens: int
     num_repeated: int
-    """Training rows left out because the held-out file has them as well."""
+    """Training rows that were left out because the held-out file contains them."""
     end_of_turn: str
     has_chat_template: bool
     stats: Stats
@@ -52,7 +52,7 @@ class Preview:
 
 
 def preview(prepared: PreparedData, num_rows: int = 3) -> Preview:
-    """The first rows of the training part and the figures of all."""
+    """The first training rows, and counts over all rows."""
     train, template = prepared.train, prepared.template
     return Preview(
         rows=[
@@ -74,18 +74,18 @@ def preview(prepared: PreparedData, num_rows: int = 3) -> Preview:
 
 
 def preview_row(example: Example, source: Source, tokenizer: PreTrainedTokenizerBase) -> PreviewRow:
-    """One row as it is trained."""
+    """One row, decoded token by token."""
     mask = example.loss_mask.tolist()
     return PreviewRow(
         source.where(example.row),
-        spell(example.ids.tolist(), mask, tokenizer),
+        decode_pieces(example.ids.tolist(), mask, tokenizer),
         len(mask),
         sum(mask),
     )
 
 
 def length_bars(examples: Examples, num_bars: int = 10) -> list[LengthBar]:
-    """A histogram of the rows' lengths in bars of equal width."""
+    """A histogram of row lengths, in bars of equal width."""
     lengths = examples.lengths
     width = -(-max(lengths) // num_bars)
     counts = [0] * num_bars

@@ -1,4 +1,4 @@
-"""What a recipe says about its data."""
+"""The `data` settings of a recipe."""
 
 import difflib
 import json
@@ -13,96 +13,96 @@ TooLong = Literal["error", "drop", "split", "truncate"]
 LossOn = Literal["assistant", "all"]
 
 FIELDS = ("messages", "instruction", "input", "output", "prompt", "completion", "text")
-"""What a row's fields are called in the formats."""
+"""Names of the fields of all formats."""
 
 
 def _from_json(value: Any) -> Any:
-    """A mapping may come as the JSON text of one."""
+    """Accept a mapping as JSON text as well."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f'JSON is needed, such as {{"prompt": "question"}}, and this is none: {error}'
+            f'JSON is needed, such as {{"prompt": "question"}}. This is not JSON: {error}'
         ) from None
 
 
 class Data(Settings):
-    """Which rows are read, what they mean, and how they are laid out for training."""
+    """Which rows are read, how their fields are used, and how they are packed for training."""
 
     train: str
-    """A .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a hub id: `owner/name`, with a
-    configuration and a split as in `openai/gsm8k:main::train`."""
+    """A .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a hub id: `owner/name`, optionally
+    with a configuration and a split, as in `openai/gsm8k:main::train`."""
 
     heldout: str | None = None
-    """The same for rows that are only evaluated. Without it a share of the training rows is."""
+    """The same for rows that are only evaluated. Default: a share of the training rows."""
 
     heldout_share: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the training rows that is held out when no `heldout` is given; 0 holds out none."""
+    """Share of the training rows to hold out if `heldout` is not given; 0 holds out none."""
 
     max_heldout_rows: int = Field(default=500, ge=1)
-    """At most so many rows are held out, whichever way they are given."""
+    """The largest number of held-out rows, from `heldout` or from the training rows."""
 
     format: Literal["auto", "messages", "alpaca", "completion", "text"] = "auto"
-    """What a row is; `auto` finds it from the names of its fields."""
+    """The format of the rows; `auto` detects it from the names of their fields."""
 
     fields: Annotated[dict[str, str] | None, BeforeValidator(_from_json)] = None
-    """Names of the fields in your file: `{"prompt": "question", "completion": "answer"}`."""
+    """Field names of your file: `{"prompt": "question", "completion": "answer"}`."""
 
     columns: list[str] | None = None
-    """Names of the columns of a csv or tsv file that has no header line."""
+    """Column names of a csv or tsv file without a header line."""
 
     prompt: str | None = None
-    """What the user says, made of a row's fields: `"Sentence: {text}\\nSentiment:"`."""
+    """A template for the user message: `"Sentence: {text}\\nSentiment:"`, with fields in braces."""
 
     system: str | None = None
-    """System message for rows that bring none."""
+    """System message for rows that have none."""
 
     max_tokens: int = Field(default=1024, ge=2)
-    """The longest row, and the length of a packed bin."""
+    """The largest number of tokens in a row, and in a packed bin."""
 
     too_long: TooLong | None = None
-    """What becomes of a row with more tokens than `max_tokens`. By default conversations are
-    dropped (an error above 1 % of the rows) and plain text is split. `split` and `truncate` are
-    for plain text only: they would cut a conversation's trained end of turn away."""
+    """What to do with a row of more than `max_tokens` tokens. By default conversations are dropped
+    (an error if more than 1 % of the rows are) and plain text is split. `split` and `truncate` are
+    for plain text only: they would cut off the trained end of turn of a conversation."""
 
     packing: bool = True
-    """Lay several rows into one bin, kept apart by their position ids. Otherwise every row is
-    padded to the longest of its micro-batch."""
+    """Pack several rows into one bin; attention stays within each row. Otherwise every row is
+    padded to the longest one of its micro-batch."""
 
     loss_on: LossOn = "assistant"
-    """Train what the assistant says, or all of the text."""
+    """Compute the loss on the assistant messages only, or on all of the text."""
 
     max_rows: int | None = Field(default=None, ge=2)
-    """Read only so many rows of `train`."""
+    """Read only the first rows of `train`, this many."""
 
     shuffle: bool = True
-    """Visit the rows in a new random order every epoch."""
+    """Use a new random order of the rows in every epoch."""
 
     @field_validator("fields")
     @classmethod
-    def _are_fields_of_a_format(cls, fields: dict[str, str] | None) -> dict[str, str] | None:
+    def _check_field_names(cls, fields: dict[str, str] | None) -> dict[str, str] | None:
         for name in fields or ():
             if name not in FIELDS:
                 near = difflib.get_close_matches(name, FIELDS, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise ValueError(
-                    f"{name!r} is no field of a format.{hint} Its keys are of {', '.join(FIELDS)}; "
-                    "its values are the names that your file has for them"
+                    f"{name!r} is not a field of any format.{hint} Allowed keys: "
+                    f"{', '.join(FIELDS)}. The values are the field names of your file"
                 )
         return fields
 
     @field_validator("prompt")
     @classmethod
-    def _names_fields(cls, prompt: str | None) -> str | None:
+    def _check_prompt(cls, prompt: str | None) -> str | None:
         if prompt is not None:
             names = [name for _, name, _, _ in string.Formatter().parse(prompt) if name is not None]
             if not names or not all(name.isidentifier() for name in names):
                 raise ValueError(
-                    "name the row's fields in braces, such as 'Sentence: {text}', and write "
-                    "{{ and }} for braces that are text"
+                    "put the names of fields in braces, such as 'Sentence: {text}', and write "
+                    "{{ and }} for literal braces"
                 )
-            # a shell hands over \n as two characters
+            # a shell passes \n as two characters
             prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
         return prompt

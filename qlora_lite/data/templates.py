@@ -1,19 +1,19 @@
-"""A conversation as token ids, and which of them are trained.
+"""Render a conversation with the tokenizer's chat template, and find the assistant's text in it.
 
-The text comes from the tokenizer's own chat template, whole, and is tokenised whole, without the
-special tokens that a tokenizer adds by itself (the template writes its own): what the model will
-be prompted with, and never a second BOS. What the assistant says is found in that text:
+The whole conversation is rendered at once, so training sees the same text as a prompt has. The
+spans of text to train are found in one of two ways:
 
-- where the template marks it with {% generation %}, there;
-- otherwise from the end of the earlier messages, rendered with the generation prompt, up to and
-  with the next end of turn. That rendering must be the beginning of the whole text.
+- if the template marks them with {% generation %}, they are these;
+- otherwise each span starts where the previous messages end, rendered with the generation prompt,
+  and ends with the next end-of-turn token. That rendering must be a prefix of the whole text.
 
-The token that ends a turn is read off the template: the first special token after the assistant's
-words. Every row ends with it, trained, and what a template writes after the last one is left away,
-since generation stops there. A template that writes none gets the tokenizer's eos at the end.
+The end-of-turn token is found by rendering a short conversation: it is the first special token
+after the answer. Every row ends with it, and it is trained. Text that the template writes after the
+last one is cut off, since generation stops there. If the template writes no such token, the
+tokenizer's EOS is appended to the row.
 
-A tokenizer without a chat template gets a plain one that needs no new tokens: what the assistant
-says is followed by eos, any other message by a line break.
+A tokenizer without a chat template gets a plain one that needs no new tokens: an assistant message
+is followed by EOS, any other message by a line break.
 """
 
 import re
@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import jinja2
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from qlora_lite.data.formats import Conversation, Document, Message, RowError
+from qlora_lite.data.formats import Conversation, Message, RowError
 from qlora_lite.foundation.errors import DataError
 
 PLAIN_TEMPLATE = (
@@ -36,7 +36,8 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
 )
 
-# A template that writes today's date would give other tokens tomorrow, and a run could not resume.
+# Some templates write today's date. With a fixed date the tokens are the same every day, so that a
+# run can resume.
 FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 
 Span = tuple[int, int]
@@ -44,36 +45,27 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation's text, and the characters of it that the assistant says."""
+    """The text of a conversation, and the character spans of it that are trained."""
 
     text: str
     spans: list[Span]
     num_rewritten: int = 0
-    """Assistant turns that the template does not repeat word for word: it may drop reasoning."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A row's token ids, and for each whether it is trained; the first never is."""
-
-    ids: list[int]
-    loss_mask: list[bool]
-    num_rewritten: int = 0
+    """Assistant messages that the template changed: some templates drop reasoning."""
 
 
 class ChatTemplate:
-    """A tokenizer with its chat template, or with the plain one.
+    """A tokenizer with its chat template, or with the plain one if it has none.
 
     Raises:
-        DataError: if the tokenizer cannot say which characters a token covers, has no eos, or its
-            template fails on a question and an answer.
+        DataError: if the tokenizer does not map tokens to characters or has no EOS, or its template
+            fails on a question and an answer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.is_fast:
             raise DataError(
                 f"got a {type(tokenizer).__name__}; a tokenizer with a tokenizer.json is needed, "
-                "which tells the characters of every token. Take a base that brings one"
+                "which maps tokens to characters. Use a base that has one"
             )
         if tokenizer.eos_token is None:
             raise DataError("the tokenizer has no eos token; set eos_token in its configuration")
@@ -81,73 +73,41 @@ class ChatTemplate:
         self.adds_bos = tokenizer.bos_token_id in tokenizer("a").input_ids[:1]
         self.is_plain = tokenizer.chat_template is None
         self.source = self._plain() if self.is_plain else tokenizer.get_chat_template()
-        self.has_marks = re.search(r"{%-?\s*generation\s*-?%}", self.source) is not None
+        self.marks_answers = re.search(r"{%-?\s*generation\s*-?%}", self.source) is not None
         self.end_of_turn, self.appends_end = self._find_end_of_turn()
 
     @property
     def end_of_turn_id(self) -> int:
-        """The token at which generation has to stop."""
+        """The token at which generation stops."""
         return self.tokenizer.convert_tokens_to_ids(self.end_of_turn)
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The text after which the model answers."""
+        """The messages and the generation prompt: the text that the model continues."""
         return self._text(messages, add_generation_prompt=True)[0]
 
     def render(self, conversation: Conversation) -> Rendered:
-        """The text of a conversation up to its last end of turn, and what of it is trained.
+        """The text of a conversation up to its last end-of-turn token, and its trained spans.
 
         Raises:
-            RowError: if the template refuses it, or what the assistant says cannot be told.
+            RowError: if the template raises an error, or the assistant's text cannot be found.
         """
         messages = conversation.messages
-        self._refuse_markers(messages)
+        self._require_no_markers(messages)
         text, marked = self._text(messages)
         if self.appends_end:
             text = text.rstrip() + self.end_of_turn
-        if self.has_marks:
-            spans = [self._with_end(text, span) for span in marked]
+        if self.marks_answers:
+            spans = [self._extend_to_end_of_turn(text, span) for span in marked]
         else:
             spans = self._spans_by_prefix(text, messages)
         if not any(text[start:end].removesuffix(self.end_of_turn).strip() for start, end in spans):
             return Rendered(text, [])
         if not text[: spans[-1][1]].endswith(self.end_of_turn):
             raise RowError(None, f"the template does not close the answer with {self.end_of_turn}")
-        said = "\n".join(text[start:end] for start, end in spans)
+        trained = "\n".join(text[start:end] for start, end in spans)
         contents = [m.content.strip() for m in messages if m.role == "assistant"]
-        num_rewritten = sum(content not in said for content in contents)
+        num_rewritten = sum(content not in trained for content in contents)
         return Rendered(text[: spans[-1][1]], spans, num_rewritten)
-
-    def encode(self, rendered: Sequence[Rendered], loss_on_all: bool = False) -> list[Encoded]:
-        """Token ids and loss masks of many conversations.
-
-        A token that lies across the border of a span is trained: its part inside has to be said.
-        """
-        batch = self.tokenizer(
-            [row.text for row in rendered], add_special_tokens=False, verbose=False
-        )
-        encoded = []
-        for i, row in enumerate(rendered):
-            ids = batch["input_ids"][i]
-            mask = [loss_on_all and bool(row.spans)] * len(ids)
-            for start, end in row.spans:
-                first = _token_at(batch, i, start, end)
-                last = batch.char_to_token(i, end - 1)
-                mask[first : last + 1] = [True] * (last + 1 - first)
-            encoded.append(Encoded(ids, _without_first(mask), row.num_rewritten))
-        return encoded
-
-    def encode_text(self, documents: Sequence[Document]) -> list[Encoded]:
-        """Plain text: BOS where the tokenizer writes one, the text, eos where it ends."""
-        batch = self.tokenizer(
-            [document.text for document in documents], add_special_tokens=False, verbose=False
-        )
-        bos = [self.tokenizer.bos_token_id] if self.adds_bos else []
-        encoded = []
-        for document, ids in zip(documents, batch["input_ids"], strict=True):
-            end = [self.tokenizer.eos_token_id] if document.is_end else []
-            whole = [*bos, *ids, *end]
-            encoded.append(Encoded(whole, _without_first([True] * len(whole))))
-        return encoded
 
     def _plain(self) -> str:
         return "{{ bos_token }}" + PLAIN_TEMPLATE if self.adds_bos else PLAIN_TEMPLATE
@@ -155,22 +115,22 @@ class ChatTemplate:
     def _text(
         self, messages: Sequence[Message], add_generation_prompt: bool = False
     ) -> tuple[str, list[Span]]:
-        """What the template makes of messages, and the spans that it marks."""
+        """The rendered messages, and the spans that the template marks."""
         dated = "strftime_now" in self.source
         try:
             texts, marks = render_jinja_template(
                 conversations=[[{"role": m.role, "content": m.content} for m in messages]],
                 chat_template=FIXED_DATE + self.source if dated else self.source,
-                return_assistant_tokens_mask=self.has_marks,
+                return_assistant_tokens_mask=self.marks_answers,
                 add_generation_prompt=add_generation_prompt,
                 **self.tokenizer.special_tokens_map,
             )
         except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
             raise RowError(None, f"the chat template refuses these messages: {error}") from None
-        return texts[0], [tuple(span) for span in marks[0]] if self.has_marks else []
+        return texts[0], [tuple(span) for span in marks[0]] if self.marks_answers else []
 
     def _find_end_of_turn(self) -> tuple[str, bool]:
-        """The token that closes an answer, and whether the template leaves it to us."""
+        """The token that ends an answer, and whether we have to append it ourselves."""
         answer = "qwertz"
         question = Message("user", "a")
         try:
@@ -182,8 +142,9 @@ class ChatTemplate:
         _, found, tail = text.rpartition(answer)
         if not found:
             raise DataError(
-                f"the tokenizer's chat template leaves out what the assistant says: a question and "
-                f"an answer become {text!r}. Give the tokenizer a chat template for conversations"
+                "the tokenizer's chat template leaves out the assistant's message: it renders a "
+                f"question and an answer as {text!r}. Give the tokenizer a chat template for "
+                "conversations"
             )
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
         special |= set(self.tokenizer.all_special_tokens)
@@ -192,35 +153,35 @@ class ChatTemplate:
             return self.tokenizer.eos_token, True
         return min(ends, key=lambda token: (tail.index(token), -len(token))), False
 
-    def _refuse_markers(self, messages: Sequence[Message]) -> None:
-        """Text that would be tokenised as the end of a turn or as a second BOS."""
+    def _require_no_markers(self, messages: Sequence[Message]) -> None:
+        """Raise RowError if a message contains the end-of-turn token or BOS as text."""
         markers = [self.end_of_turn, self.tokenizer.bos_token]
         for i, message in enumerate(messages):
             for marker in markers:
                 if marker and marker in message.content:
                     raise RowError(
                         None,
-                        f"message {i} holds {marker!r}, which the template writes itself. "
+                        f"message {i} contains {marker!r}, which the template writes itself. "
                         "Remove it from the text",
                     )
 
-    def _with_end(self, text: str, span: Span) -> Span:
-        """A marked span up to and with its end of turn, whether or not the mark includes it."""
+    def _extend_to_end_of_turn(self, text: str, span: Span) -> Span:
+        """A marked span, made to end with its end-of-turn token."""
         start, end = span
         inside = text.rfind(self.end_of_turn, start, end)
         if inside >= 0:
             return start, inside + len(self.end_of_turn)
-        behind = text[end:].lstrip()
-        if behind.startswith(self.end_of_turn):
-            return start, len(text) - len(behind) + len(self.end_of_turn)
+        rest = text[end:].lstrip()
+        if rest.startswith(self.end_of_turn):
+            return start, len(text) - len(rest) + len(self.end_of_turn)
         return span
 
     def _spans_by_prefix(self, text: str, messages: Sequence[Message]) -> list[Span]:
-        """From the end of each generation prompt to the next end of turn.
+        """From the end of each generation prompt to the next end-of-turn token.
 
         Raises:
-            RowError: if the rendered earlier messages are not the beginning of the text, or what
-                lies between two answers is not what lies between them in the conversation.
+            RowError: if the rendered previous messages are not a prefix of the text, or a message
+                between two answers is not between their spans.
         """
         spans: list[Span] = []
         answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
@@ -237,32 +198,19 @@ class ChatTemplate:
                 raise RowError(
                     None,
                     f"the template does not close message {i} with {self.end_of_turn}, as it does "
-                    "the last one, so what is trained in it cannot be told. Split the "
-                    "conversation into rows of one answer, or mark the answers in the "
-                    "tokenizer's chat template with {% generation %}",
+                    "the last one, so its trained tokens are unknown. Split the conversation "
+                    "into rows of one answer, or mark the answers in the tokenizer's chat template "
+                    "with {% generation %}",
                 )
         return spans
 
 
-def _without_first(mask: list[bool]) -> list[bool]:
-    """Nothing comes before the first token to predict it from."""
-    return [False, *mask[1:]]
-
-
-def _token_at(batch: BatchEncoding, row: int, start: int, end: int) -> int:
-    """The token that holds the first character of a span which any token holds."""
-    for char in range(start, end):
-        token = batch.char_to_token(row, char)
-        if token is not None:
-            return token
-    raise AssertionError(f"no token holds the characters {start} to {end}")
-
-
 def _not_a_prefix(prefix: str, text: str, index: int) -> str:
+    """The error message: where the prompt before message `index` differs from the whole text."""
     at = next(i for i, (a, b) in enumerate(zip(prefix, text + "\0", strict=False)) if a != b)
     near = slice(max(0, at - 20), at + 20)
     return (
-        f"the chat template writes what comes before message {index} differently once the message "
-        f"is there: {prefix[near]!r} becomes {text[near]!r}, so what is trained cannot be told. "
+        f"the chat template renders the text before message {index} differently when the message "
+        f"follows: {prefix[near]!r} becomes {text[near]!r}, so the trained tokens are unknown. "
         "Mark the answers in the tokenizer's chat template with {% generation %}"
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qlora_lite.data.batches import Batch
+from qlora_lite.data.collate import Batch
 from qlora_lite.kernels.cross_entropy import CHUNK_TOKENS, IGNORE_INDEX
 from qlora_lite.model.causal import CausalModel
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from qlora_lite.data.batches import Batch
+from qlora_lite.data.collate import Batch
 from qlora_lite.export.merge import MergedWeights
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.kernels.cross_entropy import IGNORE_INDEX

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from qlora_lite.adapters.attach import AttachedAdapter
 from qlora_lite.adapters.warm_start import describe_warm_start, warm_start
-from qlora_lite.data.batches import Batch, Batches, in_order
-from qlora_lite.data.coloured import bracketed
+from qlora_lite.data.batches import Batches, evaluation_batches
+from qlora_lite.data.collate import Batch
 from qlora_lite.data.load import PreparedData
 from qlora_lite.data.preview import preview_row
+from qlora_lite.data.token_display import bracketed
 from qlora_lite.evaluation.perplexity import score
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.foundation.watch import Watcher
@@ -43,7 +44,7 @@ def training_batches(recipe: Recipe, data: PreparedData, micro_batch_tokens: int
 
 def held_out_batches(recipe: Recipe, data: PreparedData) -> Iterator[Batch]:
     """Every held-out row once."""
-    return in_order(
+    return evaluation_batches(
         data.heldout,
         max_tokens=recipe.data.max_tokens,
         micro_batch_tokens=recipe.optim.micro_batch_tokens or recipe.data.max_tokens,

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qlora_lite.data.batches import Batch, in_order
+from qlora_lite.data.batches import evaluation_batches
+from qlora_lite.data.collate import Batch
 from qlora_lite.data.load import load_data
 from qlora_lite.evaluation.perplexity import Score, score
 from qlora_lite.export.merge import MergedWeights
@@ -182,7 +183,7 @@ class MergeCheck:
             return list(held_out_batches(self.recipe, data)), True
         few = data.train.select(range(min(CHECKED_ROWS, len(data.train))))
         longest = self.recipe.data.max_tokens
-        return list(in_order(few, max_tokens=longest, micro_batch_tokens=longest)), False
+        return list(evaluation_batches(few, max_tokens=longest, micro_batch_tokens=longest)), False
 
     @property
     def _is_fp32(self) -> bool:

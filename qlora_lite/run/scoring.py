@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_lite.data.batches import Batch, in_order
+from qlora_lite.data.batches import evaluation_batches
+from qlora_lite.data.collate import Batch
 from qlora_lite.data.load import load_data
 from qlora_lite.data.settings import Data
 from qlora_lite.data.templates import ChatTemplate
@@ -133,7 +134,7 @@ def _of_file(loaded: LoadedModel, file: str, assignments: Sequence[str]) -> Iter
     changed, _ = apply_overrides({"data": values | {"train": file}}, assignments, _Rows)
     data = validate(_Rows, changed).data
     rows = tokenise(data, data.train, ChatTemplate(loaded.tokenizer), data.max_rows)
-    return in_order(
+    return evaluation_batches(
         rows.examples,
         max_tokens=data.max_tokens,
         micro_batch_tokens=data.max_tokens,

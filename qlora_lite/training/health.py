@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from qlora_lite.data.batches import Batch
+from qlora_lite.data.collate import Batch
 from qlora_lite.foundation.errors import TrainingError
 
 WORSE_THAN_GUESSING = 1.3

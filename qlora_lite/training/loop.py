@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qlora_lite.adapters.attach import AttachedAdapter
-from qlora_lite.data.batches import Batch
+from qlora_lite.data.collate import Batch
 from qlora_lite.foundation.files import complete_directory
 from qlora_lite.foundation.watch import Watcher
 from qlora_lite.memory.measure import peak_bytes

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qlora_lite.adapters.attach import AttachedAdapter
 from qlora_lite.adapters.method import Method, OutputChunk, Requirement, StepInfo
-from qlora_lite.data.batches import Batch
+from qlora_lite.data.collate import Batch
 from qlora_lite.foundation.seeds import derive, generator
 from qlora_lite.kernels.cross_entropy import linear_cross_entropy
 from qlora_lite.model.causal import CausalModel

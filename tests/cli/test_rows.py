@@ -5,8 +5,8 @@ import io
 from rich.console import Console
 
 from qlora_lite.cli.rows import LONGEST_TEXT, row_text, show_row
-from qlora_lite.data.coloured import Piece
 from qlora_lite.data.preview import PreviewRow
+from qlora_lite.data.token_display import Piece
 
 PIECES = [Piece("ask ", False), Piece("an", True), Piece("swer", True), Piece(" [/b]", False)]
 

@@ -1,4 +1,4 @@
-"""A tokenizer of the other school: a space is part of the word after it, unknown text is bytes."""
+"""A SentencePiece-like tokenizer: a space is part of the next word, unknown text becomes bytes."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast

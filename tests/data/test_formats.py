@@ -1,7 +1,6 @@
-"""Rows of every format as conversations."""
+"""Rows of every format become conversations or documents."""
 
 import pytest
-from pydantic import ValidationError
 
 from qlora_lite.data.formats import (
     FORMATS,
@@ -13,7 +12,6 @@ from qlora_lite.data.formats import (
     find_format,
     with_system,
 )
-from qlora_lite.data.settings import Data
 
 ASK = Conversation((Message("user", "2 + 2?"), Message("assistant", "4")))
 
@@ -30,12 +28,12 @@ ROWS = {
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_a_format_is_found_and_read(kind):
+def test_a_format_is_detected_and_read(kind):
     assert find_format(ROWS[kind], {}, has_prompt=False) == kind
     assert FORMATS[kind].read(Fields(ROWS[kind], {})) == ASK
 
 
-def test_alpaca_puts_the_input_below_the_instruction():
+def test_alpaca_appends_the_input_to_the_instruction():
     row = {"instruction": "Add.", "input": "2, 2", "output": "4"}
     assert FORMATS["alpaca"].read(Fields(row, {})).messages[0].content == "Add.\n\n2, 2"
 
@@ -44,7 +42,7 @@ def test_text_is_a_document():
     assert FORMATS["text"].read(Fields({"text": "abc"}, {})) == Document("abc")
 
 
-def test_fields_are_found_by_the_names_they_were_given():
+def test_fields_are_found_by_their_names_in_the_file():
     names = {"prompt": "question", "completion": "answer"}
     row = {"question": "2 + 2?", "answer": "4", "text": "not this"}
     assert find_format(row, names, has_prompt=False) == "completion"
@@ -52,7 +50,7 @@ def test_fields_are_found_by_the_names_they_were_given():
     assert find_format({"chat": []}, {"messages": "chat"}, has_prompt=False) == "messages"
 
 
-def test_a_prompt_is_made_of_a_rows_fields():
+def test_the_prompt_template_is_filled_with_the_fields_of_the_row():
     row = {"text": "good {film}", "label": "1"}
     assert find_format(row, {"completion": "label"}, has_prompt=True) == "completion"
     fields = Fields(row, {"completion": "label"}, "Sentence: {text}\nSentiment:")
@@ -60,11 +58,11 @@ def test_a_prompt_is_made_of_a_rows_fields():
         Message("user", "Sentence: good {film}\nSentiment:"),
         Message("assistant", "1"),
     )
-    with pytest.raises(RowError, match=r"'title': is named by data.prompt; .*'text', 'label'"):
+    with pytest.raises(RowError, match=r"'title': is used in data.prompt; .*'text', 'label'"):
         Fields(row, {}, "{title}").user_text()
 
 
-def test_a_system_message_opens_rows_that_have_none():
+def test_a_system_message_is_added_to_rows_without_one():
     own = Conversation((Message("system", "Be long."), *ASK.messages))
     assert with_system(ASK, "Be brief.").messages == (
         Message("system", "Be brief."),
@@ -72,17 +70,3 @@ def test_a_system_message_opens_rows_that_have_none():
     )
     assert with_system(own, "Be brief.") is own
     assert with_system(ASK, None) is ASK
-
-
-def test_the_mapping_may_be_the_text_of_one():
-    mapping = {"prompt": "question", "completion": "answer"}
-    text = '{"prompt": "question", "completion": "answer"}'
-    assert Data(train="a.jsonl", fields=text).fields == mapping
-    with pytest.raises(ValidationError, match=r"fields"):
-        Data(train="a.jsonl", fields="question")
-
-
-@pytest.mark.parametrize("prompt", ["no field", "{}", "{text.__class__}", "{0}", "{text"])
-def test_a_prompt_that_names_no_field_is_refused(prompt):
-    with pytest.raises(ValidationError):
-        Data(train="a.csv", prompt=prompt)

@@ -1,4 +1,4 @@
-"""Training rows, held-out rows, fingerprints; and the real files."""
+"""Training rows, held-out rows, fingerprints, and real data sets."""
 
 import json
 
@@ -36,14 +36,14 @@ def test_a_share_is_held_out_and_nothing_is_lost(tmp_path):
     assert prepared.heldout_stats is None
 
 
-def test_the_draw_depends_on_what_rows_say_and_on_the_seed_alone(tmp_path):
+def test_held_out_rows_depend_only_on_content_and_seed(tmp_path):
     forward = load(write(tmp_path / "a.jsonl", pairs(*range(100))))
     backward = load(write(tmp_path / "b.jsonl", pairs(*reversed(range(100)))))
     other = load(str(tmp_path / "a.jsonl"), seed=1)
     assert texts(forward.heldout) == texts(backward.heldout) != texts(other.heldout)
 
 
-def test_a_row_that_occurs_twice_is_on_one_side_only(tmp_path):
+def test_duplicates_are_all_trained_or_all_held_out(tmp_path):
     prepared = load(write(tmp_path / "a.jsonl", pairs(*range(40)) * 3), heldout_share=0.2)
     assert not texts(prepared.train) & texts(prepared.heldout)
     assert len(prepared.heldout) == 24
@@ -65,35 +65,35 @@ def test_rows_of_the_heldout_file_are_not_trained(tmp_path):
     assert prepared.heldout_source.where(3) == f"{heldout}, line 3"
 
 
-def test_rows_that_are_all_held_out_are_said(tmp_path):
+def test_training_rows_that_are_all_held_out_are_an_error(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     data = Data(train=str(tmp_path / "a.jsonl"), heldout=str(tmp_path / "a.jsonl"))
-    with pytest.raises(DataError, match=r"every row is among those of data\.heldout"):
+    with pytest.raises(DataError, match=r"every row is also in data\.heldout"):
         load_data(data, tiny_tokenizer(), 0)
 
 
-def test_a_heldout_file_that_is_not_there_is_said_before_a_row_is_read(tmp_path):
+def test_a_missing_heldout_file_is_reported_before_rows_are_read(tmp_path):
     (tmp_path / "train.jsonl").write_text("{not json}")
     data = Data(train=str(tmp_path / "train.jsonl"), heldout=str(tmp_path / "gone.jsonl"))
-    with pytest.raises(DataError, match=r"data\.heldout='.*gone\.jsonl', which is no file"):
+    with pytest.raises(DataError, match=r"data\.heldout='.*gone\.jsonl', which is not a file"):
         load_data(data, tiny_tokenizer(), 0)
 
 
-def test_one_row_cannot_be_trained_and_held_out(tmp_path):
+def test_a_single_row_needs_a_heldout_share_of_0(tmp_path):
     name = write(tmp_path / "a.jsonl", pairs(1))
     with pytest.raises(DataError, match="no row is left to train on"):
         load(name)
     assert len(load(name, heldout_share=0).train) == 1
 
 
-def test_the_first_rows_alone_are_read_on_request(tmp_path):
+def test_max_rows_stops_reading(tmp_path):
     path = tmp_path / "a.jsonl"
     write(path, pairs(*range(10)))
     path.write_text(path.read_text() + "{broken")
     assert load(str(path), max_rows=10, heldout_share=0).stats.rows == 10
 
 
-def test_the_fingerprint_follows_everything_that_the_tokens_depend_on(tmp_path):
+def test_the_fingerprint_depends_on_everything_that_changes_the_tokens(tmp_path):
     name = write(tmp_path / "a.jsonl", pairs(*range(10)))
     first = load(name)
     assert load(write(tmp_path / "b.jsonl", pairs(*range(10)))).fingerprint == first.fingerprint

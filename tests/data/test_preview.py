@@ -1,12 +1,10 @@
-"""What the preview shows."""
+"""Rows token by token, counts and the histogram of the preview."""
 
 import json
 
-from qlora_lite.data.coloured import TRAINED, Piece, bracketed, coloured, spell
 from qlora_lite.data.load import load_data
 from qlora_lite.data.preview import LengthBar, length_bars, preview
 from qlora_lite.data.settings import Data
-from tests.data.metaspace import metaspace_tokenizer
 from tests.tiny import tiny_tokenizer
 
 
@@ -18,7 +16,7 @@ def prepared(tmp_path):
     return load_data(data, tiny_tokenizer(), 0)
 
 
-def test_a_row_is_spelled_whole_with_what_is_trained(tmp_path):
+def test_a_row_is_shown_completely_with_its_trained_tokens(tmp_path):
     shown = preview(prepared(tmp_path))
     row = shown.rows[1]
     assert row.where.endswith("a.jsonl, line 2")
@@ -29,7 +27,7 @@ def test_a_row_is_spelled_whole_with_what_is_trained(tmp_path):
     assert row.num_trained < row.num_tokens
 
 
-def test_the_figures_are_those_of_the_run(tmp_path):
+def test_the_counts_are_those_of_the_data(tmp_path):
     data = prepared(tmp_path)
     shown = preview(data, num_rows=1)
     assert len(shown.rows) == 1
@@ -50,34 +48,3 @@ def test_every_row_is_in_one_bar(tmp_path):
     for bar in bars:
         assert bar.count == sum(bar.shortest <= n <= bar.longest for n in train.lengths)
     assert length_bars(train.select([0]), num_bars=1) == [LengthBar(1, train.lengths[0], 1)]
-
-
-def test_trained_tokens_stand_out():
-    text = coloured([Piece("ask", False), Piece("say", True), Piece("end", True)])
-    assert text.plain == "asksayend"
-    assert [(s.start, s.end) for s in text.spans if TRAINED in str(s.style)] == [(3, 6), (6, 9)]
-
-
-def test_trained_tokens_stand_between_brackets_where_there_is_no_colour():
-    pieces = [Piece("ask", False), Piece("say", True), Piece("end", True)]
-    assert bracketed(pieces) == "ask[[sayend]]"
-    assert bracketed([*pieces, Piece("ask", False)]) == "ask[[sayend]]ask"
-
-
-def test_a_space_that_a_tokenizer_drops_at_the_beginning_is_shown():
-    tokenizer = metaspace_tokenizer()
-    ids = tokenizer("say two apples left", add_special_tokens=False).input_ids
-    assert len(ids) > 2
-    pieces = spell(ids, [True] * len(ids), tokenizer)
-    assert "".join(piece.text for piece in pieces) == "say two apples left"
-
-
-def test_parts_of_a_character_are_joined_but_not_across_the_border_of_what_is_trained():
-    tokenizer = tiny_tokenizer()
-    ids = tokenizer("🍎").input_ids[1:]
-    assert len(ids) > 1
-    assert [p.text for p in spell(ids, [True] * len(ids), tokenizer)] == ["🍎"]
-    assert [p.is_trained for p in spell(ids, [False] + [True] * (len(ids) - 1), tokenizer)] == [
-        False,
-        True,
-    ]

@@ -1,10 +1,11 @@
-"""The proof of the loss mask: the trained tokens decode to what the assistant says, and its end."""
+"""The trained tokens decode to the assistant's messages, each with its end-of-turn token."""
 
 from dataclasses import dataclass, replace
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from qlora_lite.data.encoding import encode, encode_text
 from qlora_lite.data.formats import Conversation, Document, Message, RowError
 from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.foundation.errors import DataError
@@ -14,7 +15,7 @@ from tests.tiny import tiny_tokenizer
 
 @dataclass(frozen=True)
 class Style:
-    """A way to write conversations, and what a model has to say in it for the answer `{}`."""
+    """A chat template, its special tokens, and the trained text for the answer `{}`."""
 
     template: str | None
     tokens: tuple[str, ...]
@@ -60,7 +61,7 @@ TWO_ENDS = Style(
     ("<|user|>", "<|assistant|>", "<|system|>", "<|stop|>"),
     "{}<|stop|>",
 )
-# an empty block of reasoning before the last answer, and none before the earlier ones
+# an empty reasoning block before the last answer, none before the earlier ones
 REASONING = Style(
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
@@ -121,7 +122,7 @@ def trained_runs(tokenizer, encoded) -> list[str]:
 def test_trained_tokens_decode_to_the_answer_and_its_end(style, answer):
     tokenizer = styled(style)
     template = ChatTemplate(tokenizer)
-    (encoded,) = template.encode([template.render(talk("How many apples are left?", answer))])
+    (encoded,) = encode(template, [template.render(talk("How many apples are left?", answer))])
     assert trained_runs(tokenizer, encoded) == [style.said.format(answer)]
 
 
@@ -132,29 +133,29 @@ def test_every_answer_of_a_conversation_is_trained(style):
     tokenizer = styled(style)
     template = ChatTemplate(tokenizer)
     conversation = talk("One?", "One.", "Two?", "One.", "Two?", "Three\nlines.\n\nTwo.")
-    (encoded,) = template.encode([template.render(conversation)])
+    (encoded,) = encode(template, [template.render(conversation)])
     said = [style.said.format(a) for a in ("One.", "One.", "Three\nlines.\n\nTwo.")]
     assert trained_runs(tokenizer, encoded) == said
 
 
 @pytest.mark.parametrize("style", [BRACKETS, PLAIN], ids=["brackets", "plain"])
 @pytest.mark.parametrize("answer", ["there are seven apples left", "Zwölf 🍎", "one\n\n two"])
-def test_the_same_holds_where_a_space_belongs_to_the_word_after_it(style, answer):
+def test_the_trained_text_is_the_same_if_a_space_is_part_of_the_next_token(style, answer):
     tokenizer = metaspace_tokenizer()
     tokenizer.chat_template = style.template
     template = ChatTemplate(tokenizer)
-    (encoded,) = template.encode([template.render(talk("how many", answer))])
+    (encoded,) = encode(template, [template.render(talk("how many", answer))])
     (trained,) = trained_runs(tokenizer, encoded)
     assert trained.lstrip() == f"{answer}</s>"
     assert encoded.ids.count(tokenizer.bos_token_id) == 1
 
 
 @pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
-def test_a_row_is_what_apply_chat_template_gives_up_to_the_last_end_of_turn(style):
+def test_a_row_equals_apply_chat_template_up_to_the_last_end_of_turn(style):
     tokenizer = styled(style)
     template = ChatTemplate(tokenizer)
     conversation = talk("One?", "One.", "Two?", "Two.")
-    (encoded,) = template.encode([template.render(conversation)])
+    (encoded,) = encode(template, [template.render(conversation)])
     messages = [{"role": m.role, "content": m.content} for m in conversation.messages]
     expected = tokenizer.apply_chat_template(
         messages, chat_template=template.source, return_dict=False
@@ -166,7 +167,7 @@ def test_a_row_is_what_apply_chat_template_gives_up_to_the_last_end_of_turn(styl
 
 
 @pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
-def test_the_prompt_is_the_beginning_of_the_row(style):
+def test_the_prompt_is_a_prefix_of_the_row(style):
     template = ChatTemplate(styled(style))
     conversation = talk("One?", "One.", "Two?", "Two.")
     prompt = template.prompt(conversation.messages[:3])
@@ -177,7 +178,7 @@ def test_the_prompt_is_the_beginning_of_the_row(style):
     ("style", "end"),
     [(CHATML, "<|im_end|>"), (HEADERS, "<|eot|>"), (BRACKETS, "<|end|>"), (TWO_ENDS, "<|stop|>")],
 )
-def test_the_end_of_turn_is_read_off_the_template(style, end):
+def test_the_end_of_turn_is_found_in_the_template(style, end):
     tokenizer = styled(style)
     template = ChatTemplate(tokenizer)
     assert template.end_of_turn == end
@@ -189,7 +190,7 @@ def test_a_template_without_an_end_gets_eos_at_the_end_of_the_row():
         Style("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", (), "")
     )
     template = ChatTemplate(tokenizer)
-    (encoded,) = template.encode([template.render(talk("One?", "Two."))])
+    (encoded,) = encode(template, [template.render(talk("One?", "Two."))])
     assert tokenizer.decode(encoded.ids) == "user: One?\nassistant: Two.<|end|>"
     assert trained_runs(tokenizer, encoded) == ["assistant: Two.<|end|>"]
     with pytest.raises(RowError, match="does not close message 1"):
@@ -215,11 +216,11 @@ def test_a_template_that_rewrites_the_prompt_is_refused():
         ("<|im_start|>", "<|im_end|>"),
         "",
     )
-    with pytest.raises(RowError, match="differently once the message is there"):
+    with pytest.raises(RowError, match="differently when the message follows"):
         ChatTemplate(styled(late)).render(talk("One?", "Two."))
 
 
-def test_a_turn_that_is_not_closed_is_refused_rather_than_trained_with_the_next_question():
+def test_an_answer_without_an_end_of_turn_is_refused():
     only_last = Style(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|im_end|>{% endif %}",
@@ -238,32 +239,32 @@ def test_an_answer_that_the_template_leaves_out_is_not_trained():
     rendered = template.render(talk("One?", "hm>>"))
     assert rendered.spans == []
     for everything in (False, True):
-        (encoded,) = template.encode([rendered], everything)
+        (encoded,) = encode(template, [rendered], everything)
         assert not any(encoded.loss_mask)
 
 
 def test_a_template_that_leaves_every_answer_out_is_refused():
     silent = replace(CHATML, template=CHATML.template.replace("m.content", "m.role"))
-    with pytest.raises(DataError, match="leaves out what the assistant says"):
+    with pytest.raises(DataError, match="leaves out the assistant's message"):
         ChatTemplate(styled(silent))
 
 
-def test_what_a_template_refuses_is_said_in_its_words():
+def test_the_error_of_a_template_is_in_the_message():
     template = ChatTemplate(styled(BRACKETS))
     with pytest.raises(RowError, match="no system message here"):
         template.render(talk("One?", "Two.", system="Be brief."))
 
 
 @pytest.mark.parametrize("marker", ["<|im_end|>", "<|begin|>"])
-def test_text_that_would_become_a_marker_is_refused(marker):
+def test_text_with_a_special_token_of_the_template_is_refused(marker):
     template = ChatTemplate(styled(CHATML))
-    with pytest.raises(RowError, match="message 1 holds"):
+    with pytest.raises(RowError, match="message 1 contains"):
         template.render(talk("One?", f"Two{marker}."))
 
 
-def test_on_request_all_tokens_but_the_first_are_trained():
+def test_with_loss_on_all_every_token_but_the_first_is_trained():
     template = ChatTemplate(styled(HEADERS))
-    (encoded,) = template.encode([template.render(talk("One?", "Two."))], loss_on_all=True)
+    (encoded,) = encode(template, [template.render(talk("One?", "Two."))], loss_on_all=True)
     assert encoded.loss_mask == [False] + [True] * (len(encoded.ids) - 1)
 
 
@@ -272,27 +273,27 @@ def test_a_date_in_the_template_is_the_same_every_day():
     assert ChatTemplate(styled(dated)).render(talk("a", "b")).text.startswith("26 Jul 2024\n<|im")
 
 
-def test_a_row_has_one_bos_or_none():
+def test_a_row_has_at_most_one_bos():
     for style, count in ((HEADERS, 1), (BRACKETS, 1), (CHATML, 0), (PLAIN, 1)):
         tokenizer = styled(style)
         template = ChatTemplate(tokenizer)
-        (encoded,) = template.encode([template.render(talk("One?", "Two.", "Three?", "Four."))])
+        (encoded,) = encode(template, [template.render(talk("One?", "Two.", "Three?", "Four."))])
         assert encoded.ids.count(tokenizer.bos_token_id) == count
 
 
 def test_plain_text_is_trained_from_its_first_token_to_eos():
     tokenizer = tiny_tokenizer()
     template = ChatTemplate(tokenizer)
-    whole, begun = template.encode_text([Document("The end."), Document("The", is_end=False)])
-    assert tokenizer.decode(whole.ids) == "<|begin|>The end.<|end|>"
-    assert tokenizer.decode(begun.ids) == "<|begin|>The"
-    assert whole.loss_mask == [False] + [True] * (len(whole.ids) - 1)
+    complete, part = encode_text(template, [Document("The end."), Document("The", is_end=False)])
+    assert tokenizer.decode(complete.ids) == "<|begin|>The end.<|end|>"
+    assert tokenizer.decode(part.ids) == "<|begin|>The"
+    assert complete.loss_mask == [False] + [True] * (len(complete.ids) - 1)
 
 
-def test_a_tokenizer_without_chat_template_writes_prompt_completion_and_eos():
+def test_without_a_chat_template_a_row_is_prompt_completion_and_eos():
     tokenizer = styled(PLAIN)
     template = ChatTemplate(tokenizer)
-    (encoded,) = template.encode([template.render(talk("One?", "Two."))])
+    (encoded,) = encode(template, [template.render(talk("One?", "Two."))])
     assert tokenizer.decode(encoded.ids) == "<|begin|>One?\nTwo.<|end|>"
     assert len(tokenizer) == len(tiny_tokenizer())
 

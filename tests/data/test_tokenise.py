@@ -1,14 +1,12 @@
-"""What becomes of rows: too long ones, ones without anything to train, and the counts of it all."""
+"""Long rows, rows without a trained token, and the counts of both."""
 
 import json
 from itertools import chain
 
 import pytest
 
-from qlora_lite.data.formats import FORMATS
-from qlora_lite.data.lengths import percentile, split
-from qlora_lite.data.settings import FIELDS, Data
-from qlora_lite.data.templates import ChatTemplate, Encoded
+from qlora_lite.data.settings import Data
+from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.data.tokenise import NothingTrained, tokenise
 from qlora_lite.foundation.errors import DataError
 from tests.tiny import BOS, tiny_tokenizer
@@ -48,26 +46,26 @@ def test_up_to_one_percent_of_the_conversations_are_dropped_and_counted(jsonl):
     assert cut.examples.rows.tolist() == list(range(2, 101))
 
 
-def test_more_than_one_percent_are_an_error_unless_asked_for(jsonl):
+def test_dropping_more_than_one_percent_needs_the_policy_drop(jsonl):
     name = jsonl([ask(LONG), ask(LONG), *[ask(f"{SHORT} {i}") for i in range(98)]])
     with pytest.raises(DataError, match=r"2 of 100 rows are longer than data\.max_tokens=100"):
         read(name, max_tokens=100)
     assert read(name, max_tokens=100, too_long="drop").stats.dropped_rows == 2
 
 
-def test_an_error_on_request_names_the_row(jsonl):
+def test_the_policy_error_names_the_row(jsonl):
     name = jsonl([ask(SHORT), ask(LONG)])
     with pytest.raises(DataError, match=r"rows.jsonl, line 2: the row has \d+ tokens"):
         read(name, max_tokens=100, too_long="error")
 
 
 @pytest.mark.parametrize("policy", ["split", "truncate"])
-def test_a_conversations_end_is_never_cut_away(jsonl, policy):
-    with pytest.raises(DataError, match="would cut their trained end of turn away"):
+def test_the_end_of_a_conversation_is_never_cut_off(jsonl, policy):
+    with pytest.raises(DataError, match="would cut off their trained end of turn"):
         read(jsonl([ask(SHORT)]), too_long=policy)
 
 
-def test_a_file_of_which_nothing_is_left_is_an_error(jsonl):
+def test_a_file_with_only_too_long_rows_is_an_error(jsonl):
     with pytest.raises(DataError, match="all rows are longer"):
         read(jsonl([ask(LONG)]), max_tokens=100, too_long="drop")
 
@@ -85,35 +83,25 @@ def test_plain_text_is_split_and_every_token_trained_once(jsonl):
     assert all(e.ids[0] == bos for e in cut.examples)
 
 
-def test_without_bos_a_piece_begins_with_the_last_token_of_the_one_before():
-    row = Encoded([1, 2, 3, 4, 5, 6], [False] + [True] * 5)
-    assert [p.ids for p in split(row, 3, keeps_first=False)] == [[1, 2, 3], [3, 4, 5], [5, 6]]
-    assert [p.ids for p in split(row, 3, keeps_first=True)] == [[1, 2, 3], [1, 4, 5], [1, 6]]
-    assert [p.loss_mask for p in split(row, 3, keeps_first=True)][1:] == [
-        [False, True, True],
-        [False, True],
-    ]
-
-
-def test_plain_text_is_truncated_on_request(jsonl):
+def test_the_policy_truncate_cuts_plain_text(jsonl):
     name = jsonl([{"text": LONG}, {"text": SHORT}])
     stats = read(name, max_tokens=50, too_long="truncate").stats
     assert (stats.examples, stats.truncated_rows) == (2, 1)
     assert stats.lost_tokens == stats.longest - 50
 
 
-def test_a_row_in_which_nothing_is_trained_is_refused_with_a_sample(jsonl):
+def test_a_row_without_a_trained_token_is_refused_with_its_tokens(jsonl):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "message['content']", "message['content'].split('>>')[-1]"
     )
     name = jsonl([ask(SHORT), ask("all of it >>")])
     with pytest.raises(
-        NothingTrained, match=r"line 2: nothing in this row is trained.*<\|role"
+        NothingTrained, match=r"line 2: no token of this row is trained.*<\|role"
     ) as e:
         read(name, tokenizer)
-    assert "".join(piece.text for piece in e.value.sample).endswith("<|role|>assistant\n<|end|>\n")
-    assert not any(piece.is_trained for piece in e.value.sample)
+    assert "".join(piece.text for piece in e.value.pieces).endswith("<|role|>assistant\n<|end|>\n")
+    assert not any(piece.is_trained for piece in e.value.pieces)
 
 
 def test_a_second_bos_is_refused(jsonl):
@@ -125,7 +113,7 @@ def test_a_second_bos_is_refused(jsonl):
         read(jsonl([{"text": f"a{BOS}b"}]))
 
 
-def test_padding_with_eos_hides_no_end_of_turn(jsonl):
+def test_the_end_of_turn_is_trained_even_if_padding_is_eos(jsonl):
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     examples = read(jsonl([ask(SHORT), ask(SHORT + SHORT)]), tokenizer).examples
@@ -134,35 +122,8 @@ def test_padding_with_eos_hides_no_end_of_turn(jsonl):
         assert example.loss_mask[-1]
 
 
-def test_trained_tokens_are_counted_as_they_will_be_in_the_loss(jsonl):
+def test_trained_tokens_are_counted_as_in_the_loss(jsonl):
     result = read(jsonl([ask(SHORT), ask(LONG)]))
     expected = sum(int(e.loss_mask[1:].sum()) for e in result.examples)
     assert result.stats.trained_tokens == expected
     assert result.stats.tokens == sum(result.examples.lengths)
-
-
-def test_percentiles_are_lengths_that_occur():
-    assert [percentile(range(1, 101), p) for p in (50, 95, 99, 100)] == [50, 95, 99, 100]
-    assert percentile([7], 50) == 7
-
-
-def test_a_prompt_of_another_format_is_refused(jsonl):
-    with pytest.raises(DataError, match=r"data\.prompt makes rows of the format completion"):
-        read(jsonl([{"text": "a"}]), prompt="{text}", format="text")
-
-
-def test_a_field_that_no_row_has_is_named(jsonl):
-    name = jsonl([ask("one"), {**ask("two"), "context": "of three"}])
-    with pytest.raises(
-        DataError, match=r"line 1: there is no field 'answr', .* There are 'prompt'"
-    ):
-        read(name, fields={"completion": "answr"})
-    rows = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d", "ctx": "e"}]
-    with pytest.raises(DataError, match=r"input is the field 'context', and no row of .* has it"):
-        read(jsonl(rows), fields={"input": "context"})
-    assert read(jsonl(rows), fields={"input": "ctx"}).stats.rows == 2
-
-
-def test_the_keys_of_data_fields_are_those_that_the_formats_read():
-    needed = {field for known in FORMATS.values() for field in known.needs}
-    assert set(FIELDS) == needed | {"input"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from qlora_lite.data.batches import Batch
+from qlora_lite.data.collate import Batch
 from qlora_lite.evaluation import perplexity
 from qlora_lite.kernels.cross_entropy import IGNORE_INDEX
 from qlora_lite.model.causal import CausalModel

@@ -10,7 +10,7 @@ from torch import Tensor
 from qlora_lite.adapters.attach import AttachedAdapter, attach
 from qlora_lite.adapters.method import AdapterSettings
 from qlora_lite.adapters.plan import plan_adapter
-from qlora_lite.data.batches import Batch, make_batch, make_bin
+from qlora_lite.data.collate import Batch, make_batch, make_bin
 from qlora_lite.data.examples import Example
 from qlora_lite.export.trained_layers import MergeSource
 from qlora_lite.foundation.device import choose

@@ -6,7 +6,7 @@ import torch
 from qlora_lite.adapters.attach import attach
 from qlora_lite.adapters.method import StepInfo
 from qlora_lite.adapters.plan import plan_adapter
-from qlora_lite.data.batches import make_batch, make_bin
+from qlora_lite.data.collate import make_batch, make_bin
 from qlora_lite.data.examples import Example
 from qlora_lite.foundation import device
 from qlora_lite.methods.lora import LoRA, LoRAMethod

@@ -1,4 +1,4 @@
-"""`datasets` without surprises: local files streamed past its cache, and nothing printed."""
+"""Local files through `datasets`: streamed without its cache, and without its output."""
 
 import glob
 import sys
@@ -8,21 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-CHUNK = 1000
+CHUNK_ROWS = 1000
 """Rows that are fetched at a time."""
 
 
-def stream(kind: str, path: Path, **options: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a local file, read by the builder `kind` of `datasets`."""
+def stream_rows(builder: str, path: Path, **options: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a local file, read by a builder of `datasets` such as "csv"."""
     import datasets
 
-    with quiet():
+    with quiet_datasets():
         rows = datasets.load_dataset(
-            kind, data_files=glob.escape(str(path)), split="train", streaming=True, **options
+            builder, data_files=glob.escape(str(path)), split="train", streaming=True, **options
         )
-        chunks = iter(rows.iter(CHUNK))
+        chunks = iter(rows.iter(CHUNK_ROWS))
     while True:
-        with quiet():
+        with quiet_datasets():
             chunk = next(chunks, None)
         if chunk is None:
             return
@@ -30,20 +30,15 @@ def stream(kind: str, path: Path, **options: Any) -> Iterator[dict[str, Any]]:
             yield dict(zip(chunk, values, strict=True))
 
 
-def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Line numbers, from 1, and lines with their ends; a byte-order mark is left out."""
-    rows = stream("text", path, encoding="utf-8-sig", keep_linebreaks=True)
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Line numbers, from 1, and lines with their line ends. A byte-order mark is removed."""
+    rows = stream_rows("text", path, encoding="utf-8-sig", keep_linebreaks=True)
     return enumerate((row["text"] for row in rows), start=1)
 
 
-def whole(path: Path) -> str:
-    """The text of a file in one piece."""
-    return "".join(line for _, line in lines(path))
-
-
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep `datasets` from logging and, where nobody watches, from drawing progress bars."""
+def quiet_datasets() -> Iterator[None]:
+    """Keep `datasets` from logging, and from progress bars unless stderr is a terminal."""
     import datasets
 
     level = datasets.logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""The text of tokens, and which of them are trained: for a person to look at."""
+"""Show a row token by token, with the trained tokens marked: for the preview and for errors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,23 +7,24 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 TRAINED = "bold green"
-READ = "dim"
+NOT_TRAINED = "dim"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The text of one token, or of a few that only together make whole characters."""
+    """The text of one token, or of several tokens that together encode one character."""
 
     text: str
     is_trained: bool
 
 
-def spell(
+def decode_pieces(
     ids: Sequence[int], loss_mask: Sequence[bool], tokenizer: PreTrainedTokenizerBase
 ) -> list[Piece]:
-    """Token by token what a row says. Tokens that are parts of one character are joined.
+    """The text of each token. Tokens that are parts of one character are joined.
 
-    A token is decoded behind the one before it: some tokenizers drop a space at the beginning.
+    Each token is decoded together with the one before it, because some tokenizers drop a space at
+    the start of the text.
     """
     pieces = []
     before: list[int] = []
@@ -40,16 +41,16 @@ def spell(
 
 
 def coloured(pieces: Sequence[Piece]) -> Text:
-    """A row for the terminal: trained tokens stand out, every second one underlined."""
+    """For a terminal: trained tokens are green, every second token is underlined."""
     text = Text()
     for i, piece in enumerate(pieces):
-        style = TRAINED if piece.is_trained else READ
+        style = TRAINED if piece.is_trained else NOT_TRAINED
         text.append(piece.text, f"{style} underline" if i % 2 else style)
     return text
 
 
 def bracketed(pieces: Sequence[Piece]) -> str:
-    """The same without colour: what is trained stands between [[ and ]]."""
+    """Without colours: trained text is between [[ and ]]."""
     text = ""
     inside = False
     for piece in pieces:

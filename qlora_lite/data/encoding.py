@@ -1,0 +1,71 @@
+"""Token ids and loss masks of rendered conversations and of plain text.
+
+Text is tokenised without the special tokens that a tokenizer adds by itself: the chat template has
+written its own, so there is never a second BOS.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import BatchEncoding
+
+from qlora_lite.data.formats import Document
+from qlora_lite.data.templates import ChatTemplate, Rendered
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a row, and which of them are trained. The first one never is."""
+
+    ids: list[int]
+    loss_mask: list[bool]
+    num_rewritten: int = 0
+    """Of the rendered conversation."""
+
+
+def encode(
+    template: ChatTemplate, rendered: Sequence[Rendered], loss_on_all: bool = False
+) -> list[Encoded]:
+    """Tokenise conversations. A token that is partly inside a trained span is trained."""
+    batch = template.tokenizer(
+        [row.text for row in rendered], add_special_tokens=False, verbose=False
+    )
+    encoded = []
+    for i, row in enumerate(rendered):
+        ids = batch["input_ids"][i]
+        mask = [loss_on_all and bool(row.spans)] * len(ids)
+        for start, end in row.spans:
+            first = _first_token(batch, i, start, end)
+            last = batch.char_to_token(i, end - 1)
+            mask[first : last + 1] = [True] * (last + 1 - first)
+        encoded.append(Encoded(ids, _without_first(mask), row.num_rewritten))
+    return encoded
+
+
+def encode_text(template: ChatTemplate, documents: Sequence[Document]) -> list[Encoded]:
+    """Tokenise plain text: BOS if the tokenizer adds one, the text, EOS if the text ends here."""
+    tokenizer = template.tokenizer
+    batch = tokenizer(
+        [document.text for document in documents], add_special_tokens=False, verbose=False
+    )
+    bos = [tokenizer.bos_token_id] if template.adds_bos else []
+    encoded = []
+    for document, text_ids in zip(documents, batch["input_ids"], strict=True):
+        eos = [tokenizer.eos_token_id] if document.is_end else []
+        ids = [*bos, *text_ids, *eos]
+        encoded.append(Encoded(ids, _without_first([True] * len(ids))))
+    return encoded
+
+
+def _without_first(mask: list[bool]) -> list[bool]:
+    """The first token is not trained: no token before it predicts it."""
+    return [False, *mask[1:]]
+
+
+def _first_token(batch: BatchEncoding, row: int, start: int, end: int) -> int:
+    """The first token of a span of characters. Some characters belong to no token."""
+    for char in range(start, end):
+        token = batch.char_to_token(row, char)
+        if token is not None:
+            return token
+    raise AssertionError(f"no token contains the characters {start} to {end}")

@@ -1,0 +1,46 @@
+"""Data sets of the Hugging Face hub, or of its cache."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from qlora_lite.data.hf_datasets import quiet_datasets
+from qlora_lite.foundation.errors import DataError
+
+
+def load_hub_rows(
+    repository: str, configuration: str | None, split: str | None, name: str
+) -> tuple[Callable[[], Iterator[tuple[int, dict[str, Any]]]], str]:
+    """A function that starts reading the numbered rows, and the fingerprint of the data set.
+
+    Args:
+        name: the id as the user wrote it, for messages.
+
+    Raises:
+        DataError: if the data set cannot be loaded.
+    """
+    import datasets
+
+    try:
+        with quiet_datasets():
+            table = datasets.load_dataset(repository, configuration, split=split or "train")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"the data set {name!r} cannot be read from the hub or its cache: "
+            f"{type(error).__name__}: {error}. Give a configuration and a split as in "
+            "openai/gsm8k:main::train, or the path of a file"
+        ) from None
+    fingerprint = "; ".join(_version(file["filename"]) for file in table.cache_files)
+    return lambda: enumerate(table, start=1), fingerprint
+
+
+def parse_hub_id(name: str) -> tuple[str, str | None, str | None] | None:
+    """Repository, configuration and split of `owner/name[:configuration][::split]`, or None."""
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:::([\w.\[\]:%+-]+))?", name)
+    return None if match is None else (match[1], match[2], match[3])
+
+
+def _version(cached: str) -> str:
+    """Configuration, version, revision and file name of a cached part of a data set."""
+    return "/".join(Path(cached).parts[-4:])
