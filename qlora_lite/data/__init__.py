@@ -1,1 +1,1 @@
-"""What is read: file line -> Conversation -> Example -> Bin -> Batch."""
+"""From files to batches: file line -> Conversation -> Example -> Bin -> Batch."""

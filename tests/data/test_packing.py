@@ -19,8 +19,8 @@ def test_every_row_is_in_exactly_one_bin(lengths):
 
 
 @given(LENGTHS, st.randoms())
-def test_the_order_of_the_rows_does_not_change_the_number_of_bins(lengths, draw):
-    shuffled = draw.sample(lengths, len(lengths))
+def test_the_order_of_the_rows_does_not_change_the_number_of_bins(lengths, rng):
+    shuffled = rng.sample(lengths, len(lengths))
     assert len(pack(shuffled, 100)) == len(pack(lengths, 100))
 
 
@@ -31,8 +31,8 @@ def test_no_two_bins_fit_into_one(lengths):
 
 
 def test_rows_of_realistic_lengths_leave_little_empty_space():
-    draw = random.Random(0)
-    lengths = [min(1024, round(draw.lognormvariate(5.5, 0.6))) for _ in range(5000)]
+    rng = random.Random(0)
+    lengths = [min(1024, round(rng.lognormvariate(5.5, 0.6))) for _ in range(5000)]
     assert len(pack(lengths, 1024)) <= 1.01 * sum(lengths) / 1024
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from qlora_lite.data.encoding import encode, encode_text
-from qlora_lite.data.formats import Conversation, Document, Message, RowError
+from qlora_lite.data.encoding import encode
+from qlora_lite.data.formats import Conversation, Message, RowError
 from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.foundation.errors import DataError
 from tests.data.metaspace import metaspace_tokenizer
@@ -19,7 +19,7 @@ class Style:
 
     template: str | None
     tokens: tuple[str, ...]
-    said: str
+    trained: str
 
 
 CHATML = Style(
@@ -123,7 +123,7 @@ def test_trained_tokens_decode_to_the_answer_and_its_end(style, answer):
     tokenizer = styled(style)
     template = ChatTemplate(tokenizer)
     (encoded,) = encode(template, [template.render(talk("How many apples are left?", answer))])
-    assert trained_runs(tokenizer, encoded) == [style.said.format(answer)]
+    assert trained_runs(tokenizer, encoded) == [style.trained.format(answer)]
 
 
 @pytest.mark.parametrize(
@@ -134,8 +134,8 @@ def test_every_answer_of_a_conversation_is_trained(style):
     template = ChatTemplate(tokenizer)
     conversation = talk("One?", "One.", "Two?", "One.", "Two?", "Three\nlines.\n\nTwo.")
     (encoded,) = encode(template, [template.render(conversation)])
-    said = [style.said.format(a) for a in ("One.", "One.", "Three\nlines.\n\nTwo.")]
-    assert trained_runs(tokenizer, encoded) == said
+    expected = [style.trained.format(a) for a in ("One.", "One.", "Three\nlines.\n\nTwo.")]
+    assert trained_runs(tokenizer, encoded) == expected
 
 
 @pytest.mark.parametrize("style", [BRACKETS, PLAIN], ids=["brackets", "plain"])
@@ -262,12 +262,6 @@ def test_text_with_a_special_token_of_the_template_is_refused(marker):
         template.render(talk("One?", f"Two{marker}."))
 
 
-def test_with_loss_on_all_every_token_but_the_first_is_trained():
-    template = ChatTemplate(styled(HEADERS))
-    (encoded,) = encode(template, [template.render(talk("One?", "Two."))], loss_on_all=True)
-    assert encoded.loss_mask == [False] + [True] * (len(encoded.ids) - 1)
-
-
 def test_a_date_in_the_template_is_the_same_every_day():
     dated = replace(CHATML, template="{{ strftime_now('%d %b %Y') }}\n" + CHATML.template)
     assert ChatTemplate(styled(dated)).render(talk("a", "b")).text.startswith("26 Jul 2024\n<|im")
@@ -279,15 +273,6 @@ def test_a_row_has_at_most_one_bos():
         template = ChatTemplate(tokenizer)
         (encoded,) = encode(template, [template.render(talk("One?", "Two.", "Three?", "Four."))])
         assert encoded.ids.count(tokenizer.bos_token_id) == count
-
-
-def test_plain_text_is_trained_from_its_first_token_to_eos():
-    tokenizer = tiny_tokenizer()
-    template = ChatTemplate(tokenizer)
-    complete, part = encode_text(template, [Document("The end."), Document("The", is_end=False)])
-    assert tokenizer.decode(complete.ids) == "<|begin|>The end.<|end|>"
-    assert tokenizer.decode(part.ids) == "<|begin|>The"
-    assert complete.loss_mask == [False] + [True] * (len(complete.ids) - 1)
 
 
 def test_without_a_chat_template_a_row_is_prompt_completion_and_eos():

@@ -36,13 +36,13 @@ SHORT, LONG = "one two", "one two " * 100
 
 def test_up_to_one_percent_of_the_conversations_are_dropped_and_counted(jsonl):
     name = jsonl([ask(LONG), *[ask(f"{SHORT} {i}") for i in range(99)]])
-    whole, cut = read(name), read(name, max_tokens=100)
+    complete, cut = read(name), read(name, max_tokens=100)
     stats = cut.stats
     assert (stats.rows, stats.examples, stats.dropped_rows, stats.too_long) == (100, 99, 1, (1,))
-    assert stats.longest == whole.stats.longest > 100
+    assert stats.longest == complete.stats.longest > 100
     assert stats.lost_tokens == stats.longest
-    assert stats.tokens + stats.lost_tokens == whole.stats.tokens
-    assert stats.lost_share == stats.longest / whole.stats.tokens
+    assert stats.tokens + stats.lost_tokens == complete.stats.tokens
+    assert stats.lost_share == stats.longest / complete.stats.tokens
     assert cut.examples.rows.tolist() == list(range(2, 101))
 
 
@@ -72,11 +72,11 @@ def test_a_file_with_only_too_long_rows_is_an_error(jsonl):
 
 def test_plain_text_is_split_and_every_token_trained_once(jsonl):
     name = jsonl([{"text": LONG}, {"text": SHORT}])
-    whole, cut = read(name, max_tokens=1024), read(name, max_tokens=50)
+    complete, cut = read(name, max_tokens=1024), read(name, max_tokens=50)
     assert cut.stats.split_rows == 1
     assert cut.stats.lost_tokens == 0
     assert max(cut.examples.lengths) == 50
-    trained = [e.ids[e.loss_mask].tolist() for e in whole.examples]
+    trained = [e.ids[e.loss_mask].tolist() for e in complete.examples]
     pieces = [e.ids[e.loss_mask].tolist() for e in cut.examples]
     assert list(chain(*pieces)) == list(chain(*trained))
     bos = tiny_tokenizer().convert_tokens_to_ids(BOS)

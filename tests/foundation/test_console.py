@@ -1,4 +1,4 @@
-"""The sparkline, and what happens when nobody reads stdout any more."""
+"""The sparkline, and a closed stdout."""
 
 import io
 

@@ -12,11 +12,11 @@ gradient is scaled by the outer factor and summed over chunks."""
 
 
 def case(num_tokens, hidden=24, vocabulary=53, dtype=torch.float32, ignored=0.4):
-    draw = torch.Generator().manual_seed(num_tokens)
-    states = torch.randn(2, num_tokens, hidden, generator=draw).to(dtype).requires_grad_()
-    weight = torch.randn(vocabulary, hidden, generator=draw).to(dtype).requires_grad_()
-    targets = torch.randint(vocabulary, (2, num_tokens), generator=draw)
-    targets[torch.rand(2, num_tokens, generator=draw) < ignored] = IGNORE_INDEX
+    rng = torch.Generator().manual_seed(num_tokens)
+    states = torch.randn(2, num_tokens, hidden, generator=rng).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, hidden, generator=rng).to(dtype).requires_grad_()
+    targets = torch.randint(vocabulary, (2, num_tokens), generator=rng)
+    targets[torch.rand(2, num_tokens, generator=rng) < ignored] = IGNORE_INDEX
     return states, weight, targets
 
 

@@ -34,7 +34,7 @@ def test_every_tensor_is_aligned_to_its_dtype():
     )
 
 
-def test_the_library_reads_a_header_and_the_bytes_behind_it():
+def test_the_library_reads_a_header_and_the_data_after_it():
     (shard,) = split_into_shards(SPECS, 1000)
     found = load(shard.header + bytes(range(165)))
     assert {n: (t.dtype, tuple(t.shape)) for n, t in found.items()} == {
