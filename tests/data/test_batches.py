@@ -10,7 +10,7 @@ from qlora_lite.data.batches import (
     evaluation_batches,
     split_micro_batches,
 )
-from qlora_lite.data.examples import Examples
+from qlora_lite.data.examples import Examples, ExamplesBuilder
 from qlora_lite.foundation.errors import DataError
 from tests.data.random_rows import random_examples
 
@@ -82,6 +82,14 @@ def test_no_batch_exceeds_its_limit_or_the_largest_batch(packing, micro_batch_to
             assert batch.input_ids.numel() <= largest_batch.numel()
             assert width <= largest_batch.shape[1]
     assert largest_batch.numel() <= max(micro_batch_tokens, 64) + largest_batch.shape[1]
+
+
+def test_among_equally_long_bins_the_largest_batch_has_the_most_trained_tokens():
+    builder = ExamplesBuilder()
+    for row in range(20):
+        builder.add([5] * 10, [False] + [i <= row % 7 for i in range(9)], row)
+    run = batches(builder.build(), packing=False, micro_batch_tokens=30)
+    assert run.largest_batch().num_targets == 7 + 7 + 6
 
 
 def test_a_bin_longer_than_the_micro_batch_is_a_batch_of_its_own():
