@@ -36,7 +36,7 @@ def encode(
         mask = [loss_on_all and bool(row.spans)] * len(ids)
         for start, end in row.spans:
             first = _first_token(batch, i, start, end)
-            last = batch.char_to_token(i, end - 1)
+            last = _last_token(batch, i, end)
             mask[first : last + 1] = [True] * (last + 1 - first)
         encoded.append(Encoded(ids, _without_first(mask), row.num_rewritten))
     return encoded
@@ -69,3 +69,11 @@ def _first_token(batch: BatchEncoding, row: int, start: int, end: int) -> int:
         if token is not None:
             return token
     raise AssertionError(f"no token contains the characters {start} to {end}")
+
+
+def _last_token(batch: BatchEncoding, row: int, end: int) -> int:
+    """The last token of the character before `end`, which can consist of several tokens."""
+    last = batch.char_to_token(row, end - 1)
+    while (chars := batch.token_to_chars(row, last + 1)) is not None and chars.start < end:
+        last += 1
+    return last

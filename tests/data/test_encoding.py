@@ -12,7 +12,9 @@ TEXT = "there are seven apples left 🍎 Zwölf"
 
 
 @pytest.mark.parametrize("make", [tiny_tokenizer, metaspace_tokenizer])
-@pytest.mark.parametrize("span", [(6, 9), (8, 17), (20, 23), (27, 30), (29, 34)])
+@pytest.mark.parametrize(
+    "span", [(6, 9), (8, 17), (20, 23), (27, 30), (28, 29), (30, 33), (29, 35)]
+)
 def test_a_token_is_trained_if_any_of_its_characters_is_in_a_span(make, span):
     tokenizer = make()
     (encoded,) = encode(ChatTemplate(tokenizer), [Rendered(TEXT, [span])])
