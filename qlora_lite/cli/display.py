@@ -12,7 +12,7 @@ from qlora_lite.cli.tables import merge_table, plan_lines, plan_table, show
 from qlora_lite.foundation.console import console as default_console
 from qlora_lite.foundation.console import sparkline
 from qlora_lite.foundation.units import format_bytes, format_count, format_seconds
-from qlora_lite.foundation.watch import Watcher
+from qlora_lite.foundation.watcher import Watcher
 
 TRAINING_LINES = 20
 """About how many plain lines a training run prints."""

@@ -27,7 +27,7 @@ from qlora_lite.export.directory import require_free
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.foundation.files import complete_directory
-from qlora_lite.foundation.watch import Watcher
+from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.inspection.deltas import Deltas, open_run
 from qlora_lite.inspection.foreign_adapters import open_loralib, open_peft
 from qlora_lite.inspection.layers import LoadedLayer, layer_row, phi_row

@@ -13,7 +13,7 @@ from qlora_lite.data.formats import Message
 from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.evaluation.generation import stream
 from qlora_lite.foundation.errors import DataError
-from qlora_lite.foundation.watch import Watcher
+from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.run import loading
 from qlora_lite.run.loading import LoadedModel
 

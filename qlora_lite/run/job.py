@@ -12,7 +12,7 @@ from qlora_lite.data.preview import preview_row
 from qlora_lite.data.token_display import bracketed
 from qlora_lite.evaluation.perplexity import score
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.foundation.watch import Watcher
+from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.model.checkpointing import enable_checkpointing
 from qlora_lite.recipe import Recipe
 from qlora_lite.run.loading import LoadedModel

@@ -14,7 +14,7 @@ from qlora_lite.adapters.files import read_native
 from qlora_lite.adapters.split_state import SplitState
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.foundation.watch import Watcher
+from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.model.causal import CausalModel
 from qlora_lite.model.facts import read_facts
 from qlora_lite.model.load import LoadedBase, load_base, load_tokenizer

@@ -25,7 +25,7 @@ from qlora_lite.export.trained_layers import BaseOfMerge, MergeSource, TrainedLa
 from qlora_lite.export.verify import Agreement, candidate, compare, read_back, sample_logits
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.device import DeviceRule
-from qlora_lite.foundation.watch import Watcher
+from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.recipe import Recipe
 from qlora_lite.report.contents import MergeRow
 from qlora_lite.run.folder import RunFolder

@@ -28,7 +28,7 @@ from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import ExportError
 from qlora_lite.foundation.files import write_text
 from qlora_lite.foundation.units import parse_bytes
-from qlora_lite.foundation.watch import Watcher
+from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.model.facts import read_facts
 from qlora_lite.model.load import load_tokenizer
 from qlora_lite.recipe import Recipe

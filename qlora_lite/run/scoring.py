@@ -16,7 +16,7 @@ from qlora_lite.evaluation.perplexity import Score, score
 from qlora_lite.foundation.errors import DataError
 from qlora_lite.foundation.overrides import apply_overrides, validate
 from qlora_lite.foundation.settings import Settings
-from qlora_lite.foundation.watch import Watcher
+from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.job import held_out_batches
 from qlora_lite.run.loading import LoadedModel, load

@@ -15,7 +15,7 @@ from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.errors import BudgetError
 from qlora_lite.foundation.files import lock
 from qlora_lite.foundation.units import format_bytes
-from qlora_lite.foundation.watch import Watcher
+from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.memory.allocator import give_back_freed_memory
 from qlora_lite.memory.measure import reset_peak
 from qlora_lite.memory.plan import Plan, require_fit

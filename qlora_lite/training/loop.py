@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from qlora_lite.adapters.attach import AttachedAdapter
 from qlora_lite.data.collate import Batch
 from qlora_lite.foundation.files import complete_directory
-from qlora_lite.foundation.watch import Watcher
+from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.memory.measure import peak_bytes
 from qlora_lite.model.causal import CausalModel
 from qlora_lite.shards.writer import save_tensors

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lite.foundation.errors import Interrupted
-from qlora_lite.foundation.watch import Watcher
+from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.recipe import Recipe
 from qlora_lite.run.training import run_recipe
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_lite.foundation.errors import AdapterError, ExportError
-from qlora_lite.foundation.watch import Watcher
+from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.run.loading import load_run
 from qlora_lite.run.merging import merge
 from qlora_lite.run.scoring import score_targets

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qlora_lite.foundation.errors import AdapterError, ExportError, QloraLiteError, RunError
-from qlora_lite.foundation.watch import Watcher
+from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.inspection.inspect import inspect, write_figures
 from qlora_lite.run.loading import load_run
 from qlora_lite.run.training import run_recipe

@@ -7,7 +7,7 @@ import safetensors.torch
 
 from qlora_lite.foundation import files
 from qlora_lite.foundation.errors import AdapterError, BaseModelError, RunError, TrainingError
-from qlora_lite.foundation.watch import Watcher
+from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.recipe_files import load_recipe
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.loading import load_run

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from qlora_lite.foundation.errors import AdapterError, BudgetError, RecipeError, TrainingError
-from qlora_lite.foundation.watch import Watcher
+from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.model.facts import read_facts
 from qlora_lite.model.load import build_empty
 from qlora_lite.model.settings import Base

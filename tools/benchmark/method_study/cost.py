@@ -12,7 +12,7 @@ from qlora_lite.adapters.method import StepInfo
 from qlora_lite.data.load import PreparedData, load_data
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.seeds import generator
-from qlora_lite.foundation.watch import Watcher
+from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.model.checkpointing import enable_checkpointing
 from qlora_lite.model.load import load_tokenizer
 from qlora_lite.recipe import Recipe

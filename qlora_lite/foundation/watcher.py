@@ -1,31 +1,31 @@
-"""Who is told what happens. Library functions print nothing; they tell a `Watcher`.
+"""Callbacks of a run. Library functions print nothing; they call the methods of a `Watcher`.
 
-The silent one is the default. A command hands in one that draws on the terminal.
+The default one does nothing. The commands pass one that prints to the terminal.
 """
 
 from typing import Any
 
 
 class Watcher:
-    """Hears of every stage of a run. Each method may be overridden; none needs to be."""
+    """One method for each stage of a run. Override those of interest; the rest do nothing."""
 
     def note(self, text: str) -> None:
-        """Something that the user should know once."""
+        """A message for the user."""
 
     def loading(self, done_bytes: int, total_bytes: int) -> None:
-        """The base is being read."""
+        """The base model is being loaded."""
 
     def planned(self, plan: Any) -> None:
-        """The memory plan, before anything large is loaded."""
+        """The memory plan is made. Nothing large is loaded yet."""
 
     def prepared(self, data: Any) -> None:
-        """Data is tokenised: statistics and rows."""
+        """The data is tokenised."""
 
     def started(self, step: int, total: int) -> None:
-        """Training begins or goes on at `step` of `total`."""
+        """Training starts, or resumes after `step` of `total` steps."""
 
     def stepped(self, metrics: dict[str, Any]) -> None:
-        """An optimizer step is done and logged."""
+        """An optimizer step is done. `metrics` is its line in the log."""
 
     def evaluated(self, metrics: dict[str, Any]) -> None:
         """The held-out rows were scored."""
@@ -34,7 +34,7 @@ class Watcher:
         """A checkpoint is complete."""
 
     def ended(self) -> None:
-        """Training is over, whichever way."""
+        """Training ended, also after an error or a signal."""
 
     def writing(self, done_bytes: int, total_bytes: int) -> None:
         """Weights are being written."""
