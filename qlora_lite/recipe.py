@@ -1,7 +1,7 @@
-"""The typed recipe: one object that says everything about a run.
+"""The typed recipe: one object with all settings of a run.
 
 A recipe is a Python file that builds a `Recipe`, or the `recipe.json` that every run writes. The
-command line lays `key=value` over it; `recipe.but("optim.lr=1e-4")` does the same in Python.
+command line overrides settings with `key=value`, as `recipe.but("optim.lr=1e-4")` does in Python.
 """
 
 from collections.abc import Sequence
@@ -19,24 +19,24 @@ from qlora_lite.methods.lora import LoRA
 from qlora_lite.model.settings import Base
 from qlora_lite.training.settings import Checkpoints, Evaluation, Optim
 
-FREE_SETTINGS = ("output", "budget", "tracking", "checkpoints", "evaluation.samples")
-"""Settings that change no number of a run's result, so they may differ when it is continued."""
+CHANGEABLE_SETTINGS = ("output", "budget", "tracking", "checkpoints", "evaluation.samples")
+"""Settings that do not affect a run's numbers, so they may differ when it is continued."""
 
 
 class Recipe(Settings):
     """A base, an adapter, data, and how to train."""
 
     base: Base
-    """The frozen model and how it is held."""
+    """The frozen model and its quantisation."""
 
     adapter: Adapter = LoRA()
-    """What is trained: any method of the catalogue, by `kind`."""
+    """The adapter method (`kind`) and its settings."""
 
     data: Data
-    """What is read."""
+    """The training and held-out rows."""
 
     optim: Optim = Optim()
-    """How parameters move, and how much data a step sees."""
+    """The optimizer, its schedule, and the tokens of a step."""
 
     evaluation: Evaluation = Evaluation()
     """Scoring during training."""
@@ -45,19 +45,19 @@ class Recipe(Settings):
     """Saved states to continue from."""
 
     budget: str | None = None
-    """Memory that may be used, such as "22GiB"; what the device has unless given."""
+    """Memory that may be used, such as "22GiB"; by default the device's free memory."""
 
     output: str = Field(min_length=1)
     """The run's folder."""
 
     seed: int = Field(default=0, ge=0)
-    """Every random number comes from it."""
+    """Seed of every random number."""
 
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
 
     tracking: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
-    """Trackers that metrics are sent to; none unless asked for."""
+    """Experiment trackers that get the metrics; by default none."""
 
     @field_validator("tracking", mode="before")
     @classmethod
@@ -80,7 +80,7 @@ class Recipe(Settings):
         return budget
 
     def but(self, *assignments: str) -> "Recipe":
-        """A variant: `recipe.but("optim.lr=1e-4", "adapter=rslora")`, checked as a whole.
+        """A checked copy with other settings: `recipe.but("optim.lr=1e-4", "adapter=rslora")`.
 
         Raises:
             RecipeError: naming every path that is wrong, and what is allowed there.
@@ -93,7 +93,7 @@ class Recipe(Settings):
 
 
 def vary(recipe: Recipe, assignments: Sequence[str]) -> tuple[Recipe, list[str]]:
-    """`recipe.but`, with what a reader should be told about it."""
+    """`recipe.but`, and notes about what changed besides the assignments."""
     values, notes = apply_overrides(explicit_values(recipe), assignments, Recipe)
     return validate(Recipe, values), notes
 

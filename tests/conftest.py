@@ -1,4 +1,4 @@
-"""What all tests share: one thread, tiny models, the real data, and GPU tests that say why not."""
+"""What all tests share: one thread, tiny models, the real data, and a skip for GPU tests."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 
 from tests.tiny import save_tiny
 
-torch.set_num_threads(1)  # tiny tensors gain nothing from more, and lose much on a busy machine
+torch.set_num_threads(1)  # more threads do not help tiny tensors, and are slow on a busy machine
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama in base/, rows in train.jsonl, and room for the runs of one file of tests."""
+    """A folder for the runs of one test file: a tiny Llama in base/, rows in train.jsonl."""
     from tests.end_to_end.small_run import write_rows
 
     folder = tmp_path_factory.mktemp("runs")
@@ -52,9 +52,9 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """The real data sets: `QLORA_LITE_TEST_DATA`, or `shared/data` beside the checkout."""
+    """The real data sets: `QLORA_LITE_TEST_DATA`, or `shared/data` next to the checkout."""
     default = Path(__file__).parents[2] / "shared" / "data"
     folder = Path(os.environ.get("QLORA_LITE_TEST_DATA", default))
     if not folder.is_dir():
-        pytest.skip(f"{folder} is not there; set QLORA_LITE_TEST_DATA to the real data sets")
+        pytest.skip(f"{folder} does not exist; set QLORA_LITE_TEST_DATA to the real data sets")
     return folder

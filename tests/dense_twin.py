@@ -1,4 +1,4 @@
-"""The model that a frozen one stands for, as plain transformers has it."""
+"""The dense transformers model that equals a frozen quantised one."""
 
 import copy
 from pathlib import Path
@@ -15,7 +15,7 @@ from qlora_lite.model.quant import NF4
 from qlora_lite.model.settings import Base
 
 
-def bare_twin(directory: Path) -> nn.Module:
+def base_twin(directory: Path) -> nn.Module:
     """`dense_twin` of a base in NF4, without an adapter."""
     return dense_twin(
         load_base(Base(model=str(directory), quant=NF4()), device.choose("cpu")).model
@@ -23,7 +23,7 @@ def bare_twin(directory: Path) -> nn.Module:
 
 
 def dense_twin(frozen: nn.Module) -> nn.Module:
-    """transformers' own model in fp32, holding the weights that the frozen layers compute with."""
+    """transformers' own model in fp32, with the dequantised weights of the frozen layers."""
     config = copy.deepcopy(frozen.config)
     twin = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     state = {}

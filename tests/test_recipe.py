@@ -1,4 +1,4 @@
-"""Recipes: how they are varied, and what is reported about mistakes."""
+"""Recipes: overriding settings, and the messages about mistakes."""
 
 import pytest
 
@@ -18,7 +18,7 @@ RECIPE = Recipe(
 )
 
 
-def test_a_variant_is_an_overlay_with_the_same_checks():
+def test_a_variant_overrides_settings_and_is_checked():
     other = RECIPE.but("optim.lr=1e-4", "adapter.rank=32", "budget=22GiB")
     assert other.optim.lr == 1e-4
     assert other.adapter == LoRA(rank=32, targets="mlp")
@@ -26,7 +26,7 @@ def test_a_variant_is_an_overlay_with_the_same_checks():
     assert RECIPE.adapter.rank == 8
 
 
-def test_another_kind_keeps_what_it_shares_and_says_so():
+def test_another_kind_keeps_shared_settings_and_notes_them():
     other, notes = vary(RECIPE, ["adapter=rslora", "base.quant=int8"])
     assert other.adapter == RsLoRA(rank=8, targets="mlp")
     assert other.base.quant == Int8()
@@ -73,12 +73,12 @@ def test_data_fields_may_be_json_text():
         ("optim.betas=[0.9", r"not valid JSON"),
     ],
 )
-def test_a_mistake_is_told_with_its_path_and_a_near_match(change, words):
+def test_a_mistake_is_reported_with_its_path_and_a_close_match(change, words):
     with pytest.raises(RecipeError, match=words):
         RECIPE.but(change)
 
 
-def test_every_mistake_has_a_line_of_its_own():
+def test_every_mistake_has_its_own_line():
     with pytest.raises(RecipeError) as caught:
         RECIPE.but('optim={"lr": -1, "rate": 2, "schedule": "cosin"}', "data.columns=3")
     lines = str(caught.value).splitlines()
@@ -90,7 +90,7 @@ def test_every_mistake_has_a_line_of_its_own():
     ]
 
 
-def test_a_tracker_may_be_named_alone():
+def test_one_tracker_may_be_given_without_a_list():
     assert RECIPE.but("tracking=wandb").tracking == ["wandb"]
     assert RECIPE.but('tracking=["wandb"]').tracking == ["wandb"]
 

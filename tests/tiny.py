@@ -2,9 +2,9 @@
 
     directory = save_tiny(tmp_path / "base", "llama", num_shards=3)
 
-A directory is what a hub snapshot is: config.json, safetensors (really sharded if asked), a
+A directory has the files of a hub snapshot: config.json, safetensors (in `num_shards` files), a
 byte-level BPE tokenizer with a chat template and distinct bos, eos and pad tokens. Every random
-number comes from `seed`.
+number depends on `seed`.
 """
 
 import math
@@ -82,7 +82,7 @@ def tiny_model(
     """The model alone, in evaluation mode.
 
     Matrices have a standard deviation of 1/sqrt(hidden), so that logits differ by about 1: the
-    loss is near ln(vocabulary) and yet every token has its own.
+    loss is near ln(vocabulary), but differs between tokens.
     """
     tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     settings = FAMILIES[family] | {"tie_word_embeddings": tied} | tokens | config

@@ -1,4 +1,4 @@
-"""A method at work: one layer on a random weight, or a tiny model that takes real steps.
+"""One adapter layer on a random weight, or a tiny model that takes real training steps.
 
 layer = one_layer(SoRA(rank=4), d_out=33, d_in=48, quant=NF4())
 bench = Bench(save_tiny(tmp_path / "base"), SoRA(rank=4))
@@ -53,9 +53,9 @@ def one_layer(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> AdapterLayer:
-    """A method's layer at its start on a random frozen weight without bias.
+    """A method's initialised layer on a random frozen weight without bias.
 
-    Its method is `layer.method`, with its plans made and the layer adopted.
+    Its method is `layer.method`, with its plan made and its layers set.
     """
     draw = torch.Generator().manual_seed(seed)
     dense = torch.randn(d_out, d_in, generator=draw) / d_in**0.5
@@ -79,7 +79,7 @@ def perturb(layer: AdapterLayer, size: float = 0.05, seed: int = 1) -> AdapterLa
 
 
 class Bench:
-    """A tiny model with an adapter, and the real step."""
+    """A tiny model with an adapter, trained by the real optimizer step."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class Bench:
         self.result: StepResult | None = None
 
     def step(self) -> float:
-        """The next optimizer step, over two micro-batches; its mean loss."""
+        """Take the next optimizer step, over two micro-batches; return its mean loss."""
         self.attached.train()
         info = prepare_step(self.method, self.optim, self.seed, self.number, self.total)
         batches = list(batches_of(0 if self.repeats_data else self.number, self.rows))
@@ -140,7 +140,7 @@ class Bench:
         return self.result.loss
 
     def save(self, folder: Path) -> Path:
-        """The adapter's files, in a folder that is made for them."""
+        """Write the adapter's files into a new folder."""
         folder.mkdir()
         save_adapter(
             folder,
@@ -161,7 +161,7 @@ class Bench:
 def perturbed(
     directory: Path, settings: AdapterSettings, dtype: torch.dtype = torch.bfloat16
 ) -> Bench:
-    """A bench whose every trained parameter has moved, as if it had been trained."""
+    """A bench with noise in every trained parameter, as if it had been trained."""
     bench = Bench(directory, settings, dtype=dtype)
     draw = torch.Generator().manual_seed(1)
     for parameter in bench.attached.parameters().values():
@@ -172,7 +172,7 @@ def perturbed(
 
 @torch.no_grad()
 def plain_logits(model: torch.nn.Module) -> Tensor:
-    """What `Bench.logits` is, of a model of transformers or PEFT."""
+    """The logits of `Bench.logits`, for a model of transformers or PEFT."""
     return model.eval()(input_ids=IDS, position_ids=POSITIONS, use_cache=False).logits
 
 
@@ -191,4 +191,4 @@ def _facts_of(directory: str) -> BaseFacts:
 
 
 def _no_check(loss: float, batch: Batch) -> None:
-    """A tiny random model may do as badly as it likes."""
+    """Accept any loss: the model is random."""

@@ -1,1 +1,1 @@
-"""What is trained: one small file a method, over one layer and one method interface."""
+"""What is trained: the layer and method interfaces, attaching, saving, and PEFT files."""

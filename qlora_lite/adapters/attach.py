@@ -1,8 +1,8 @@
-"""Put a method's layers into a frozen model, and know afterwards what is trained.
+"""Replace linear layers of a frozen model by adapter layers, and keep track of what is trained.
 
     attached = attach(model, method, plan, seed, dtype)
 
-The layers that are adapted are replaced in place; the model's own code runs on, unaware.
+Layers are replaced in place; the model's own code does not change.
 """
 
 import copy
@@ -25,11 +25,11 @@ from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear
 from qlora_lite.model.targets import LinearSpec
 
 ALWAYS_FP32 = (Role.GATE, Role.MAGNITUDE)
-"""Roles whose updates, or whose start, would be lost in bf16."""
+"""Roles that are stored in fp32, because bf16 would lose their updates or initial values."""
 
 
 class TrainedLinear(nn.Module):
-    """A linear layer trained whole: the dense base weight as an fp32 parameter."""
+    """A fully trained linear layer: the dense base weight as an fp32 parameter."""
 
     def __init__(self, base: FrozenLinear) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class TrainedLinear(nn.Module):
 
 
 class TrainedEmbedding(nn.Module):
-    """An embedding trained whole, as an fp32 parameter."""
+    """A fully trained embedding, as an fp32 parameter."""
 
     def __init__(self, base: FrozenEmbedding) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class AttachedAdapter:
     full_modules: dict[str, nn.Module] = field(default_factory=dict)
     """Norms and modules that are fully trained, by path."""
     frozen_modules: dict[str, nn.Module] = field(default_factory=dict)
-    """The frozen modules that they replace."""
+    """The frozen modules that `full_modules` replace."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every trained parameter by `path.name`, in the model's order."""
@@ -80,10 +80,10 @@ class AttachedAdapter:
         return found
 
     def groups(self) -> list[ParameterGroup]:
-        """The method's groups, then what is trained beside the adapters (without decay)."""
+        """The method's groups, then one without decay for embeddings and full modules."""
         groups = self.method.groups()
-        known = {name for group in groups for name in group.names}
-        rest = {name: p for name, p in self.parameters().items() if name not in known}
+        grouped = {name for group in groups for name in group.names}
+        rest = {name: p for name, p in self.parameters().items() if name not in grouped}
         if rest:
             groups.append(ParameterGroup(tuple(rest), tuple(rest.values()), decays=False))
         return groups
@@ -93,23 +93,23 @@ class AttachedAdapter:
         return sum(p.numel() for p in self.parameters().values())
 
     def state(self) -> dict[str, Tensor]:
-        """All that makes the adapter, by `path.name`: what checkpoints and its files hold."""
+        """All tensors of the adapter by `path.name`, as saved in checkpoints and its files."""
         found = {name: p.detach() for name, p in self.parameters().items()}
         for path, layer in self.layers.items():
             found |= {f"{path}.{name}": tensor for name, tensor in layer.state().items()}
         return found
 
     def load_state(self, saved: Mapping[str, Tensor]) -> None:
-        """The inverse of `state`; names must match exactly.
+        """Load what `state` returned; names must match exactly.
 
         Raises:
-            AdapterError: if a tensor is missing, left over, or a parameter has another shape.
+            AdapterError: if a tensor is missing or extra, or a parameter has another shape.
         """
         expected = self.state()
-        if odd := sorted(saved.keys() ^ expected.keys()):
+        if unmatched := sorted(saved.keys() ^ expected.keys()):
             raise AdapterError(
-                f"the saved adapter and this recipe differ in {len(odd)} tensors (such as "
-                f"{odd[0]}). Use the recipe.json of the run that wrote it"
+                f"the saved adapter and this recipe differ in {len(unmatched)} tensors (such as "
+                f"{unmatched[0]}). Use the recipe.json of the run that wrote it"
             )
         for name, parameter in self.parameters().items():
             if parameter.shape != saved[name].shape:
@@ -122,30 +122,30 @@ class AttachedAdapter:
             self.layers[path].load_state(tensors)
 
     def train(self, mode: bool = True) -> None:
-        """Adapter dropout on or off. The frozen base is never in training mode: its own dropout,
-        where it has one, would make the adapted model start elsewhere than at the base."""
+        """Turn adapter dropout on or off. The base stays in evaluation mode: dropout of its own
+        would make the first output differ from the base's."""
         for layer in self.layers.values():
             layer.train(mode)
 
     @property
     def is_base_unchanged(self) -> bool:
-        """Without the adapter this is the model that the base's checkpoint makes."""
+        """Whether the model without the adapter is the base of the checkpoint (as quantised)."""
         return Requirement.ORIGINAL_WEIGHTS not in self.method.requires
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The bare base, while the block runs. Of a method that needs the original weights it is
-        what that method left of the base (`is_base_unchanged` is false)."""
-        switched: list[AdapterLayer | LoRAEmbedding]
-        switched = [*self.layers.values(), *self.embeddings.values()]
-        for layer in switched:
+        """Turn the adapter off while the block runs. If `is_base_unchanged` is false, the remaining
+        model is the base as the method changed it."""
+        layers: list[AdapterLayer | LoRAEmbedding]
+        layers = [*self.layers.values(), *self.embeddings.values()]
+        for layer in layers:
             layer.enabled = False
         for path, module in self.frozen_modules.items():
             replace(self.model, path, module)
         try:
             yield
         finally:
-            for layer in switched:
+            for layer in layers:
                 layer.enabled = True
             for path, module in self.full_modules.items():
                 replace(self.model, path, module)
@@ -159,13 +159,13 @@ def attach(
     dtype: torch.dtype,
     split_state: SplitState | None = None,
 ) -> AttachedAdapter:
-    """Build the layers of `method` on `model`, in place.
+    """Build the layers of `method` and put them into `model`, in place.
 
     Args:
         plan: what to train, from `plan_adapter`.
         seed: every layer draws from its own stream, seeded by its path.
         dtype: storage dtype of the trained parameters; gates and full modules are fp32.
-        split_state: what `Method.split` found while the base was loaded, and the saved state.
+        split_state: the results of `Method.split` while the base was loaded, and the saved state.
 
     Raises:
         AdapterError: if the input embedding gets a LoRA and is not a plain embedding.
@@ -188,23 +188,23 @@ def attach(
 def build_layer(
     base: FrozenLinear, spec: LinearSpec, split_state: SplitState, dtype: torch.dtype
 ) -> AdapterLayer:
-    """One planned layer at its start, on its base's device, at rest in `dtype`.
+    """One initialised layer, on its base's device, with parameters stored in `dtype`.
 
-    Rows lie one after the other, as in a file: another order in memory would be another order of
-    sums, and a run that was resumed would differ in its last bits.
+    Tensors are contiguous, as in a file: another memory layout would change the order of sums, and
+    a resumed run would differ in its last bits.
     """
     draws = generator(split_state.seed, "adapter", spec.path)
     layer = split_state.method.build(base, spec, split_state.build_state(spec.path), draws)
-    own = layer.state().keys()  # a tensor that is also a parameter or buffer is kept once
+    own = layer.state().keys()  # a parameter or buffer is saved once
     layer.start = {n: t for n, t in split_state.start_of(spec.path).items() if n not in own}
     device = base.weight.device
     for name, parameter in layer.trained().items():
-        rests_in = torch.float32 if layer.roles[name] in ALWAYS_FP32 else dtype
-        parameter.data = parameter.data.to(device, rests_in).contiguous()
+        storage = torch.float32 if layer.roles[name] in ALWAYS_FP32 else dtype
+        parameter.data = parameter.data.to(device, storage).contiguous()
     for name, buffer in layer._buffers.items():
         if buffer is not None:
-            rests_in = dtype if name in layer.frozen else buffer.dtype
-            layer._buffers[name] = buffer.to(device, rests_in).contiguous()
+            storage = dtype if name in layer.frozen else buffer.dtype
+            layer._buffers[name] = buffer.to(device, storage).contiguous()
     return layer
 
 

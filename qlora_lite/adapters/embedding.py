@@ -2,8 +2,8 @@
 
     y = E[ids] + s B A[:, ids]          A (r, vocabulary),  B (hidden, r)
 
-Hu et al. 2021 as PEFT lays it out: A starts at zero and B Gaussian, so the first output is the
-base's, bit for bit. A head that is tied to the embedding keeps the bare embedding.
+Hu et al. 2021 in PEFT's layout: A starts at zero and B Gaussian, so the first output is the
+base's, bit for bit. A head that is tied to the embedding keeps the frozen embedding, without LoRA.
 """
 
 import torch

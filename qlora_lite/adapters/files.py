@@ -1,9 +1,9 @@
-"""An adapter's directory: all that its layers are, and PEFT's form beside it where there is one.
+"""An adapter's directory: all tensors of its layers, and if possible a PEFT adapter.
 
-native.safetensors                               all that the layers are, in its own dtype
-qlora_lite.json                                  what the others do not record
+native.safetensors                               all tensors of the layers, in their storage dtypes
+qlora_lite.json                                  what the other files do not record
 adapter_config.json, adapter_model.safetensors   the PEFT form (`peft.py`)
-README.md                                        where there is none: why, what to do
+README.md                                        if there is no PEFT form: why, and what to do
 """
 
 from pathlib import Path
@@ -35,7 +35,7 @@ def save_adapter(
     """Write all files of an adapter into an existing, empty directory.
 
     Args:
-        base: the base's hub id or absolute path, for the consumers.
+        base: the base's hub id or absolute path, for programs that load the adapter.
         sidecar: what the PEFT format does not record.
     """
     save_tensors(attached.state(), directory / NATIVE)
@@ -59,23 +59,21 @@ def save_at_rank(
 ) -> float:
     """Write the PEFT form of an adapter cut to `rank`, and return the largest relative error.
 
-    It is 0 for a method that trained every rank (DyLoRA), and that of the best approximation for
-    one that has it (MoRA).
+    The error is 0 for DyLoRA, which trained every rank. MoRA is approximated.
 
     Raises:
-        AdapterError: if the method has no pair of this rank, or is right on its own base only.
+        AdapterError: if the method has no pair of this rank, or changed the base weights.
     """
     if not attached.is_base_unchanged:
         raise AdapterError(
-            f"adapter={attached.method.settings.kind} with these settings changed the base's own "
-            "weights before it quantised them, so no adapter of it is right on another base. "
-            "Merge the run"
+            f"adapter={attached.method.settings.kind} with these settings changed the base weights "
+            "before quantisation, so its adapter does not work on the plain base. Merge the run"
         )
     pairs = {p: _cut(p, layer.factors(rank), rank) for p, layer in attached.layers.items()}
     largest = max(pair.rank for pair in pairs.values())
     if largest < rank:
         raise AdapterError(
-            f"there is no adapter of rank {rank} here: {largest} is the largest that was trained"
+            f"there is no adapter of rank {rank} here: the largest trained rank is {largest}"
         )
     tensors, config = to_peft(attached, pairs)
     error = max(pair.relative_error for pair in pairs.values())
@@ -90,29 +88,29 @@ def save_at_rank(
 def _cut(path: str, pair: Factors | None, rank: int) -> Factors:
     if pair is None or pair.magnitude is not None:
         raise AdapterError(
-            f"{path} has no adapter of rank {rank}: its method trained one rank, or this is above "
-            "it. DyLoRA can be cut to any rank up to its own, MoRA approximated"
+            f"{path} has no adapter of rank {rank}: its method trained one rank only, or a smaller "
+            "rank. DyLoRA can be cut to any rank up to its own, and MoRA can be approximated"
         )
     return pair
 
 
 def _without_peft(attached: AttachedAdapter) -> str:
-    """What somebody who looks for a PEFT adapter has to know."""
+    """The README.md of an adapter without a PEFT form."""
     kind = attached.method.settings.kind
     why = (
-        f"What `{kind}` with these settings learned has no form as a PEFT adapter without loss."
+        f"`{kind}` with these settings cannot be written as a PEFT adapter without loss."
         if attached.is_base_unchanged
-        else f"`{kind}` with these settings changed the base's own weights before it quantised "
-        "them: the adapter is right on that base only, and wrong on any other."
+        else f"`{kind}` with these settings changed the base weights before quantisation: the "
+        "adapter only works on that changed base, not on the plain one."
     )
     return (
-        f"There is no PEFT adapter here. {why}\n\nMerge it: `qlora-lite merge RUN OUT` makes the "
-        f"base again from `{NATIVE}` and writes plain merged weights.\n"
+        f"There is no PEFT adapter here. {why}\n\nMerge it: `qlora-lite merge RUN OUT` rebuilds "
+        f"the base with the help of `{NATIVE}` and writes plain merged weights.\n"
     )
 
 
 def read_native(directory: Path) -> dict[str, Tensor]:
-    """Our own state of a run's `adapter/`.
+    """Read `native.safetensors`: all tensors of a run's adapter by `path.name`.
 
     Raises:
         AdapterError: if the file is damaged or missing.
@@ -120,11 +118,12 @@ def read_native(directory: Path) -> dict[str, Tensor]:
     try:
         return load_file(directory / NATIVE)
     except (OSError, SafetensorError) as error:
-        can_go_on = any((directory.parent / "checkpoints").glob("step-*"))
-        otherwise = (
-            f", or delete {directory} and train the run again: it goes on from its last checkpoint"
+        has_checkpoint = any((directory.parent / "checkpoints").glob("step-*"))
+        alternative = (
+            f", or delete {directory} and train the run again: it continues from its last "
+            "checkpoint"
         )
         raise AdapterError(
             f"{directory / NATIVE} cannot be read ({error}). Restore it"
-            f"{otherwise if can_go_on else ''}"
+            f"{alternative if has_checkpoint else ''}"
         ) from error

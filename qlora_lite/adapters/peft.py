@@ -1,12 +1,12 @@
-"""The PEFT form of an adapter: the directory that PEFT, vLLM and llama.cpp read, out and in.
+"""Write and read adapters in the format of PEFT, which vLLM and llama.cpp read too.
 
     adapter_config.json          which modules, and how their pairs are scaled
-    adapter_model.safetensors    the pairs, and the modules that were trained whole
+    adapter_model.safetensors    the pairs, and the fully trained modules
 
-They compute the scale of an adapter differently as soon as ranks or scales vary between layers. So
-what is written is normalised: every scale is folded into B, `lora_alpha == r`, one rank (lower ones
-are padded with zeros, modules of rank 0 are left out), full paths, fp32. All consumers then agree.
-What is read may have whatever ranks, scales and patterns PEFT allows.
+These programs compute different scales as soon as ranks or scales vary between layers. So what we
+write is normalised: every scale is folded into B, `lora_alpha == r`, one rank (lower ones are
+padded with zeros, modules of rank 0 are left out), full paths, fp32. Adapters that we read may have
+any ranks, scales and patterns that PEFT allows.
 """
 
 import json
@@ -34,16 +34,16 @@ _PREFIX = "base_model.model."
 _MAGNITUDE = ".lora_magnitude_vector"
 
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""PEFT's starts that take something out of the base's weights, as prefixes of their names."""
+"""PEFT's initialisations that change the base weights, as prefixes of their names."""
 
 
 def to_peft(
     attached: AttachedAdapter, pairs: Mapping[str, Factors] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """PEFT's tensors and configuration; both empty if a layer has no lossless form there.
+    """PEFT's tensors and configuration; both empty if PEFT cannot represent a layer without loss.
 
     Args:
-        pairs: what to write of the linear layers, in place of their lossless pairs.
+        pairs: the pairs of the linear layers to write; their lossless pairs unless given.
     """
     embeddings = {path: layer.factors() for path, layer in attached.embeddings.items()}
     if pairs is None:
@@ -53,13 +53,13 @@ def to_peft(
             return {}, {}
     is_dora = any(pair.magnitude is not None for pair in pairs.values())
     if is_dora and embeddings:
-        return {}, {}  # PEFT gives every module of a DoRA adapter a magnitude, embeddings too
-    kept = {path: pair for path, pair in pairs.items() if pair.rank > 0}
-    if not kept and not embeddings:
-        kept = {path: _of_zeros(pair) for path, pair in list(pairs.items())[:1]}
-    rank = max(pair.rank for pair in (*kept.values(), *embeddings.values()))
+        return {}, {}  # in PEFT, every module of a DoRA adapter has a magnitude, embeddings too
+    nonzero = {path: pair for path, pair in pairs.items() if pair.rank > 0}
+    if not nonzero and not embeddings:
+        nonzero = {path: _zero_pair(pair) for path, pair in list(pairs.items())[:1]}
+    rank = max(pair.rank for pair in (*nonzero.values(), *embeddings.values()))
     tensors: dict[str, Tensor] = {}
-    for path, pair in kept.items():
+    for path, pair in nonzero.items():
         down, up = _padded(pair, rank)
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = down
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = up
@@ -79,7 +79,7 @@ def to_peft(
         "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": [*kept, *embeddings],
+        "target_modules": [*nonzero, *embeddings],
         "modules_to_save": list(attached.full_modules) or None,
         "lora_dropout": attached.method.settings.dropout,
         "bias": "none",
@@ -95,20 +95,21 @@ def to_peft(
 
 
 def _stores_transposed(attached: AttachedAdapter) -> bool:
-    """Whether the base keeps its weights as (d_in, d_out), as GPT-2's Conv1D does."""
+    """Whether the base stores its weights as (d_in, d_out), as GPT-2's Conv1D does."""
     sources = [layer.base.source for layer in attached.layers.values()]
     return any(isinstance(source, StoredWeight) and source.transposed for source in sources)
 
 
 def is_transposed(attached: AttachedAdapter, path: str, tensor: Tensor) -> bool:
-    """PEFT keeps this matrix as its base does, (d_in, d_out); a whole module as (d_out, d_in)."""
-    bare = attached.frozen_modules[path]
-    source = bare.source if isinstance(bare, FrozenLinear) else None
+    """Whether PEFT stores this matrix of a full module as (d_in, d_out), as the base does. Ours is
+    (d_out, d_in)."""
+    frozen = attached.frozen_modules[path]
+    source = frozen.source if isinstance(frozen, FrozenLinear) else None
     return tensor.dim() == 2 and isinstance(source, StoredWeight) and source.transposed
 
 
-def _of_zeros(pair: Factors) -> Factors:
-    """Rank 1 and nothing in it: PEFT does not read an adapter without any module."""
+def _zero_pair(pair: Factors) -> Factors:
+    """A pair of rank 1 of zeros: PEFT does not read an adapter without modules."""
     down, up = pair.down, pair.up
     return Factors(down.new_zeros(1, down.shape[1]), up.new_zeros(up.shape[0], 1))
 
@@ -127,18 +128,18 @@ class PeftAdapter:
     layers: dict[str, Factors] = field(default_factory=dict)
     embeddings: dict[str, Factors] = field(default_factory=dict)
     full_tensors: dict[str, Tensor] = field(default_factory=dict)
-    """Laid out as the base stores them: GPT-2's matrices are (d_in, d_out)."""
+    """As the base stores them: GPT-2's matrices are (d_in, d_out)."""
 
 
 def read_peft(directory: Path) -> PeftAdapter:
-    """Read a PEFT LoRA or DoRA adapter with whatever ranks, scales and patterns it has.
+    """Read a PEFT LoRA or DoRA adapter, with any ranks, scales and patterns.
 
     Raises:
         AdapterError: if it is not a LoRA adapter that can be folded without loss, or is damaged.
     """
     if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():
         raise AdapterError(
-            f"{directory} is not a PEFT adapter: {CONFIG} and {WEIGHTS} are needed there. Give the "
+            f"{directory} is not a PEFT adapter: it must contain {CONFIG} and {WEIGHTS}. Give the "
             "folder that PEFT's save_pretrained wrote, or a run's adapter/"
         )
     config = read_peft_config(directory)
@@ -167,17 +168,17 @@ def read_peft(directory: Path) -> PeftAdapter:
         magnitude = None if kind else magnitudes.pop(path, None)
         factors = Factors(pair["A"], pair["B"] * scale, magnitude=magnitude)
         (adapter.embeddings if kind else adapter.layers)[path] = factors
-    is_whole = all((pair.magnitude is not None) == is_dora for pair in adapter.layers.values())
-    if magnitudes or not is_whole or (is_dora and adapter.embeddings):
+    all_match = all((pair.magnitude is not None) == is_dora for pair in adapter.layers.values())
+    if magnitudes or not all_match or (is_dora and adapter.embeddings):
         raise AdapterError(
-            f"{directory} has use_dora={is_dora}, and its magnitudes are not those of its linear "
-            "layers. Leave embeddings out of a DoRA, or copy the adapter again"
+            f"{directory} has use_dora={is_dora}, but its magnitudes do not match its linear "
+            "layers. Leave embeddings out of a DoRA adapter, or copy the adapter again"
         )
     return adapter
 
 
 def read_peft_config(directory: Path) -> dict[str, Any]:
-    """What `adapter_config.json` says.
+    """Read `adapter_config.json`.
 
     Raises:
         AdapterError: if it is damaged.
@@ -190,8 +191,8 @@ def read_peft_config(directory: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict):
         raise AdapterError(
-            f"{directory / CONFIG} is damaged: it holds a {type(config).__name__} and no settings. "
-            "Copy the adapter again"
+            f"{directory / CONFIG} is damaged: it contains a {type(config).__name__}, not an "
+            "object. Copy the adapter again"
         )
     return config
 
@@ -208,19 +209,19 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
 def _require_plain_lora(directory: Path, config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise AdapterError(
-            f"{directory / CONFIG} says peft_type={config.get('peft_type')!r}; a LORA adapter is "
-            "needed. Merge it with PEFT and use the merged model as the base"
+            f"{directory / CONFIG} has peft_type={config.get('peft_type')!r}, and LORA is needed. "
+            "Merge it with PEFT and use the merged model as the base"
         )
     if config.get("bias", "none") != "none":
         raise AdapterError(
-            f"{directory} has bias={config.get('bias')!r}; only adapters without trained biases "
-            "can be read. Merge it with PEFT and use the merged model as the base"
+            f"{directory} has bias={config.get('bias')!r}, and only adapters without trained "
+            "biases can be read. Merge it with PEFT and use the merged model as the base"
         )
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(CHANGES_BASE):
         raise AdapterError(
-            f"{directory} has init_lora_weights={start!r}, which changed the base's own weights: "
-            "the adapter is wrong on the plain base. Save it again with PEFT's "
+            f"{directory} has init_lora_weights={start!r}, which changed the base weights: the "
+            "adapter does not work on the plain base. Save it again with PEFT's "
             "path_initial_model_for_weight_conversion, or merge it with PEFT and use the merged "
             "model as the base"
         )
@@ -230,14 +231,14 @@ def _require_plain_lora(directory: Path, config: Mapping[str, Any]) -> None:
     )
     if not are_numbers:
         raise AdapterError(
-            f"{directory / CONFIG} is damaged: it says lora_alpha={alpha!r} and "
-            f"alpha_pattern={pattern!r}, and the scale of every pair hangs on those numbers. Copy "
-            "the adapter again"
+            f"{directory / CONFIG} is damaged: it has lora_alpha={alpha!r} and "
+            f"alpha_pattern={pattern!r}, and numbers are needed to scale the pairs. Copy the "
+            "adapter again"
         )
 
 
 def _peft_scale(config: Mapping[str, Any], path: str, rank: int) -> float:
-    """PEFT's own rule: patterns match the end of the path; alpha/r or alpha/sqrt(r)."""
+    """The scale by PEFT's rule: patterns match the end of the path; alpha/r or alpha/sqrt(r)."""
     alpha = config["lora_alpha"]
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", path):

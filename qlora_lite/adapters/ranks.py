@@ -1,8 +1,8 @@
-"""The rank and the scale of every layer, from one number and a map of exceptions.
+"""The rank and the scale of every layer, from one rank and a map of exceptions.
 
     ranks = {"0-7": 32, "*.mlp.*": 4, "11": 0}
 
-A pattern is a block, some blocks, a name or a glob of the path; the last one that matches counts.
+A pattern is a block, a range of blocks, a name or a glob of the path; the last match wins.
 """
 
 import fnmatch
@@ -20,7 +20,7 @@ Scaling = Literal["alpha/r", "alpha/sqrt(r)"]
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What is decided for one layer before it is built."""
+    """Rank and scale of one layer, chosen before it is built."""
 
     rank: int
     scale: float
@@ -42,7 +42,7 @@ def scale_of(alpha: float, rank: int, scaling: Scaling) -> float:
 def cut_to_weight(
     plans: Mapping[str, LayerPlan], specs: Sequence[LinearSpec], alpha: float, scaling: Scaling
 ) -> dict[str, LayerPlan]:
-    """The plans with ranks of min(d_in, d_out) at most: a weight has no more."""
+    """The plans with ranks of at most min(d_in, d_out), the full rank of a weight."""
     full = {spec.path: min(spec.d_in, spec.d_out) for spec in specs}
     return {
         path: plan
@@ -53,7 +53,7 @@ def cut_to_weight(
 
 
 def check_ranks(specs: Sequence[LinearSpec], ranks: Mapping[str, int]) -> None:
-    """Every pattern must mean something.
+    """Check that every pattern matches a layer.
 
     Raises:
         AdapterError: if a pattern matches none of the layers.
@@ -70,7 +70,7 @@ def check_ranks(specs: Sequence[LinearSpec], ranks: Mapping[str, int]) -> None:
 
 
 def beyond_the_last(specs: Sequence[LinearSpec], ranks: Mapping[str, int]) -> list[str]:
-    """Patterns for blocks that this model does not have: they may be meant for a larger one."""
+    """Patterns with blocks that this model does not have, perhaps written for a larger model."""
     last = last_block(specs)
     return [pattern for pattern in ranks if last < (_blocks(pattern) or [0])[-1]]
 
@@ -87,6 +87,6 @@ def _matches(spec: LinearSpec, pattern: str) -> bool:
 
 
 def _blocks(pattern: str) -> range | None:
-    """The blocks that "3" or "0-5" means; None if it is a name or a glob."""
+    """The blocks of a pattern such as "3" or "0-5"; None if it is a name or a glob."""
     found = re.fullmatch(r"(\d+)(?:-(\d+))?", pattern)
     return range(int(found[1]), int(found[2] or found[1]) + 1) if found else None

@@ -1,7 +1,7 @@
-"""Beginning from an adapter that exists (`adapter.start=PATH`): our own state, or PEFT's pairs.
+"""Start from an existing adapter (`adapter.start=PATH`): our own state, or PEFT's pairs.
 
-An adapter of the same method and settings goes on as it is, with all that its layers remember. Any
-other leaves as pairs, and the method of the recipe begins from those.
+If method and settings are the same, all tensors of the adapter are loaded. Otherwise its PEFT form
+is read, and the method of the recipe starts from those pairs.
 """
 
 from pathlib import Path
@@ -26,33 +26,33 @@ from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.foundation.files import read_object
 
 FREE_TO_CHANGE = ("start", "dropout", "dtype", "lr_ratio")
-"""Settings that may differ from those of an adapter whose own state is taken as it is."""
+"""Settings that may differ from those of an adapter whose native state is loaded."""
 
 _COPY = ".base_layer.weight"
 
 
 def require_adapter(directory: Path) -> None:
-    """A quick look, before anything large is read.
+    """Check that the directory contains an adapter, before anything large is read.
 
     Raises:
-        AdapterError: if the directory holds no adapter.
+        AdapterError: if it contains no adapter.
     """
     has_peft = (directory / CONFIG).is_file() and (directory / WEIGHTS).is_file()
     if not has_peft and not (directory / NATIVE).is_file():
         raise AdapterError(
-            f"{directory} is not an adapter directory: {CONFIG} and {WEIGHTS} are needed there. "
+            f"{directory} is not an adapter directory: it must contain {CONFIG} and {WEIGHTS}. "
             "Give the folder that PEFT's save_pretrained wrote, or a run's adapter/"
         )
 
 
 def describe_warm_start(directory: Path, settings: AdapterSettings, base: str) -> list[str]:
-    """What is taken of an adapter to begin from, and whether it names another base."""
+    """Notes: which file the run starts from, and whether that adapter was made for another base."""
     is_own = (directory / NATIVE).is_file() and _was_trained_with(directory, settings)
-    notes = [f"beginning from {directory / (NATIVE if is_own else WEIGHTS)}"]
+    notes = [f"starting from {directory / (NATIVE if is_own else WEIGHTS)}"]
     if (directory / CONFIG).is_file():
         named = read_peft_config(directory).get("base_model_name_or_path")
         if isinstance(named, str) and named and Path(named).name != Path(base).name:
-            notes.append(f"{directory} was made for the base {named}, and this one is {base}")
+            notes.append(f"{directory} was made for the base {named}, and this run's is {base}")
     return notes
 
 
@@ -60,7 +60,7 @@ def warm_start(attached: AttachedAdapter, directory: Path) -> None:
     """Start from an existing adapter: our own state of the same method, or PEFT factors.
 
     Raises:
-        AdapterError: if a tensor of the adapter finds no place, or a shape differs.
+        AdapterError: if a tensor of the adapter is not trained here, or has another shape.
     """
     require_adapter(directory)
     saved = saved_state(directory, attached.method.settings)
@@ -72,21 +72,21 @@ def warm_start(attached: AttachedAdapter, directory: Path) -> None:
         return
     if not attached.is_base_unchanged:
         raise AdapterError(
-            f"adapter={attached.method.settings.kind} with these settings begins at a part of the "
-            f"base's own weights, so it cannot begin at {directory}. Leave out adapter.start, or "
+            f"adapter={attached.method.settings.kind} with these settings starts from a part of "
+            f"the base weights, so it cannot start from {directory}. Leave out adapter.start, or "
             "give a run with the same adapter settings"
         )
     if not (directory / CONFIG).is_file():
         raise AdapterError(
-            f"{directory} has no PEFT form ({CONFIG}): its method leaves as merged weights, and "
-            "only a recipe with the same method and settings can begin from it. Merge its run and "
-            "take the merged model as base.model, or take the adapter settings of its recipe.json"
+            f"{directory} has no PEFT form ({CONFIG}), so only a recipe with the same method and "
+            "settings can start from it. Merge its run and use the merged model as base.model, or "
+            "use the adapter settings of its recipe.json"
         )
     adapter = read_peft(directory)
-    _drop_copies_of_the_base(attached, adapter)
+    _drop_base_weights(attached, adapter)
     for pairs in (adapter.layers, adapter.embeddings):
         pairs.update({path: _without_padding(pair) for path, pair in pairs.items()})
-    _check_places(attached, adapter)
+    _check_all_used(attached, adapter)
     for path, factors in adapter.layers.items():
         attached.layers[path].warm_start(factors)
     with torch.no_grad():
@@ -94,10 +94,10 @@ def warm_start(attached: AttachedAdapter, directory: Path) -> None:
             embedding = attached.embeddings[path]
             embedding.a[: factors.rank] = factors.down
             embedding.b[:, : factors.rank] = factors.up / embedding.scale
-        _copy_whole_modules(attached, adapter)
+        _copy_full_modules(attached, adapter)
 
 
-def _copy_whole_modules(attached: AttachedAdapter, adapter: PeftAdapter) -> None:
+def _copy_full_modules(attached: AttachedAdapter, adapter: PeftAdapter) -> None:
     parameters = attached.parameters()
     for name, tensor in adapter.full_tensors.items():
         path = name.rpartition(".")[0]
@@ -110,53 +110,53 @@ def _copy_whole_modules(attached: AttachedAdapter, adapter: PeftAdapter) -> None
         parameters[name].copy_(value)
 
 
-def _drop_copies_of_the_base(attached: AttachedAdapter, adapter: PeftAdapter) -> None:
-    """PEFT saves the base's own head or embedding beside its LoRA: `X.base_layer.weight`.
+def _drop_base_weights(attached: AttachedAdapter, adapter: PeftAdapter) -> None:
+    """Drop the head or embedding of the base that PEFT saves with a LoRA: `X.base_layer.weight`.
 
     Raises:
-        AdapterError: if that is not the weight of this base.
+        AdapterError: if it differs from the weight of this base.
     """
     bases = {p: layer.base for p, layer in (attached.layers | attached.embeddings).items()}
     for name in [name for name in adapter.full_tensors if name.endswith(_COPY)]:
         path = name.removesuffix(_COPY)
         if path not in bases:
-            continue  # `_check_places` tells of it
+            continue  # `_check_all_used` raises
         copy, weight = adapter.full_tensors.pop(name), bases[path].original()
         if weight is None or weight.shape != copy.shape or not _is_near(weight, copy):
             raise AdapterError(
-                f"{adapter.directory} holds another weight for {path} than this base has: it was "
+                f"{adapter.directory} contains another weight for {path} than this base: it was "
                 "resized, or trained on another base model. Merge it with PEFT and use the merged "
                 "model as the base"
             )
 
 
 def _is_near(weight: Tensor, copy: Tensor) -> bool:
-    """The same but for the dtype that it was saved in."""
+    """Whether two weights are equal up to the rounding of the dtype that one was saved in."""
     return torch.allclose(weight.float(), copy, rtol=1e-2, atol=1e-3)
 
 
 def _without_padding(pair: Factors) -> Factors:
-    """Without the zeros that make all pairs of a file equally long: a component whose factors are
-    both zero has no gradient, and would never learn."""
+    """Remove the zeros that pad the pairs of a file to one rank: a component whose factors are both
+    zero has no gradient and would never learn."""
     used = pair.down.any(dim=1) & pair.up.any(dim=0)
     return Factors(pair.down[used], pair.up[:, used], magnitude=pair.magnitude)
 
 
 def saved_state(directory: Path, settings: AdapterSettings) -> dict[str, Tensor] | None:
-    """Our own state of an adapter to begin from, where it fits these settings as it is."""
+    """The native state of an adapter if it was trained with these settings, else None."""
     if not (directory / NATIVE).is_file():
         return None
     return read_native(directory) if _was_trained_with(directory, settings) else None
 
 
 def _was_trained_with(directory: Path, settings: AdapterSettings) -> bool:
-    """Our own state fits when everything is the same but how it is trained."""
+    """Whether all settings but `FREE_TO_CHANGE` are those of the saved adapter."""
     try:
         recorded = read_object(directory / SIDECAR, "adapter")["adapter"]
     except (OSError, ValueError) as error:
         raise AdapterError(
-            f"{directory / SIDECAR} says how {NATIVE} was trained, and cannot be read ({error}). "
-            "Copy the adapter again"
+            f"{directory / SIDECAR} cannot be read ({error}), so the settings of {NATIVE} are "
+            "unknown. Copy the adapter again"
         ) from error
     now = settings.model_dump(mode="json")
     return all(
@@ -164,16 +164,16 @@ def _was_trained_with(directory: Path, settings: AdapterSettings) -> bool:
     )
 
 
-def _check_places(attached: AttachedAdapter, adapter: PeftAdapter) -> None:
-    """Every tensor of the adapter is used exactly once, or the command fails."""
-    known = set(attached.layers) | set(attached.embeddings)
-    lost = [path for path in (*adapter.layers, *adapter.embeddings) if path not in known]
-    lost += [name for name in adapter.full_tensors if name not in attached.parameters()]
-    if lost:
+def _check_all_used(attached: AttachedAdapter, adapter: PeftAdapter) -> None:
+    """Check that this recipe trains every tensor of the adapter, with the same shapes."""
+    adapted = set(attached.layers) | set(attached.embeddings)
+    unused = [path for path in (*adapter.layers, *adapter.embeddings) if path not in adapted]
+    unused += [name for name in adapter.full_tensors if name not in attached.parameters()]
+    if unused:
         raise AdapterError(
-            f"{adapter.directory} holds {len(lost)} tensors that this recipe does not train "
-            f"(such as {lost[0]}). Widen adapter.targets, or set adapter.train_modules, "
-            "adapter.train_norms or adapter.embedding_rank as the adapter had them"
+            f"{adapter.directory} contains {len(unused)} tensors that this recipe does not train "
+            f"(such as {unused[0]}). Add them to adapter.targets, or set adapter.train_modules, "
+            "adapter.train_norms or adapter.embedding_rank as in the adapter"
         )
     for path, factors in adapter.layers.items():
         layer = attached.layers[path]
@@ -181,15 +181,15 @@ def _check_places(attached: AttachedAdapter, adapter: PeftAdapter) -> None:
         if factors.magnitude is not None and Role.MAGNITUDE not in layer.roles.values():
             raise AdapterError(
                 f"{adapter.directory} is a DoRA, and adapter={attached.method.settings.kind} has "
-                "no magnitudes to begin from. Take adapter=dora"
+                "no magnitudes. Use adapter=dora"
             )
     for path, factors in adapter.embeddings.items():
         vocabulary, hidden = attached.embeddings[path].base.weight.shape
         _check_shape(path, factors, (vocabulary, hidden))
         if factors.rank > attached.embeddings[path].a.shape[0]:
             raise AdapterError(
-                f"the adapter to start from has embedding rank {factors.rank}. "
-                f"Set adapter.embedding_rank={factors.rank}"
+                f"the adapter to start from has embedding rank {factors.rank}, and this recipe a "
+                f"smaller one. Set adapter.embedding_rank={factors.rank}"
             )
 
 

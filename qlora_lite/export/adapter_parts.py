@@ -41,7 +41,7 @@ def sort_by_module(state: Mapping[str, Tensor], method: Method, facts: BaseFacts
     """The tensors of `native.safetensors`, by what they are in the base.
 
     Raises:
-        AdapterError: naming a tensor that belongs nowhere, or that is missing.
+        AdapterError: naming a tensor that belongs to no module, or that is missing.
     """
     settings = method.settings
     parameters = {p.name for p in facts.shape.parameters}
@@ -66,7 +66,7 @@ def sort_by_module(state: Mapping[str, Tensor], method: Method, facts: BaseFacts
 
 
 def _check_full_modules(full: Mapping[str, Tensor], method: Method, facts: BaseFacts) -> None:
-    """Full modules must be asked for, have all their parameters, and the base's shapes."""
+    """Fully trained modules must be in the settings, be complete, and have the base's shapes."""
     settings = method.settings
     if full and not (settings.train_norms or settings.train_modules):
         raise AdapterError(mismatch(min(full), settings.kind))
@@ -86,9 +86,9 @@ def _check_full_modules(full: Mapping[str, Tensor], method: Method, facts: BaseF
 
 
 def mismatch(name: str, kind: str) -> str:
-    """The message about a tensor that is extra or missing."""
+    """Error message for a tensor that is extra or missing."""
     return (
-        f"the adapter and its settings disagree about {name}: {kind} with these settings trains no "
-        "such tensor on this base, or the adapter lacks it. Nothing was merged: use the run's own "
-        "recipe.json, adapter/ and base"
+        f"the adapter and its settings disagree about {name}: either {kind} with these settings "
+        "does not train it on this base, or the adapter lacks it. Nothing was merged: use the "
+        "run's own recipe.json, adapter/ and base"
     )

@@ -1,7 +1,6 @@
-"""The model card of a merged model: where it comes from, how it was made, how well it does.
+"""The model card of a merged model: its base, how it was trained and merged, and its scores.
 
-The head is YAML that the hub and other tools read; the body is for people. Everything is handed in
-as plain values.
+The head is YAML that the hub and other tools read; the body is for people.
 """
 
 import json
@@ -20,7 +19,7 @@ _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 @dataclass(frozen=True)
 class Card:
-    """What a card says."""
+    """The content of a card, as plain values."""
 
     title: str
     base_model: str
@@ -28,7 +27,7 @@ class Card:
     on_hub: bool
     """Whether the base has a hub id: the hub refuses a card that names a base it does not have."""
     licence: Mapping[str, Any]
-    """`license` and what belongs to it, from the base's card; empty if unknown."""
+    """`license`, `license_name` and `license_link` of the base's card; empty if unknown."""
     commands: Sequence[str]
     recipe: Mapping[str, Any]
     facts: Mapping[str, str]
@@ -48,7 +47,7 @@ class Card:
 
 
 def licence_of(base: Path) -> dict[str, Any]:
-    """What the base's own card says about its licence; empty if there is no such card."""
+    """The licence in the base's own card; empty if there is no card."""
     card = base / "README.md"
     metadata = (metadata_load(card) if card.is_file() else None) or {}
     return {key: metadata[key] for key in _LICENCE_KEYS if metadata.get(key)}
@@ -65,8 +64,9 @@ def render(card: Card) -> str:
     )
     parts = [
         f"---\n{head.to_yaml()}\n---\n\n# {_inline(card.title)}\n",
-        f"`{card.base_model}` fine-tuned with qlora-lite and merged: a whole model that loads "
-        f"with transformers. With the recipe below as `recipe.json` and its paths put right:\n\n"
+        f"`{card.base_model}` fine-tuned with qlora-lite and merged: a complete model that loads "
+        f"with transformers. To make it again, save the recipe below as `recipe.json`, adapt its "
+        f"paths, and run:\n\n"
         f"{_fenced(chr(10).join(card.commands), 'sh')}",
         _section("Merge", _merge(card)),
         _section("Loss", _loss(card)),
@@ -126,12 +126,12 @@ def _table(head: Sequence[str], rows: Any) -> str:
 
 
 def _inline(text: str) -> str:
-    """Text that stays in its cell."""
+    """Text escaped for a table cell."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _fenced(text: str, language: str = "") -> str:
-    """A block that nothing in the text can end."""
+    """A code block whose fence is longer than any in the text."""
     fence = "```"
     while fence in text:
         fence += "`"

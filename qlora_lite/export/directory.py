@@ -1,11 +1,11 @@
-"""A model directory that is complete or absent, and what belongs into it beside the weights.
+"""A model directory that is complete or absent, and the files in it besides the weights.
 
-    with unfinished(out, weights.identity) as aside:
-        write(weights, aside)
-        write_companions(aside, ...)
+    with resumable_directory(out, weights.identity) as temporary:
+        write(weights, temporary)
+        write_companions(temporary, ...)
 
-It grows as a hidden `.name.writing` next to its place and is renamed when all is synced. After a
-kill the same command goes on there; what another command left there is removed.
+The files are written to a hidden `.name.writing` next to `out`, which is synced and renamed at the
+end. After a kill the same command continues there; what another command left there is removed.
 """
 
 import json
@@ -31,13 +31,13 @@ from qlora_lite.foundation.files import (
 )
 
 LICENCES = ("licen[cs]e*", "notice*", "use_policy*", "copying*")
-"""Files of the base that go with everything made of it, in any case."""
+"""Files of the base that every derived model must include; matched in lower case."""
 
 _IDENTITY = ".merge"
 
 
 def require_free(out: Path) -> None:
-    """Refuse a place where something is already, or where nothing can be.
+    """Check that `out` does not exist yet, or is an empty directory, and can be written.
 
     Raises:
         ExportError: if `out` is a file, or a directory that is not empty.
@@ -47,51 +47,51 @@ def require_free(out: Path) -> None:
         return
     if out.exists():
         raise ExportError(
-            f"{out} exists already. Nothing is overwritten: give another place, or remove it first"
+            f"{out} exists already. Nothing is overwritten: give another path, or remove it first"
         )
     make_folder(out.parent)
     if not os.access(out.parent, os.W_OK):
-        raise RunError(f"{out.parent} may not be written to. Give another place")
+        raise RunError(f"{out.parent} is not writable. Give another path")
 
 
 @contextmanager
-def unfinished(out: Path, identity: str) -> Iterator[Path]:
-    """A directory to fill, which becomes `out` when the block ends well.
+def resumable_directory(out: Path, identity: str) -> Iterator[Path]:
+    """A directory to fill, which is renamed to `out` if the block does not raise.
 
     Args:
-        identity: a hash of what will be written; work with the same one is continued.
+        identity: a hash of what will be written; earlier work with the same one is continued.
 
     Raises:
-        ExportError: if `out` is taken.
-        RunError: if another process writes it.
+        ExportError: if `out` exists.
+        RunError: if another process is writing it.
     """
     require_free(out)
-    aside = out.with_name(f".{out.name}.writing")
-    make_folder(aside)
-    with lock(aside):
-        _keep_only(aside, identity)
-        yield aside
-        sync_tree(aside)
-        for path in sorted(aside.glob(".*"), key=lambda path: path.name == _IDENTITY):
+    temporary = out.with_name(f".{out.name}.writing")
+    make_folder(temporary)
+    with lock(temporary):
+        _delete_other_work(temporary, identity)
+        yield temporary
+        sync_tree(temporary)
+        for path in sorted(temporary.glob(".*"), key=lambda path: path.name == _IDENTITY):
             path.unlink()
-        sync_directory(aside)
+        sync_directory(temporary)
         require_free(out)
-        os.replace(aside, out)
+        os.replace(temporary, out)
         sync_directory(out.parent)
 
 
 def has_all_weights(directory: Path) -> bool:
-    """The weights of an unfinished directory are complete, the rest may be missing."""
+    """Whether all weights are written; other files may be missing."""
     names = ("model.safetensors", "model.safetensors.index.json")
     return any((directory / name).is_file() for name in names)
 
 
-def _keep_only(aside: Path, identity: str) -> None:
-    """Go on with work of this identity; clear anything else."""
-    recorded = aside / _IDENTITY
+def _delete_other_work(temporary: Path, identity: str) -> None:
+    """Keep the files of an earlier call with this identity; delete any others."""
+    recorded = temporary / _IDENTITY
     if recorded.is_file() and recorded.read_text(encoding="utf-8") == identity:
         return
-    for path in aside.iterdir():
+    for path in temporary.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name != ".lock":
@@ -109,14 +109,14 @@ def write_companions(
     end_ids: Sequence[int],
     with_code: bool,
 ) -> None:
-    """Configuration, generation settings, tokenizer with chat template, and licences.
+    """Write config, generation settings, tokenizer with chat template, and licences.
 
     Args:
         base: the base's directory.
-        tokenizer: the one of training.
+        tokenizer: the one used in training.
         dtype: of the weights.
-        is_tied: the head shares the embedding; None leaves what the base's config says.
-        end_ids: tokens at which generation has to stop.
+        is_tied: whether the head shares the embedding; None keeps the value of the base's config.
+        end_ids: tokens that stop generation.
         with_code: copy the base's own Python code.
     """
     write_json(directory / "config.json", _config(base, dtype, is_tied))
@@ -129,7 +129,7 @@ def write_companions(
 
 
 def _config(base: Path, dtype: torch.dtype, is_tied: bool | None) -> dict[str, Any]:
-    """The base's own, with what has changed."""
+    """The base's config, with what has changed."""
     config = _read(base / "config.json")
     for stale in ("quantization_config", "torch_dtype", "_name_or_path"):
         config.pop(stale, None)
@@ -140,7 +140,7 @@ def _config(base: Path, dtype: torch.dtype, is_tied: bool | None) -> dict[str, A
 
 
 def _generation(base: Path, end_ids: Sequence[int]) -> dict[str, Any]:
-    """The base's own, if it has one, with every token that ends an answer."""
+    """Generation settings of the base (or of its config), with all tokens that end an answer."""
     path = base / "generation_config.json"
     settings = _read(path) if path.is_file() else {}
     if not settings:

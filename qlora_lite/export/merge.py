@@ -1,17 +1,17 @@
-"""The weights of a merged model: what training held of the base plus what it learned.
+"""The weights of a merged model: the base as training used it, plus the trained update.
 
     weights = MergedWeights(TrainedLayers(source, "trained"), torch.bfloat16)
     write(weights, directory)
 
 | base of the merge | an adapted weight                   | any other tensor                    |
 |-------------------|-------------------------------------|-------------------------------------|
-| `trained`         | quantised again and dequantised to  | as training held it, cast once      |
+| `trained`         | quantised again and dequantised to  | in the dtype of training, cast once |
 |                   | what forward used, plus delta       |                                     |
 | `original`        | the checkpoint's, plus delta        | the checkpoint's, byte for byte     |
 
-Sums are made in fp32 and rounded once. Each tensor is made from the base's checkpoint and the
-adapter, and leaves in chunks of rows. So memory holds one tensor as training held it, a chunk, and
-the adapter. Names and order are those of the base's files.
+Sums are computed in fp32 and rounded once. Each tensor is computed from the base's checkpoint and
+the adapter, and written in chunks of rows. So memory holds one tensor of the base, a chunk, and the
+adapter. Names and order are those of the base's files.
 """
 
 import hashlib
@@ -48,10 +48,10 @@ class MergedTensor:
 
 
 class MergedWeights:
-    """The tensors of a merged model, each made when it is asked for.
+    """The tensors of a merged model, each computed when it is read.
 
     Args:
-        dtype: of the floating-point tensors; None keeps each in the dtype that the base stores.
+        dtype: of the floating-point tensors; None keeps the dtype of each tensor in the base.
     """
 
     def __init__(self, layers: TrainedLayers, dtype: torch.dtype | None = None) -> None:
@@ -63,7 +63,7 @@ class MergedWeights:
             for name, origin in tied.items()
             if changed & {name.rpartition(".")[0], origin.rpartition(".")[0]}
         ]
-        """Parameters that shared another's storage in the base and get their own now."""
+        """Parameters that are tied in the base and written as separate tensors."""
         names = [(stored, name) for name, stored in layers.stored_names.items()]
         names += [(name, name) for name in self.untied]
         self._tensors = {
@@ -71,7 +71,7 @@ class MergedWeights:
         }
 
     def _spec(self, stored: str, name: str, wanted: torch.dtype | None) -> TensorSpec:
-        """Integer tensors keep their dtype; packed codes become weights."""
+        """Integer tensors keep their dtype; packed codes are written as weights."""
         layers = self.layers
         origin = layers.stored_names[layers.source.facts.tied.get(name, name)]
         if is_packed(layers.checkpoint, origin):
@@ -83,7 +83,7 @@ class MergedWeights:
 
     @property
     def base(self) -> BaseOfMerge:
-        """What the adapter is added to."""
+        """The base that the adapter is added to."""
         return self.layers.base
 
     @property
@@ -93,7 +93,7 @@ class MergedWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of most of the bytes."""
+        """The dtype that most of the bytes have."""
         sizes: dict[torch.dtype, int] = {}
         for spec in self.specs:
             sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.num_bytes
@@ -119,7 +119,7 @@ class MergedWeights:
         return self._tensors[stored].name
 
     def tensor(self, stored: str) -> Tensor:
-        """A copy of a whole tensor, as it will be written."""
+        """A copy of one tensor, as it will be written."""
         spec = self._tensors[stored].spec
         whole = torch.empty(spec.shape, dtype=spec.dtype)
         flat, start = whole.view(-1), 0
@@ -131,7 +131,7 @@ class MergedWeights:
     def chunks(self, stored: str) -> Iterator[Tensor]:
         """A tensor in pieces along its first dimension, in the dtype of its spec, on the CPU.
 
-        Each piece is valid until the next is asked for.
+        Each piece is valid until the next one is read.
         """
         tensor = self._tensors[stored]
         dtype, shape = tensor.spec.dtype, tensor.spec.shape
@@ -150,7 +150,7 @@ class MergedWeights:
             yield from (part.to("cpu", dtype) for part in rows)
 
     def _changed_rows(self, tensor: MergedTensor) -> Iterator[Tensor] | None:
-        """Rows (along the outputs) that differ from the stored ones; None if nothing differs."""
+        """Rows (along the outputs) that replace the stored ones; None if nothing changed."""
         layers, parts, name = self.layers, self.layers.parts, tensor.name
         if name in parts.full_parameters:
             return _split(parts.full_parameters[name])
@@ -175,7 +175,7 @@ def write(
 
     Raises:
         RunError: if the disk has too little space left.
-        ExportError: if it filled up all the same; the same call continues.
+        ExportError: if the disk fills up while writing; the same call continues.
     """
     total = sum(spec.num_bytes for spec in weights.specs)
     with ShardWriter(directory, weights.specs, weights.identity, max_shard_bytes) as writer:
@@ -189,7 +189,7 @@ def write(
 
 
 def _adapted_rows(layer: AdapterLayer) -> Iterator[Tensor]:
-    """The dense weight with what was trained, in fp32."""
+    """The merged weight of an adapted layer, in fp32."""
     pair = layer.factors() if type(layer).merged is AdapterLayer.merged else None
     if pair is None or pair.relative_error > 0:
         return _split(layer.merged(layer.base.dense()))
@@ -201,13 +201,13 @@ def _split(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _dense_rows(linear: FrozenLinear) -> Iterator[Tensor]:
-    """The rows that forward uses."""
+    """The dequantised rows that forward uses."""
     for _, _, piece in linear.pieces():
         yield from _split(piece)
 
 
 def _add(rows: Iterator[Tensor], pair: Factors) -> Iterator[Tensor]:
-    """rows + up @ down in fp32; where nothing is added, even the sign of a zero is kept."""
+    """rows + up @ down in fp32. Rows whose `up` is zero are unchanged, down to signs of zeros."""
     start = 0
     for part in rows:
         up = pair.up[start : start + len(part)].to(part.device)

@@ -52,9 +52,9 @@ class MergeSource:
     base: Base
     facts: BaseFacts
     path: Path
-    """The base's directory, from `locate`."""
+    """The base's directory, as `locate` returns it."""
     rule: DeviceRule
-    """The dtypes of training; its device is where sums are made."""
+    """The dtypes of training, and the device on which to compute."""
     adapter: AdapterSettings
     state: Mapping[str, Tensor]
     """The adapter's state by `path.name`, from `native.safetensors`."""
@@ -64,16 +64,16 @@ class MergeSource:
     def bases(self) -> tuple[BaseOfMerge, ...]:
         """The bases that this adapter can be added to.
 
-        A checkpoint that was already quantised has no original weights. A method that started
-        before quantisation took something out of them, so it fits its own base only.
+        A checkpoint that was already quantised has no original weights. A method that changed the
+        weights before quantisation fits only the base that it made.
         """
         return ("trained",) if self._only_trained else ("trained", "original")
 
     @cached_property
     def _only_trained(self) -> str | None:
-        """Why the original base is no choice; None if it is one."""
+        """Why the adapter does not fit the original base; None if it does."""
         if Requirement.ORIGINAL_WEIGHTS in method_for(self.adapter).requires:
-            return f"adapter={self.adapter.kind} with its settings changed the weights at its start"
+            return f"adapter={self.adapter.kind} with its settings changed the base weights"
         if stored_quant(self.facts.config, self.base.quant) is not None:
             return f"the checkpoint {self.path} is quantised and has no original weights"
         return None
@@ -95,7 +95,7 @@ class TrainedLayers:
     """The adapted layers of a run, and the frozen tensors of its base.
 
     Raises:
-        AdapterError: if a tensor of the adapter belongs nowhere in this base, or one is missing.
+        AdapterError: if a tensor of the adapter matches no module of this base, or one is missing.
         ExportError: if the adapter does not fit `base`.
     """
 
@@ -111,7 +111,7 @@ class TrainedLayers:
             ours: stored for stored, ours in source.facts.match_names(self.checkpoint.names).items()
         }
         """The checkpoint's name of every tensor of the model, in the order of its files."""
-        self._splits = SplitState(
+        self._split_state = SplitState(
             self.method, list(self.parts.specs.values()), source.seed, source.state
         )
         self._scratch = Scratch()
@@ -119,20 +119,20 @@ class TrainedLayers:
     def layer(self, path: str) -> AdapterLayer:
         """The trained layer at `path`, with its frozen weight and without a bias."""
         spec, saved = self.parts.specs[path], self.parts.layers[path]
-        layer = build_layer(self.frozen(f"{path}.weight"), spec, self._splits, torch.float32)
+        layer = build_layer(self.frozen(f"{path}.weight"), spec, self._split_state, torch.float32)
         if odd := saved.keys() ^ layer.state().keys():
             raise AdapterError(mismatch(f"{path}.{min(odd)}", self.source.adapter.kind))
         for name, parameter in layer.trained().items():
             if saved[name].shape != parameter.shape:
                 raise AdapterError(
                     f"{path}.{name} has shape {tuple(saved[name].shape)} in the adapter and "
-                    f"{tuple(parameter.shape)} by its settings. Restore the run's files"
+                    f"{tuple(parameter.shape)} according to its settings. Restore the run's files"
                 )
         layer.load_state(saved)
         return layer
 
     def embedding_pair(self, path: str) -> Factors:
-        """What is added to the embedding at `path`: up @ down is (tokens, hidden)."""
+        """The LoRA pair of the embedding at `path`: up @ down is (tokens, hidden)."""
         saved, settings = self.parts.embeddings[path], self.source.adapter
         scale = scale_of(settings.alpha, settings.embedding_rank, settings.scaling)
         return Factors(down=scale * saved["b"].float().T, up=saved["a"].float().T)
@@ -149,7 +149,7 @@ class TrainedLayers:
             rule = dataclasses.replace(rule, compute=torch.float32)
             return quantise(weight, exact, rule, scratch=self._scratch)
         if (quant := self.quant(name)) is not None:
-            split = self._splits.split(parameter.module)
+            split = self._split_state.split(parameter.module)
             return quantise(weight, quant, rule, split=split, scratch=self._scratch)
         plain = copy_weight(weight, self._storage_dtype(parameter), rule.device)
         label: Quant = FP32() if plain.dtype == torch.float32 else BF16()
@@ -169,9 +169,9 @@ class TrainedLayers:
         return None
 
     def unquantised(self, name: str) -> Iterator[Tensor]:
-        """A tensor that was not quantised, in fp32 after the rounding that training gave it.
+        """A tensor that was not quantised: rounded as in training, then in fp32.
 
-        It comes in chunks along its first dimension.
+        Yields chunks along the first dimension.
         """
         if self.base == "original" or name not in self.parameters:
             return (part.float() for part in self.stored(name))
@@ -194,7 +194,7 @@ class TrainedLayers:
         return self.checkpoint.info(self.stored_names[self._origin(name)]).num_bytes
 
     def _origin(self, name: str) -> str:
-        """The parameter whose storage holds this one: of tied ones only one is stored."""
+        """Of tied parameters, the one that is stored; otherwise the parameter itself."""
         return self.source.facts.tied.get(name, name)
 
     def _storage_dtype(self, parameter: ParameterShape) -> torch.dtype:

@@ -1,10 +1,10 @@
-"""Is the merged model the trained one? Its logits are compared with those of adapter on base.
+"""Compare the logits of the merged model with those of the trained one (adapter on base).
 
     reference = sample_logits(trained, batches)
     agreement = compare(reference, sample_logits(read_back(directory, rule), batches))
 
-The same exact arithmetic would give the same logits; floating-point sums differ in their last
-digits, and 16-bit files in the rounding of every weight.
+In exact arithmetic they would be equal. In practice fp32 sums differ in their last digits, and
+16-bit files by the rounding of every weight.
 """
 
 import copy
@@ -30,22 +30,22 @@ SAMPLED_TOKENS = 256
 """Tokens whose logits are kept: 128 MB for a vocabulary of 128k."""
 
 EXACT = 1e-4
-"""Largest difference relative to the largest logit, where everything is fp32."""
+"""Largest difference relative to the largest logit when everything is in fp32."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How near two models' logits are."""
+    """How close the logits of two models are."""
 
     relative_error: float
     """Largest absolute difference over the largest absolute logit."""
     top1: float
-    """Share of tokens at which both have the same first guess."""
+    """Share of tokens at which both models predict the same token."""
     num_tokens: int
 
     @property
     def is_exact(self) -> bool:
-        """Equal but for the order of fp32 sums."""
+        """Whether the logits are equal up to the order of fp32 sums."""
         return self.relative_error <= EXACT
 
 
@@ -53,27 +53,27 @@ class Agreement:
 def sample_logits(model: CausalModel, batches: Iterable[Batch]) -> Tensor:
     """Logits at the first trained tokens, (tokens, vocabulary) in fp32 on the CPU."""
     model.module.eval()
-    found: list[Tensor] = []
+    sampled: list[Tensor] = []
     missing = SAMPLED_TOKENS
     for batch in (batch.to(model.device) for batch in batches):
         hidden = model.hidden(batch.input_ids, batch.position_ids)
-        kept = hidden[batch.targets != IGNORE_INDEX][:missing]
-        found.append(model.logits(kept).float().cpu())
-        missing -= len(kept)
+        at_targets = hidden[batch.targets != IGNORE_INDEX][:missing]
+        sampled.append(model.logits(at_targets).float().cpu())
+        missing -= len(at_targets)
         if not missing:
             break
-    return torch.cat(found)
+    return torch.cat(sampled)
 
 
 def compare(reference: Tensor, other: Tensor) -> Agreement:
-    """Logits of two models at the same tokens, (tokens, vocabulary)."""
+    """Compare logits of two models at the same tokens, (tokens, vocabulary)."""
     error = (other - reference).abs().max() / reference.abs().max()
     top1 = (other.argmax(-1) == reference.argmax(-1)).float().mean()
     return Agreement(error.item(), top1.item(), len(reference))
 
 
 def candidate(weights: MergedWeights, base: Base, rule: DeviceRule) -> CausalModel:
-    """The model that `weights` would make once written, computing as training did."""
+    """The merged model in memory, before it is written; it computes in the dtype of training."""
     config = copy.deepcopy(weights.layers.source.facts.config)
     if weights.untied:
         config.tie_word_embeddings = False
@@ -97,7 +97,7 @@ def candidate(weights: MergedWeights, base: Base, rule: DeviceRule) -> CausalMod
 
 
 def read_back(directory: Path, base: Base, rule: DeviceRule) -> CausalModel:
-    """A written directory as everybody loads it: plain transformers, in the compute dtype."""
+    """Load a written directory with plain transformers, in the compute dtype."""
     attention = {} if base.attention == "auto" else {"attn_implementation": base.attention}
     with _quiet():
         model = AutoModelForCausalLM.from_pretrained(
@@ -108,7 +108,7 @@ def read_back(directory: Path, base: Base, rule: DeviceRule) -> CausalModel:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bar of transformers."""
+    """Hide the progress bar of transformers."""
     had_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

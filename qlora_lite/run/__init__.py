@@ -1,17 +1,18 @@
 """One run: plan it, train it, load it, score it, merge it.
 
-initialising.py  a recipe file for any model
-planning.py      will it fit
+initialising.py  write a recipe file for any model
+setup.py         device, base facts, method and adapter plan of a recipe, read once per command
+planning.py      the memory plan, and checks of settings that depend on each other
+savings.py       settings that need less memory, for a recipe that does not fit
 folder.py        the run's folder: what it records, who may use it, whether it is finished
 training.py      from recipe to adapter
-finishing.py     samples, report and adapter at the end of training
-loading.py       a run, an adapter or any model directory, ready to use
-scoring.py       how well runs and models predict rows
-speaking.py      a conversation with a run or a model
-inspecting.py    what trained adapters look like: spectra, ranks, subspaces
-deltas.py        the trained layers of a run, one at a time
-pairs.py         the factors of PEFT adapters and loralib checkpoints
-extracting.py    an adapter of another rank out of a run
+job.py           what the training loop works with: batches, optimizer, engine, scorer
+tracking.py      metrics for experiment trackers
+finishing.py     samples, report and adapter files at the end of training
+loading.py       load a run or any model directory
+scoring.py       held-out loss, accuracy and perplexity of runs and models
+chat.py          load a model for `generate`, or chat with it
+extracting.py    cut a run's adapter to another rank
 merging.py       from run to merged model
-proving.py       the measured proof that a merged model is the trained one
+merge_check.py   compare the merged model with the trained one
 """

@@ -1,7 +1,7 @@
-"""A run or a model that speaks: ready for `generate`, or turn by turn.
+"""Load a run or a model for `generate`, or chat with it.
 
-talk = Talk(load_speaker("runs/mine"))
-for piece in talk.ask("What does os.path.join do?"): ...
+session = ChatSession(load_for_chat("runs/mine"))
+for piece in session.ask("What does os.path.join do?"): ...
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.run import loading
 from qlora_lite.run.loading import LoadedModel
 
-Turns = tuple[Message, ...]
+Messages = tuple[Message, ...]
 
 
 def load(target: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -35,15 +35,15 @@ def load(target: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def load_for_chat(
     target: str | Path, device: str = "auto", watcher: Watcher | None = None
 ) -> LoadedModel:
-    """`loading.load`, without dropout, and with every end of turn that the model may say."""
+    """`loading.load`, in evaluation mode and with every end-of-turn token as an eos token."""
     loaded = loading.load(target, device, watcher)
     loaded.base.model.eval()
-    loaded.base.model.generation_config.eos_token_id = _stops(loaded)
+    loaded.base.model.generation_config.eos_token_id = _stop_ids(loaded)
     return loaded
 
 
 class ChatSession:
-    """A conversation with a model. The oldest turns are dropped when its context is full."""
+    """A conversation with a model. The oldest messages are dropped when its context is full."""
 
     def __init__(
         self,
@@ -56,70 +56,72 @@ class ChatSession:
         self.model = loaded.base.model
         self.tokenizer = loaded.tokenizer
         self.template = ChatTemplate(loaded.tokenizer)
-        self.stops = _stops(loaded)
+        self.stop_ids = _stop_ids(loaded)
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
-        self.system: Turns = (Message("system", system),) if system else ()
-        self.turns: Turns = ()
+        self.system: Messages = (Message("system", system),) if system else ()
+        self.messages: Messages = ()
         self.num_dropped = 0
-        """Turns that the last question pushed out."""
+        """Messages that were dropped to make room for the last question."""
         config = self.model.config.get_text_config()
         self.context: int | None = getattr(config, "max_position_embeddings", None)
 
     def reset(self) -> None:
-        """Forget everything that was said."""
-        self.turns = ()
+        """Start a new conversation."""
+        self.messages = ()
 
     def ask(self, text: str) -> Iterator[str]:
-        """The answer, piece by piece. It is remembered as far as it was read.
+        """Stream the answer. What the caller has consumed of it becomes part of the conversation.
 
         Raises:
             DataError: if the question alone does not fit into the model's context.
         """
-        asked = (*self.turns, Message("user", text))
-        room = None if self.context is None else self.context - 1
-        kept = fit_turns(asked, lambda turns: len(self._ids(turns)), room)
-        ids = self._ids(kept)
+        all_messages = (*self.messages, Message("user", text))
+        max_tokens = None if self.context is None else self.context - 1
+        messages = drop_oldest(all_messages, lambda some: len(self._ids(some)), max_tokens)
+        ids = self._ids(messages)
         length = self.max_new_tokens
         if self.context is not None:
             length = min(length, self.context - len(ids))
-        self.num_dropped = len(asked) - len(kept)
-        self.turns = kept
-        said: list[str] = []
+        self.num_dropped = len(all_messages) - len(messages)
+        self.messages = messages
+        answer: list[str] = []
         try:
             for piece in stream(
-                self.model, self.tokenizer, ids, self.stops, length, self.temperature
+                self.model, self.tokenizer, ids, self.stop_ids, length, self.temperature
             ):
-                said.append(piece)
+                answer.append(piece)
                 yield piece
         finally:
-            self.turns = (*kept, Message("assistant", "".join(said).strip()))
+            self.messages = (*messages, Message("assistant", "".join(answer).strip()))
 
-    def _ids(self, turns: Turns) -> list[int]:
-        text = self.template.prompt([*self.system, *turns])
+    def _ids(self, messages: Messages) -> list[int]:
+        text = self.template.prompt([*self.system, *messages])
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
-def fit_turns(turns: Turns, num_tokens: Callable[[Turns], int], room: int | None) -> Turns:
-    """The newest turns that fit into `room` tokens; they begin with the user's.
+def drop_oldest(
+    messages: Messages, num_tokens: Callable[[Messages], int], max_tokens: int | None
+) -> Messages:
+    """The newest messages that fit into `max_tokens`; questions are dropped with their answers.
 
     Raises:
-        DataError: if the last turn alone does not fit.
+        DataError: if the last question alone does not fit.
     """
-    kept = turns
-    while room is not None and num_tokens(kept) > room:
-        if len(kept) == 1:
+    while max_tokens is not None and num_tokens(messages) > max_tokens:
+        if len(messages) == 1:
             raise DataError(
-                f"the question has {num_tokens(kept):,} tokens, and the model's context takes "
-                f"{room:,} and an answer. Ask something shorter"
+                f"the question has {num_tokens(messages):,} tokens, and the model's context has "
+                f"room for {max_tokens:,} and an answer. Ask something shorter"
             )
-        kept = kept[2:]
-    return kept
+        messages = messages[2:]
+    return messages
 
 
-def _stops(loaded: LoadedModel) -> list[int]:
-    """Ends of a turn: by the template, by the tokenizer, and by the model's own settings."""
-    own = loaded.base.model.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own]
-    ends = [ChatTemplate(loaded.tokenizer).end_of_turn_id, loaded.tokenizer.eos_token_id, *own]
-    return [end for end in dict.fromkeys(ends) if end is not None]
+def _stop_ids(loaded: LoadedModel) -> list[int]:
+    """Tokens that end an answer: of the template, the tokenizer, and the generation config."""
+    configured = loaded.base.model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    template = ChatTemplate(loaded.tokenizer)
+    ids = [template.end_of_turn_id, loaded.tokenizer.eos_token_id, *configured]
+    return [token for token in dict.fromkeys(ids) if token is not None]

@@ -1,4 +1,4 @@
-"""An adapter of another rank out of a finished run."""
+"""Cut the adapter of a finished run to another rank."""
 
 from pathlib import Path
 
@@ -15,17 +15,19 @@ def extract(run: str | Path, out: str | Path, rank: int) -> float:
     relative error of a layer, 0 where there is none; `qlora_lite.json` records it too.
 
     Raises:
-        QloraLiteError: if there is no finished run, its method has no such rank, or `out` exists.
+        QloraLiteError: if there is no finished run, it cannot be cut to `rank`, or `out` exists.
     """
     out = Path(out)
     if out.exists():
-        raise RunError(f"{out} exists already. Give a folder that does not, or remove it")
+        raise RunError(
+            f"{out} exists already. Give a folder that does not exist, or remove this one"
+        )
     loaded = load_run(run)
     assert loaded.attached is not None
     assert loaded.recipe is not None
-    with complete_directory(out) as aside:
+    with complete_directory(out) as temporary:
         return save_at_rank(
-            aside,
+            temporary,
             loaded.attached,
             rank,
             base=loaded.recipe.base.model,

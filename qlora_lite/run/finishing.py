@@ -1,6 +1,6 @@
-"""The end of a run: samples before and after, the report, and the adapter as files.
+"""The end of a run: samples before and after, the report, and the adapter files.
 
-The adapter's directory comes last and appears whole: it is what makes a run finished.
+The adapter's directory is written last and atomically: a run with an `adapter/` is finished.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ SAMPLE_TOKENS = 48
 
 @dataclass(frozen=True)
 class FinishedTraining:
-    """Everything that is known when the last step is done."""
+    """What is known after the last step."""
 
     recipe: Recipe
     folder: RunFolder
@@ -43,120 +43,123 @@ class FinishedTraining:
     """Early stopping is on."""
 
     @property
-    def kept_step(self) -> int:
-        """The step whose adapter is kept: the last, or the best where early stopping is on."""
+    def saved_step(self) -> int:
+        """The step whose adapter is saved: the last, or with early stopping the best."""
         return self.progress.best_step if self.keeps_best else self.progress.step
 
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """What a run came to."""
+    """The results of a run."""
 
     scores: dict[str, float]
-    """Of the held-out rows: `loss_before` (at the start) and `loss`; empty if none is held out."""
+    """Held-out `loss_before` (before the first step) and `loss`; empty without held-out rows."""
     samples: tuple[Sample, ...]
     peak_bytes: int
 
 
-def finish(end: FinishedTraining) -> RunOutcome:
+def finish(finished: FinishedTraining) -> RunOutcome:
     """Write `report.html`, then `adapter/`."""
-    end.attached.train(False)
-    peak = peak_bytes(end.loaded.causal.device)
-    shown = list(end.data.heldout)[: end.recipe.evaluation.samples]
-    samples = tuple(_sample(end, example) for example in shown)
-    outcome = RunOutcome(_scores(end), samples, peak)
-    write_report(end.folder.report, _report(end, outcome))
-    with complete_directory(end.folder.adapter) as aside:
+    finished.attached.train(False)
+    peak = peak_bytes(finished.loaded.causal.device)
+    shown = list(finished.data.heldout)[: finished.recipe.evaluation.samples]
+    samples = tuple(_sample(finished, example) for example in shown)
+    outcome = RunOutcome(_scores(finished), samples, peak)
+    write_report(finished.folder.report, _report(finished, outcome))
+    with complete_directory(finished.folder.adapter) as temporary:
         save_adapter(
-            aside,
-            end.attached,
-            base=end.recipe.base.model,
-            revision=end.recipe.base.revision,
-            sidecar=_sidecar(end, outcome),
+            temporary,
+            finished.attached,
+            base=finished.recipe.base.model,
+            revision=finished.recipe.base.revision,
+            sidecar=_sidecar(finished, outcome),
         )
     return outcome
 
 
-def _scores(end: FinishedTraining) -> dict[str, float]:
-    """The loss at the start, as a rule the bare base's, and the kept adapter's."""
-    progress = end.progress
-    kept = progress.best_loss if end.keeps_best else progress.last_loss
-    if progress.first_loss is None or kept is None:
+def _scores(finished: FinishedTraining) -> dict[str, float]:
+    """Held-out loss before the first step (usually that of the base), and of the saved adapter."""
+    progress = finished.progress
+    loss = progress.best_loss if finished.keeps_best else progress.last_loss
+    if progress.first_loss is None or loss is None:
         return {}
-    return {"loss_before": progress.first_loss, "loss": kept}
+    return {"loss_before": progress.first_loss, "loss": loss}
 
 
-def _sample(end: FinishedTraining, example: Example) -> Sample:
-    """The answer of the bare base and of the adapted model to one held-out prompt."""
-    model, tokenizer = end.loaded.base.model, end.loaded.tokenizer
+def _sample(finished: FinishedTraining, example: Example) -> Sample:
+    """The answers of the base and of the adapted model to one held-out prompt."""
+    model, tokenizer = finished.loaded.base.model, finished.loaded.tokenizer
     ids, mask = example.ids.tolist(), example.loss_mask.tolist()
     answer_starts = mask.index(True)
     first = answer_starts if answer_starts > 1 else max(1, len(ids) // 2)
     stop = next((i for i in range(first, len(mask)) if not mask[i]), len(mask))
     template = ChatTemplate(tokenizer)
-    ends = list(dict.fromkeys([template.end_of_turn_id, tokenizer.eos_token_id]))
+    stop_ids = list(dict.fromkeys([template.end_of_turn_id, tokenizer.eos_token_id]))
 
-    def say() -> str:
-        return answer(model, tokenizer, ids[:first], ends, SAMPLE_TOKENS)
+    def generate() -> str:
+        return answer(model, tokenizer, ids[:first], stop_ids, SAMPLE_TOKENS)
 
     def text(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
-    if end.attached.is_base_unchanged:
-        with end.attached.disabled():
-            before = say()
+    if finished.attached.is_base_unchanged:
+        with finished.attached.disabled():
+            before = generate()
     else:
-        before = "(this method changed the base's own weights: it does not answer for itself)"
-    return Sample(text(ids[:first]), before, say(), text(ids[first:stop]))
+        before = "(not available: this method changed the base weights)"
+    return Sample(text(ids[:first]), before, generate(), text(ids[first:stop]))
 
 
-def _sidecar(end: FinishedTraining, outcome: RunOutcome) -> dict[str, Any]:
+def _sidecar(finished: FinishedTraining, outcome: RunOutcome) -> dict[str, Any]:
     """What the PEFT format does not record."""
-    base = end.loaded.base
+    base = finished.loaded.base
     return {
-        "recipe": end.recipe.to_dict(),
-        "adapter": end.recipe.adapter.model_dump(mode="json"),
+        "recipe": finished.recipe.to_dict(),
+        "adapter": finished.recipe.adapter.model_dump(mode="json"),
         "base": {
-            "model": end.recipe.base.model,
-            "revision": end.recipe.base.revision,
+            "model": finished.recipe.base.model,
+            "revision": finished.recipe.base.revision,
             "quant": base.quant.model_dump(mode="json"),
             "compute": NAMES[base.rule.compute],
             "storage": NAMES[base.rule.storage],
             "norms": NAMES[base.rule.norms],
             "fingerprint": base.checkpoint.fingerprint,
         },
-        "data": end.data.fingerprints,
-        "data_fingerprint": end.data.fingerprint,
-        "steps": end.kept_step,
-        "state": "best" if end.keeps_best else "last",
-        "tokens": end.progress.tokens,
-        "seconds": end.progress.seconds,
+        "data": finished.data.fingerprints,
+        "data_fingerprint": finished.data.fingerprint,
+        "steps": finished.saved_step,
+        "state": "best" if finished.keeps_best else "last",
+        "tokens": finished.progress.tokens,
+        "seconds": finished.progress.seconds,
         "scores": outcome.scores,
-        "predicted_peak_bytes": end.plan.ledger.measured_bytes,
+        "predicted_peak_bytes": finished.plan.ledger.measured_bytes,
         "peak_bytes": outcome.peak_bytes,
-        "versions": end.folder.read_record()["versions"],
+        "versions": finished.folder.read_record()["versions"],
     }
 
 
-def _report(end: FinishedTraining, outcome: RunOutcome) -> Report:
-    record = end.folder.read_record()
-    kept = "best" if end.keeps_best else "last"
+def _report(finished: FinishedTraining, outcome: RunOutcome) -> Report:
+    record = finished.folder.read_record()
+    which = "best" if finished.keeps_best else "last"
     facts = {
-        "device": end.loaded.base.rule.summary,
-        "steps": f"{end.progress.step} (the adapter is that of step {end.kept_step}, the {kept})",
-        "tokens": f"{end.progress.tokens:,}",
-        "training time": format_seconds(end.progress.seconds),
-        "trained parameters": f"{end.attached.num_parameters:,}",
-        "rows": f"{len(end.data.train):,} trained, {len(end.data.heldout):,} held out",
+        "device": finished.loaded.base.rule.summary,
+        "steps": (
+            f"{finished.progress.step} (the saved adapter is from step {finished.saved_step}, "
+            f"the {which})"
+        ),
+        "tokens": f"{finished.progress.tokens:,}",
+        "training time": format_seconds(finished.progress.seconds),
+        "trained parameters": f"{finished.attached.num_parameters:,}",
+        "rows": f"{len(finished.data.train):,} trained, {len(finished.data.heldout):,} held out",
         "git revision": git_revision() or "none",
     }
     facts |= {f"version of {name}": version for name, version in record["versions"].items()}
-    terms = [(name, num_bytes, None) for name, num_bytes, _ in end.plan.rows()]
+    terms = [(name, num_bytes, None) for name, num_bytes, _ in finished.plan.rows()]
     return Report(
-        title=end.folder.path.name,
-        recipe=end.recipe.to_dict(),
-        metrics=metrics.read(end.folder.metrics),
+        title=finished.folder.path.name,
+        recipe=finished.recipe.to_dict(),
+        metrics=metrics.read(finished.folder.metrics),
         facts=facts,
-        memory=[("peak", end.plan.ledger.measured_bytes, outcome.peak_bytes), *terms],
+        memory=[("peak", finished.plan.ledger.measured_bytes, outcome.peak_bytes), *terms],
         samples=outcome.samples,
     )

@@ -21,14 +21,14 @@ from qlora_lite.foundation.files import make_folder, read_object, write_json
 from qlora_lite.foundation.overrides import validate
 from qlora_lite.model.load import locate
 from qlora_lite.model.settings import Base
-from qlora_lite.recipe import FREE_SETTINGS, Recipe, differences
+from qlora_lite.recipe import CHANGEABLE_SETTINGS, Recipe, differences
 from qlora_lite.shards.reader import Checkpoint
 from qlora_lite.training import checkpoint
 
 _PACKAGES = ("qlora-lite", "torch", "transformers", "bitsandbytes", "accelerate", "datasets")
-_RECORDED = ("recipe", "fingerprints", "micro_batch_tokens")
-"""Of `recipe.json`, without which a run does not go on."""
-_LENGTH = ("optim.steps", "optim.epochs")
+_REQUIRED_KEYS = ("recipe", "fingerprints", "micro_batch_tokens")
+"""Keys of `recipe.json` that a run needs to continue."""
+_LENGTH_SETTINGS = ("optim.steps", "optim.epochs")
 """The settings that `extend` may change."""
 
 
@@ -67,7 +67,7 @@ class RunFolder:
         make_folder(self.path)
 
     def read_record(self) -> dict[str, Any]:
-        """What `recipe.json` says.
+        """Read `recipe.json`.
 
         Raises:
             RunError: if this is not a run's folder.
@@ -78,14 +78,14 @@ class RunFolder:
                 "`qlora-lite train` wrote (its `output`)"
             )
         try:
-            return read_object(self.recipe, *_RECORDED)
+            return read_object(self.recipe, *_REQUIRED_KEYS)
         except ValueError as error:
             raise RunError(
-                f"{self.recipe} is damaged ({error}). Restore it, or train anew"
+                f"{self.recipe} is damaged ({error}). Restore it, or train again in another folder"
             ) from None
 
     def read_sidecar(self) -> dict[str, Any]:
-        """What `adapter/qlora_lite.json` says about the trained adapter.
+        """Read `adapter/qlora_lite.json`: how the adapter was trained.
 
         Raises:
             RunError: if the run has no adapter yet.
@@ -93,111 +93,111 @@ class RunFolder:
         if not (self.adapter / SIDECAR).is_file():
             raise RunError(
                 f"{self.path} has no adapter yet: the run is not finished. "
-                f"Run `qlora-lite train {self.path}` to go on"
+                f"Continue it with `qlora-lite train {self.path}`"
             )
         try:
             return read_object(self.adapter / SIDECAR, "recipe", "base", "scores")
         except ValueError as error:
             raise RunError(
                 f"{self.adapter / SIDECAR} is damaged ({error}). Restore it, or delete "
-                f"{self.adapter} and train the run again: it goes on from its last checkpoint"
+                f"{self.adapter} and train the run again: it continues from its last checkpoint"
             ) from None
 
     def require_base(self, base: Base) -> Path:
-        """Where the base is that this run was trained on.
+        """The directory of the base that this run was trained on.
 
         Raises:
-            RunError: if its files are not what they were.
+            RunError: if its files changed since then.
         """
         path = locate(base)
         if Checkpoint.open(path).fingerprint != self.read_sidecar()["base"]["fingerprint"]:
             raise RunError(
                 f"the base {base.model} is not the one that {self.path} was trained on: its files "
-                "changed. Restore them; an adapter is right on its own base only"
+                "changed. Restore them: an adapter only works with the base that it was trained on"
             )
         return path
 
     def is_finished(self, recipe: Recipe) -> bool:
-        """The adapter is there and was trained to the end by this recipe."""
+        """Whether the adapter exists and was trained to the end with this recipe."""
         if not (self.adapter / SIDECAR).is_file():
             return False
         return not _changes(self.read_sidecar()["recipe"], recipe)
 
     def unfinished_extension(self) -> list[str]:
-        """A note if the adapter here is that of a shorter run, which was begun to be longer."""
+        """A note if this run is being extended and its adapter is still that of the shorter run."""
         sidecar = self.read_sidecar()
         recorded = validate(Recipe, self.read_record()["recipe"])
         if not _changes(sidecar["recipe"], recorded):
             return []
         return [
-            f"the adapter of {self.path} is that of step {sidecar['steps']}: its extension is not "
-            f"finished. `qlora-lite train {self.path}` goes on"
+            f"the adapter of {self.path} is from step {sidecar['steps']}: its extension is not "
+            f"finished. Continue it with `qlora-lite train {self.path}`"
         ]
 
-    def claim(self, recipe: Recipe, extend: bool) -> None:
-        """Check that `recipe` may work here, before anything is loaded.
+    def require_usable(self, recipe: Recipe, extend: bool) -> None:
+        """Check that `recipe` may be trained here, before anything is loaded.
 
         Raises:
-            RunError: if the folder belongs to another recipe, or is something else.
+            RunError: if the folder belongs to another recipe, or is not a run's folder.
         """
         if not self.recipe.exists():
             if extend:
                 raise RunError(
-                    f"{self.path} holds no run to extend. Leave out --extend to train a new one"
+                    f"{self.path} has no run to extend. Leave out --extend to train a new one"
                 )
-            self._refuse_foreign_content()
+            self._require_empty()
             return
         changed = _changes(self.read_record()["recipe"], recipe)
         if (self.adapter / SIDECAR).is_file():
-            was = _changes(self.read_sidecar()["recipe"], recipe)
-            changed += [line for line in was if line.partition(":")[0] not in _LENGTH]
+            since_trained = _changes(self.read_sidecar()["recipe"], recipe)
+            changed += [line for line in since_trained if not _is_length(line)]
             changed = list(dict.fromkeys(changed))
         if not extend:
-            if changed and not self.is_untouched:
+            if changed and self.has_results:
                 raise RunError(
                     f"{self.path} belongs to a run with another recipe:\n  "
                     + "\n  ".join(changed)
-                    + "\nGive another output=..., or the settings that it has"
+                    + "\nGive another output=..., or use the settings of that run"
                     + _extend_hint(changed)
                 )
             return
-        forbidden = [line for line in changed if line.partition(":")[0] not in _LENGTH]
+        forbidden = [line for line in changed if not _is_length(line)]
         if forbidden:
             raise RunError(
-                "--extend only changes how long a run is (optim.steps, optim.epochs); these "
-                "differ too:\n  " + "\n  ".join(forbidden) + "\nGive another output=..."
+                "--extend only changes how long a run is (optim.steps, optim.epochs), and these "
+                "settings differ too:\n  " + "\n  ".join(forbidden) + "\nGive another output=..."
             )
         if self.adapter.exists() and checkpoint.newest(self.checkpoints) is None:
             raise RunError(
-                f"{self.path} has no checkpoint left to go on from. Begin another run from its "
+                f"{self.path} has no checkpoint left to continue from. Start another run from its "
                 f"adapter: adapter.start={self.adapter} output=..."
             )
         if not changed and self.is_finished(recipe):
             raise RunError(
                 f"{self.path} is finished, and --extend was given without a new length. "
-                "Say how long it should be in all: optim.steps=... or optim.epochs=..."
+                "Give the new total length: optim.steps=... or optim.epochs=..."
             )
 
     @property
-    def is_untouched(self) -> bool:
-        """Nothing is saved here: the recorded recipe came to nothing, and may be corrected."""
-        return not self.adapter.exists() and checkpoint.newest(self.checkpoints) is None
+    def has_results(self) -> bool:
+        """Whether a checkpoint or adapter exists. Until then the recipe may still change."""
+        return self.adapter.exists() or checkpoint.newest(self.checkpoints) is not None
 
-    def forget_failed_start(self, recipe: Recipe) -> None:
-        """Give up the record of another recipe that came to nothing here."""
-        if not self.recipe.exists() or not self.is_untouched:
+    def discard_unused_record(self, recipe: Recipe) -> None:
+        """Delete the `recipe.json` of another recipe that left no checkpoint and no adapter."""
+        if not self.recipe.exists() or self.has_results:
             return
         if _changes(self.read_record()["recipe"], recipe):
             self.recipe.unlink()
 
     @property
     def micro_batch_tokens(self) -> int | None:
-        """What the plan chose when the run began. A resumed run keeps it, whatever is free now:
-        another split of a step would round otherwise."""
+        """The micro-batch that the plan chose when the run started. A resumed run keeps it, however
+        much memory is free now: another split of a step would change the rounding."""
         return self.read_record()["micro_batch_tokens"] if self.recipe.exists() else None
 
-    def require_longer(self, steps: int) -> None:
-        """A run cannot become shorter than it is.
+    def require_not_shorter(self, steps: int) -> None:
+        """Check that the run has not already done more than `steps` steps.
 
         Raises:
             RunError: if more than `steps` steps are done.
@@ -205,8 +205,8 @@ class RunFolder:
         found = checkpoint.newest(self.checkpoints)
         if found and checkpoint.step_of(found) > steps:
             raise RunError(
-                f"{self.path} has {checkpoint.step_of(found)} steps done already, and {steps} are "
-                "asked for. Give a larger optim.steps or optim.epochs"
+                f"{self.path} has already done {checkpoint.step_of(found)} steps, and the recipe "
+                f"has {steps}. Give a larger optim.steps or optim.epochs"
             )
 
     def record(
@@ -216,12 +216,12 @@ class RunFolder:
         device: str,
         micro_batch_tokens: int,
     ) -> list[str]:
-        """Write `recipe.json`, or compare with what is there. Returns warnings.
+        """Write `recipe.json`, or compare with the existing one. Returns warnings.
 
-        The conditions under which a run began stay recorded; only its length may be changed.
+        Versions, device and threads stay those of the run's start; only its recipe is updated.
 
         Raises:
-            RunError: if data or base are not what they were when the run began.
+            RunError: if the data or the base changed since the run started.
         """
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         record = {
@@ -239,26 +239,26 @@ class RunFolder:
             for what, value in fingerprints.items():
                 if old["fingerprints"].get(what) != value:
                     raise RunError(
-                        f"the {what} of {self.path} changed since the run began. Restore it, or "
-                        "begin a new run with another output=..."
+                        f"the {what} of {self.path} changed since the run started. Restore it, or "
+                        "start a new run with another output=..."
                     )
-            was = {k: old.get(k) for k in ("versions", "threads", "device")}
-            now = {k: record[k] for k in was}
-            if changed := differences(was, now):
+            before = {k: old.get(k) for k in ("versions", "threads", "device")}
+            now = {k: record[k] for k in before}
+            if changed := differences(before, now):
                 warnings.append(
-                    "the run began under other conditions, so it will not be bit-equal to an "
-                    "uninterrupted one: " + "; ".join(changed)
+                    "the run started with other versions, threads or device, so it will not be "
+                    "bit-identical to an uninterrupted one: " + "; ".join(changed)
                 )
             record = old | {"recipe": recipe.to_dict()}
         write_json(self.recipe, record)
         return warnings
 
-    def _refuse_foreign_content(self) -> None:
+    def _require_empty(self) -> None:
         if not self.path.exists():
             return
         if not self.path.is_dir():
             raise RunError(
-                f"{self.path} is a file; output must be a folder. Give another output=..."
+                f"{self.path} is a file, and output must be a folder. Give another output=..."
             )
         ours = {".lock", "checkpoints", "metrics.jsonl"}
         others = [
@@ -268,32 +268,36 @@ class RunFolder:
         ]
         if others:
             raise RunError(
-                f"{self.path} is not empty (there is {others[0]}) and is not a run. "
+                f"{self.path} is not a run's folder and not empty (it contains {others[0]}). "
                 "Nothing is overwritten: give another output=..."
             )
 
 
 def _changes(recorded: dict[str, Any], recipe: Recipe) -> list[str]:
-    """Differences that would change a result. A setting that is newer than the record had its
-    default then."""
-    with contextlib.suppress(RecipeError):  # a record of another version is compared as it is
+    """Differences that would change a result. A setting that did not exist when the recipe was
+    recorded counts as its default."""
+    with contextlib.suppress(RecipeError):  # not readable by this version: compare as recorded
         recorded = validate(Recipe, recorded).to_dict()
     changed = differences(recorded, recipe.to_dict())
-    return [line for line in changed if not _is_free(line.partition(":")[0])]
+    return [line for line in changed if not _is_changeable(line.partition(":")[0])]
 
 
-def _is_free(path: str) -> bool:
-    return any(path == free or path.startswith(f"{free}.") for free in FREE_SETTINGS)
+def _is_changeable(path: str) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for name in CHANGEABLE_SETTINGS)
+
+
+def _is_length(difference: str) -> bool:
+    return difference.partition(":")[0] in _LENGTH_SETTINGS
 
 
 def _extend_hint(changed: list[str]) -> str:
-    if all(line.partition(":")[0] in _LENGTH for line in changed):
+    if all(_is_length(line) for line in changed):
         return ", or add --extend to train this run longer"
     return ""
 
 
 def git_revision() -> str | None:
-    """Of the working directory's repository, if there is one."""
+    """The commit of the working directory's git repository, if there is one."""
     try:
         result = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False

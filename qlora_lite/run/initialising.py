@@ -1,4 +1,4 @@
-"""A recipe file for any model: sensible settings by its size, and what the plan says of them."""
+"""Write a recipe file for any model: settings chosen by its size, and its memory plan."""
 
 import json
 import re
@@ -19,9 +19,9 @@ from qlora_lite.recipe import Recipe
 from qlora_lite.run.planning import plan_recipe
 
 PLACEHOLDER = "YOUR_DATA.jsonl"
-LONGEST_ROW = 2048
-SPARED = 0.9
-"""Share of the memory that is free now which the budget takes: the machine does other things."""
+MAX_ROW_TOKENS = 2048
+BUDGET_SHARE = 0.9
+"""Share of the memory that is free now; the rest is for other programs."""
 
 _TEMPLATE = '''\
 """{name}: {size} parameters in NF4, a LoRA of rank {rank} on every linear layer.
@@ -72,10 +72,12 @@ def write_recipe(model: str, output: Path | None = None) -> tuple[Path, Plan]:
     """
     file = output or Path(f"{_slug(model)}.py")
     if file.suffix != ".py":
-        raise RecipeError(f"got {file}; a recipe is a Python file: give a name that ends in .py")
+        raise RecipeError(
+            f"got {file}, and a recipe is a Python file. Give a name that ends in .py"
+        )
     if file.exists():
         raise RecipeError(
-            f"{file} exists, and nothing is overwritten. Give another name: --output FILE"
+            f"{file} exists already, and nothing is overwritten. Give another name: --output FILE"
         )
     text, plan = recipe_text(model, file)
     make_folder(file.parent)
@@ -84,14 +86,14 @@ def write_recipe(model: str, output: Path | None = None) -> tuple[Path, Plan]:
 
 
 def recipe_text(model: str, file: Path) -> tuple[str, Plan]:
-    """The text of a recipe for `model` that will stand in `file`, and its plan."""
+    """The text of a recipe for `model` that will be written to `file`, and its plan."""
     if Path(model).is_dir():
         model = str(Path(model).resolve())
     config = read_config(model, known=known_config(model))
     num_parameters = model_shape(config).num_parameters
     rank, lr = settings_for(num_parameters)
-    context = getattr(config.get_text_config(), "max_position_embeddings", LONGEST_ROW)
-    max_tokens = min(context, LONGEST_ROW)
+    context = getattr(config.get_text_config(), "max_position_embeddings", MAX_ROW_TOKENS)
+    max_tokens = min(context, MAX_ROW_TOKENS)
     budget = _budget()
     name = _slug(model)
     recipe = Recipe.model_validate(
@@ -125,8 +127,8 @@ def recipe_text(model: str, file: Path) -> tuple[str, Plan]:
 def settings_for(num_parameters: int) -> tuple[int, float]:
     """Rank and learning rate by size.
 
-    1e-4 above 20 G and 2e-4 below are those of Dettmers et al. 2023 (arXiv:2305.14314, table 9);
-    small models have room to learn only in a higher rank, and bear a higher rate.
+    1e-4 above 20 G and 2e-4 below are those of Dettmers et al. 2023 (arXiv:2305.14314, table 9).
+    Small models need a higher rank to learn enough, and train well with a higher rate.
     """
     if num_parameters > 20e9:
         return 16, 1e-4
@@ -136,13 +138,13 @@ def settings_for(num_parameters: int) -> tuple[int, float]:
 
 
 def _budget() -> str:
-    """What this machine can spare, in whole tenths of a GiB."""
-    free = available_bytes(devices.choose().device) * SPARED
+    """`BUDGET_SHARE` of the memory that is free now, rounded to tenths of a GiB."""
+    free = available_bytes(devices.choose().device) * BUDGET_SHARE
     return f"{free / 2**30:.1f}GiB"
 
 
 def _slug(model: str) -> str:
-    """`Qwen/Qwen3-0.6B` as a name of a file: `qwen3_0_6b`."""
+    """A model's name as a file name: `Qwen/Qwen3-0.6B` -> `qwen3_0_6b`."""
     return re.sub(r"[^a-z0-9]+", "_", Path(model).resolve().name.lower()).strip("_") or "model"
 
 

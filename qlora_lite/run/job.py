@@ -1,4 +1,4 @@
-"""What a training run works with: its batches, its optimizer and engine, its scorer."""
+"""What the training loop works with: batches, optimizer, engine and scorer."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +53,7 @@ def held_out_batches(recipe: Recipe, data: PreparedData) -> Iterator[Batch]:
 
 
 def require_known_tokens(data: PreparedData, setup: RunSetup) -> None:
-    """Check that every token of the rows has a row in the base's embedding.
+    """Check that every token id of the rows is below the size of the base's embedding.
 
     Raises:
         BaseModelError: if the tokenizer has more tokens than the base.
@@ -63,7 +63,7 @@ def require_known_tokens(data: PreparedData, setup: RunSetup) -> None:
         if len(examples) and (largest := int(examples.ids.max())) >= vocabulary:
             token = data.template.tokenizer.convert_ids_to_tokens(largest)
             raise BaseModelError(
-                f"the rows contain token {largest} ({token!r}), and {model} has tokens 0 to "
+                f"the rows contain token {largest} ({token!r}), but {model} has tokens 0 to "
                 f"{vocabulary - 1}: its tokenizer belongs to another model. Restore the tokenizer "
                 "that came with the weights"
             )

@@ -50,7 +50,7 @@ class LoadedModel:
 def load_run(
     run: str | Path, device: str | None = None, watcher: Watcher | None = None
 ) -> LoadedModel:
-    """A finished run: its base as it was in training, with the adapter attached.
+    """Load a finished run: its base as it was in training, with the adapter attached.
 
     Raises:
         RunError: if there is no run, it has no adapter yet, or its base changed.
@@ -74,20 +74,24 @@ def load_run(
 def load_adapted(
     setup: RunSetup, watcher: Watcher, saved: Mapping[str, Tensor] | None = None
 ) -> LoadedModel:
-    """A recipe's base with its adapter at the start.
+    """Load a recipe's base and attach its adapter, untrained.
 
     Args:
-        saved: the adapter's state that will be loaded into it: what `Method.split` found is taken
-            from there, so that the base is quantised as it was then.
+        saved: the adapter's state that the caller will load. The results of `Method.split` are
+            taken from it, so that the base is quantised as it was in training.
     """
     recipe = setup.recipe
-    splits = SplitState(setup.method, setup.adapter.specs, recipe.seed, saved)
+    split_state = SplitState(setup.method, setup.adapter.specs, recipe.seed, saved)
     tokenizer = load_tokenizer(recipe.base)
     base = load_base(
-        recipe.base, setup.rule, facts=setup.facts, split=splits.split, progress=watcher.loading
+        recipe.base,
+        setup.rule,
+        facts=setup.facts,
+        split=split_state.split,
+        progress=watcher.loading,
     )
     attached = attach(
-        base.model, setup.method, setup.adapter, recipe.seed, setup.adapter_dtype, splits
+        base.model, setup.method, setup.adapter, recipe.seed, setup.adapter_dtype, split_state
     )
     attached.train(False)
     return LoadedModel(base, tokenizer, attached, recipe)
@@ -96,9 +100,9 @@ def load_adapted(
 def load_model(
     model: str, quant: Quant | None = None, device: str = "auto", watcher: Watcher | None = None
 ) -> LoadedModel:
-    """Any model directory or hub id, frozen, in its own precision unless `quant` is given.
+    """Load any model directory or hub id, frozen, in its own precision unless `quant` is given.
 
-    A checkpoint quantised by bitsandbytes stays quantised, fp32 stays fp32, any other is bf16.
+    A checkpoint quantised by bitsandbytes stays quantised, fp32 stays fp32, any other becomes bf16.
     """
     rule = devices.choose(device)
     facts = read_facts(Base(model=model))
@@ -119,7 +123,7 @@ def load(target: str | Path, device: str = "auto", watcher: Watcher | None = Non
         return load_run(path, None if device == "auto" else device, watcher)
     if path.is_dir() and not (path / "config.json").is_file():
         raise BaseModelError(
-            f"{path} is neither a run (it has no recipe.json) nor a model (no config.json). "
+            f"{path} is neither a run (no recipe.json) nor a model (no config.json). "
             "Give a run's folder, a model directory or a hub id"
         )
     return load_model(str(target), device=device, watcher=watcher)

@@ -1,11 +1,11 @@
-"""The proof of a merge: scores and logits of the trained model, and what is held against them.
+"""Check a merge: compare scores and logits of the merged model with those of the trained model.
 
-    reference            adapter on its base: its score on the held-out rows, some of its logits
+    reference            adapter on its base: its held-out score and some of its logits
     each candidate       on which base does the merged model score better?
-    before rounding      merged on the base as trained, in fp32, it is the same function
-    the files            what everybody will load, read back and held against the reference
+    before rounding      merged on the base as trained, in fp32, it must be the same function
+    the files            read back with transformers and compared with the reference
 
-One model is in memory at a time.  What is found is told as it is found, and kept for the card.
+One model is in memory at a time. Results are noted at once, and kept for the model card.
 """
 
 import gc
@@ -33,7 +33,7 @@ from qlora_lite.run.job import held_out_batches
 from qlora_lite.run.loading import load_run
 
 CHECKED_ROWS = 16
-"""Training rows that a merge is checked on where no rows are held out."""
+"""Training rows that a merge is checked on if no rows are held out."""
 
 LABELS = {
     "trained": "merged on the base as trained",
@@ -43,28 +43,28 @@ LABELS = {
 
 @dataclass(frozen=True)
 class _Reference:
-    """What the trained model, adapter on base, says to some rows."""
+    """Outputs of the trained model (adapter on base) for some rows."""
 
     batches: list[Batch]
     is_heldout: bool
-    """The rows were not trained on, so that scores on them mean something."""
+    """The rows were not trained on, so their scores are meaningful."""
     logits: Tensor
     """At the first trained tokens, (tokens, vocabulary)."""
     score: Score
 
 
 class MergeCheck:
-    """What is known of a merge, from the reference to the files.
+    """The comparisons of one merge, and what they found.
 
-    Its life: `measure_reference` once, then `choose` where the base is to be found, then
-    `check_files`. Without a reference `check_files` does nothing, and no model is loaded at all.
+    Call `measure_reference` first, then `choose_base` if the base is not given, then `check_files`.
+    Without a reference `check_files` does nothing, and no model is loaded.
 
     Args:
         folder: of a finished run.
         recipe: of that run.
-        source: its adapter and base, as training computed.
-        rule: what models compute in here.
-        tokenizer: the one of training.
+        source: its adapter and base, in the dtypes of training.
+        rule: device and dtypes in which the models run here.
+        tokenizer: the one used in training.
     """
 
     def __init__(
@@ -83,35 +83,35 @@ class MergeCheck:
         self.tokenizer = tokenizer
         self.watcher = watcher
         self.notes: list[str] = []
-        """Everything that was told, in order."""
+        """All notes, in order."""
         self.table: list[MergeRow] = []
-        """The scored candidates; empty if the base was named or no rows are held out."""
+        """The scored candidates; empty if the base was given or no rows are held out."""
         self.exact: Agreement | None = None
-        """Of the reference with the merged weights before they are rounded; fp32 runs only."""
+        """Reference against the merged weights before rounding; fp32 runs only."""
         self.written: Agreement | None = None
-        """Of the reference with the files, read back by transformers."""
+        """Reference against the files, read back by transformers."""
         self._measured: _Reference | None = None
 
     def note(self, text: str) -> None:
-        """Tell it now, and keep it for the card."""
+        """Pass a note to the watcher, and keep it for the card."""
         self.notes.append(text)
         self.watcher.note(text)
 
     def measure_reference(self) -> None:
-        """Score the adapter on its base and keep some of its logits."""
+        """Score the adapter on its base, and keep some of its logits."""
         if self.rule.compute != self.source.rule.compute:
             self.note(
                 f"trained in {devices.NAMES[self.source.rule.compute]} and scored here in "
-                f"{devices.NAMES[self.rule.compute]}: scores differ a little from the run's own"
+                f"{devices.NAMES[self.rule.compute]}: scores differ slightly from those of the run"
             )
         batches, is_heldout = self._rows()
         trained = load_run(self.folder.path, str(self.rule.device), self.watcher)
         logits = sample_logits(trained.causal, batches)
         self._measured = _Reference(batches, is_heldout, logits, score(trained.causal, batches))
         del trained
-        _free()
+        _release_memory()
 
-    def choose(self, dtype: torch.dtype | None) -> BaseOfMerge:
+    def choose_base(self, dtype: torch.dtype | None) -> BaseOfMerge:
         """The base on which the merged model scores best; the trained one on a tie.
 
         Args:
@@ -121,7 +121,7 @@ class MergeCheck:
             self._check_before_rounding()
         bases = self.source.bases
         if not self._reference.is_heldout:
-            self.note("no rows are held out, so nothing was scored: the base is the trained one")
+            self.note("no rows are held out, so nothing was scored: using the base as trained")
             return "trained"
         scores = {base: self._score_candidate(base, dtype) for base in bases}
         best = min(bases, key=lambda base: scores[base].loss)
@@ -140,27 +140,27 @@ class MergeCheck:
         found = compare(self._reference.logits, sample_logits(model, self._reference.batches))
         self.written = found
         del model
-        _free()
+        _release_memory()
         self.note(
-            f"read back from the files, {found.top1:.1%} of {found.num_tokens} first guesses are "
-            f"the trained model's, and the largest difference of a logit is "
-            f"{found.relative_error:.1e} of the largest logit"
+            f"files read back: {found.top1:.1%} of {found.num_tokens} top-1 predictions are those "
+            f"of the trained model, and logits differ by at most {found.relative_error:.1e} of the "
+            "largest logit"
         )
         if weights.base == "trained" and weights.dtype == torch.float32 and self._is_fp32:
             assert found.is_exact, f"{directory} differs from the trained model: {found}"
 
     def _check_before_rounding(self) -> None:
-        """Before rounding, merged weights on the trained base are the trained function."""
+        """Before rounding, weights merged on the base as trained must give the trained logits."""
         weights = MergedWeights(TrainedLayers(self.source, "trained"), torch.float32)
         model = candidate(weights, self.source.base, self.rule)
         found = compare(self._reference.logits, sample_logits(model, self._reference.batches))
         self.exact = found
         del model
-        _free()
+        _release_memory()
         assert found.is_exact, f"the merged model differs from the trained one: {found}"
         self.note(
-            "before rounding, the merged weights on the base as trained give the trained model's "
-            f"logits to {found.relative_error:.1e} of the largest one"
+            "before rounding, weights merged on the base as trained give the logits of the trained "
+            f"model to within {found.relative_error:.1e} of the largest logit"
         )
 
     def _score_candidate(self, base: BaseOfMerge, dtype: torch.dtype | None) -> Score:
@@ -168,7 +168,7 @@ class MergeCheck:
         model = candidate(weights, self.source.base, self.rule)
         found = score(model, self._reference.batches)
         del model
-        _free()
+        _release_memory()
         return found
 
     def _rows(self) -> tuple[list[Batch], bool]:
@@ -176,7 +176,7 @@ class MergeCheck:
         data = load_data(self.recipe.data, self.tokenizer, self.recipe.seed)
         if data.fingerprint != self.folder.read_sidecar()["data_fingerprint"]:
             self.note(
-                "the data changed since the run: rows that count as held out now may have been "
+                "the data changed since the run: rows that are held out now may have been "
                 "trained on"
             )
         if len(data.heldout):
@@ -187,7 +187,7 @@ class MergeCheck:
 
     @property
     def _is_fp32(self) -> bool:
-        """Training computed in fp32, and so does this machine."""
+        """Whether training computed in fp32 and models run in fp32 here."""
         return {self.rule.compute, self.source.rule.compute} == {torch.float32}
 
     @property
@@ -196,8 +196,8 @@ class MergeCheck:
         return self._measured
 
 
-def _free() -> None:
-    """Give the memory of a model that is gone back."""
+def _release_memory() -> None:
+    """Release the memory of a deleted model."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,9 +1,9 @@
-"""From a run to a merged model, with a measured proof that it is the trained one.
+"""From a run to a merged model, compared with the trained one.
 
     score adapter on base -> score each candidate -> write the best -> read it back and compare
 
 With `base="auto"` every candidate is loaded and scored on the held-out rows; one model is in memory
-at a time. A base that is named is written at once; with `verify=False` no model is loaded at all.
+at a time. With a given base there is nothing to choose; with `verify=False` no model is loaded.
 """
 
 import dataclasses
@@ -19,7 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from qlora_lite.adapters.files import read_native
 from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.export.card import Card, licence_of, render
-from qlora_lite.export.directory import has_all_weights, require_free, unfinished, write_companions
+from qlora_lite.export.directory import (
+    has_all_weights,
+    require_free,
+    resumable_directory,
+    write_companions,
+)
 from qlora_lite.export.merge import MergedWeights, write
 from qlora_lite.export.trained_layers import BaseOfMerge, MergeSource, TrainedLayers
 from qlora_lite.export.verify import Agreement
@@ -39,16 +44,16 @@ from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.merge_check import MergeCheck
 from qlora_lite.training import metrics
 
-PLACES = ("model", "train", "heldout", "start", "output")
+PATH_SETTINGS = ("model", "train", "heldout", "start", "output")
 """Settings that may be paths."""
 
-SMALLEST_SHARD = 1000
-"""Bytes of a file; less is a slip of the pen."""
+MIN_SHARD_BYTES = 1000
+"""Smaller values are probably typos."""
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What was written, and how well it is the trained model."""
+    """What was written, and how it compares with the trained model."""
 
     out: Path
     base: BaseOfMerge
@@ -56,12 +61,12 @@ class MergeResult:
     num_bytes: int
     """Of the weights."""
     table: tuple[MergeRow, ...]
-    """The scored candidates; empty if the base was named."""
+    """The scored candidates; empty if the base was given."""
     exact: Agreement | None
-    """Of adapter on base with the merged weights before they are rounded, where training computed
-    in fp32: not more than the order of sums apart."""
+    """Adapter on base against the merged weights before rounding, if training computed in fp32:
+    they differ only by the order of sums."""
     written: Agreement | None
-    """Of adapter on base with the files, read back by transformers."""
+    """Adapter on base against the files, read back by transformers."""
     notes: tuple[str, ...]
 
 
@@ -78,44 +83,46 @@ def merge(
 ) -> MergeResult:
     """Add a run's adapter to its base and write the whole model to `out`.
 
-    The same call after a kill goes on where that one stopped.
+    If it is killed, the same call continues from there.
 
     Args:
-        base: what to add to: the weights as training held them, the original ones, or (`auto`)
-            whichever scores better on the held-out rows.
-        dtype: of the written weights; each as the base stores it unless given.
+        base: what to add the adapter to: `trained` is the quantised weights as training used them,
+            `original` those of the checkpoint, `auto` the one that scores better on held-out rows.
+        dtype: of the written weights; that of each tensor in the base unless given.
         shard: largest size of a file.
         verify: load the result and compare it with the trained model; `auto` always does.
         device: where sums are made and models run; the run's own unless given.
 
     Raises:
-        QloraLiteError: if there is no finished run, its base or data changed, this base cannot be
-            merged into, or `out` is taken.
+        QloraLiteError: if there is no finished run, its base or data changed, the adapter does not
+            fit this base, or `out` exists.
     """
     folder, out, watcher = RunFolder(Path(run)), Path(out), watcher or Watcher()
     require_free(out)
-    if (max_shard_bytes := parse_bytes(shard)) < SMALLEST_SHARD:
-        raise ExportError(f"got shard={shard}: a file takes 1 kB or more. Take 5GB, say")
-    proof = _begin(folder, device, watcher)
+    if (max_shard_bytes := parse_bytes(shard)) < MIN_SHARD_BYTES:
+        raise ExportError(
+            f"got shard={shard}, and a file must be 1 kB or larger. Use 5GB, for example"
+        )
+    check = _prepare(folder, device, watcher)
     if base == "auto" or verify:
-        proof.measure_reference()
+        check.measure_reference()
     else:
         for note in folder.unfinished_extension():
             watcher.note(note)
-    weights = _weights(proof, base, dtype)
-    with unfinished(out, f"{weights.identity} {max_shard_bytes}") as aside:
-        _write_model(aside, weights, proof.tokenizer, max_shard_bytes, watcher)
-        proof.check_files(aside, weights)
-        report = _report(proof)
-        card = _card(proof, out, report, _command(run, out, base, dtype))
-        write_text(aside / "README.md", render(card))
-    if proof.table:
+    weights = _weights(check, base, dtype)
+    with resumable_directory(out, f"{weights.identity} {max_shard_bytes}") as temporary:
+        _write_model(temporary, weights, check.tokenizer, max_shard_bytes, watcher)
+        check.check_files(temporary, weights)
+        report = _report(check)
+        card = _card(check, out, report, _command(run, out, base, dtype))
+        write_text(temporary / "README.md", render(card))
+    if check.table:
         reports.write(folder.report, report)
-    return _result(out, weights, proof)
+    return _result(out, weights, check)
 
 
-def _begin(folder: RunFolder, device: str | None, watcher: Watcher) -> MergeCheck:
-    """What a merge needs of a run, checked before anything large is loaded."""
+def _prepare(folder: RunFolder, device: str | None, watcher: Watcher) -> MergeCheck:
+    """Read what a merge needs from the run, and check it before anything large is loaded."""
     folder.read_record()
     recipe = load_recipe(folder.recipe)
     rule = devices.choose(device or recipe.device, recipe.base.compute)
@@ -124,23 +131,23 @@ def _begin(folder: RunFolder, device: str | None, watcher: Watcher) -> MergeChec
 
 
 def merge_source(folder: RunFolder, recipe: Recipe, rule: DeviceRule) -> MergeSource:
-    """A run's adapter and base. Weights are dequantised to the dtype that training computed in.
+    """A run's adapter and base. Weights are dequantised to the compute dtype of training.
 
     Raises:
-        RunError: if the run is not finished, or its base is not what it was.
+        RunError: if the run is not finished, or its base changed.
     """
     sidecar = folder.read_sidecar()
     path = folder.require_base(recipe.base)
-    held = sidecar["base"]
+    recorded = sidecar["base"]
     return MergeSource(
         base=recipe.base,
         facts=read_facts(recipe.base),
         path=path,
         rule=dataclasses.replace(
             rule,
-            compute=devices.DTYPES[held["compute"]],
-            storage=devices.DTYPES[held["storage"]],
-            norms=devices.DTYPES[held["norms"]],
+            compute=devices.DTYPES[recorded["compute"]],
+            storage=devices.DTYPES[recorded["storage"]],
+            norms=devices.DTYPES[recorded["norms"]],
         ),
         adapter=recipe.adapter,
         state=read_native(folder.adapter),
@@ -149,16 +156,16 @@ def merge_source(folder: RunFolder, recipe: Recipe, rule: DeviceRule) -> MergeSo
 
 
 def _weights(
-    proof: MergeCheck, base: Literal["auto", "trained", "original"], dtype: str | None
+    check: MergeCheck, base: Literal["auto", "trained", "original"], dtype: str | None
 ) -> MergedWeights:
-    """The weights to write: on the base that was named, or on the better one."""
+    """The weights to write: on the given base, or on the better one."""
     wanted = None if dtype is None else devices.DTYPES[dtype]
-    chosen: BaseOfMerge = proof.choose(wanted) if base == "auto" else base
-    weights = MergedWeights(TrainedLayers(proof.source, chosen), wanted)
+    chosen: BaseOfMerge = check.choose_base(wanted) if base == "auto" else base
+    weights = MergedWeights(TrainedLayers(check.source, chosen), wanted)
     if weights.untied:
-        proof.note(
-            f"{', '.join(weights.untied)} shared the embedding's storage in the base and is "
-            "written as a tensor of its own, because only one of the two was trained"
+        check.note(
+            f"{', '.join(weights.untied)} was tied to the embedding in the base and is written as "
+            "a separate tensor, because only one of the two was trained"
         )
     return weights
 
@@ -170,7 +177,7 @@ def _write_model(
     max_shard_bytes: int,
     watcher: Watcher,
 ) -> None:
-    """Weights, unless an earlier call wrote all of them, and what other tools read beside them."""
+    """Write the weights, unless an earlier call wrote them all, and the config and tokenizer."""
     if not has_all_weights(directory):
         write(weights, directory, max_shard_bytes, watcher.writing)
     write_companions(
@@ -189,32 +196,32 @@ def _end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(dict.fromkeys([ChatTemplate(tokenizer).end_of_turn_id, tokenizer.eos_token_id]))
 
 
-def _report(proof: MergeCheck) -> Report:
-    """The run's report, or what is left of it without its page, with the table of this merge."""
-    folder = proof.folder
+def _report(check: MergeCheck) -> Report:
+    """The run's report with the table of this merge; without report.html, from recipe and log."""
+    folder = check.folder
     if folder.report.is_file():
         report = reports.read(folder.report)
     else:
         events = metrics.read(folder.metrics)
-        report = Report(folder.path.name, proof.recipe.to_dict(), events, {}, (), ())
-    return dataclasses.replace(report, merges=tuple(proof.table))
+        report = Report(folder.path.name, check.recipe.to_dict(), events, {}, (), ())
+    return dataclasses.replace(report, merges=tuple(check.table))
 
 
 def _command(run: str | Path, out: Path, base: str, dtype: str | None) -> str:
-    """What to type for the same merge."""
+    """The command line of this merge."""
     given = ["--dtype", dtype] if dtype else []
-    places = [_without_folder(run), _without_folder(out)]
-    return shlex.join(["qlora-lite", "merge", *places, "--base", base, *given])
+    paths = [_without_folder(run), _without_folder(out)]
+    return shlex.join(["qlora-lite", "merge", *paths, "--base", base, *given])
 
 
-def _card(proof: MergeCheck, out: Path, report: Report, command: str) -> Card:
-    model = proof.source.base.model
+def _card(check: MergeCheck, out: Path, report: Report, command: str) -> Card:
+    model = check.source.base.model
     is_local = Path(model).is_dir()
     return Card(
         title=out.name,
         base_model=Path(model).name if is_local else model,
         on_hub=not is_local,
-        licence=licence_of(proof.source.path),
+        licence=licence_of(check.source.path),
         commands=("qlora-lite train recipe.json", command),
         recipe=_without_folders(report.recipe),
         facts=report.facts,
@@ -223,17 +230,17 @@ def _card(proof: MergeCheck, out: Path, report: Report, command: str) -> Card:
         heldout=[(e["step"], e["heldout_loss"]) for e in report.metrics if "heldout_loss" in e],
         samples=[(sample.prompt, sample.before, sample.after) for sample in report.samples],
         merge=[dataclasses.astuple(row) for row in report.merges],
-        notes=proof.notes,
+        notes=check.notes,
     )
 
 
 def _without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe for others to read: where a file lies on this machine is nobody's business."""
+    """A recipe for publishing: absolute paths of this machine are cut to their last part."""
 
     def shown(name: str, value: Any) -> Any:
         if isinstance(value, Mapping):
             return _without_folders(value)
-        return _without_folder(value) if value and name in PLACES else value
+        return _without_folder(value) if value and name in PATH_SETTINGS else value
 
     return {name: shown(name, value) for name, value in values.items()}
 
@@ -242,14 +249,14 @@ def _without_folder(path: str | Path) -> str:
     return Path(path).name if Path(path).is_absolute() else str(path)
 
 
-def _result(out: Path, weights: MergedWeights, proof: MergeCheck) -> MergeResult:
+def _result(out: Path, weights: MergedWeights, check: MergeCheck) -> MergeResult:
     return MergeResult(
         out=out,
         base=weights.base,
         dtype=weights.dtype,
         num_bytes=sum(spec.num_bytes for spec in weights.specs),
-        table=tuple(proof.table),
-        exact=proof.exact,
-        written=proof.written,
-        notes=tuple(proof.notes),
+        table=tuple(check.table),
+        exact=check.exact,
+        written=check.written,
+        notes=tuple(check.notes),
     )

@@ -1,4 +1,4 @@
-"""Will a recipe fit? Nothing is downloaded but `config.json`."""
+"""The memory plan of a recipe, and checks of its settings. Downloads only `config.json`."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from qlora_lite.recipe import Recipe
 from qlora_lite.run.savings import alternatives
 from qlora_lite.run.setup import RunSetup, set_up
 
-NO_BUDGET = "no budget=... is given, so the memory that is free now counts"
+NO_BUDGET = "no budget=... is given, so the memory that is free now is the limit"
 
 
 def plan_recipe(recipe: Recipe, rule: DeviceRule | None = None) -> Plan:
@@ -35,10 +35,10 @@ def plan_memory(setup: RunSetup, micro_batch_tokens: int | None = None) -> Plan:
     """The memory plan of a recipe that is set up.
 
     Args:
-        micro_batch_tokens: what an earlier process of this run chose, unless the recipe sets it.
+        micro_batch_tokens: what an earlier process of this run chose; the recipe's wins.
 
     Raises:
-        BudgetError: if there is no budget and no card whose memory could be asked.
+        BudgetError: if there is no budget and no card to read the free memory from.
     """
     run = run_shape(setup, micro_batch_tokens)
     budget = _budget(setup.recipe, setup.rule)
@@ -50,8 +50,8 @@ def _budget(recipe: Recipe, rule: DeviceRule) -> int:
         return parse_bytes(recipe.budget)
     if not rule.is_available:
         raise BudgetError(
-            "got device=cuda on a machine without a CUDA card, so its memory is unknown. "
-            'Set it: budget="22GiB" for a card of 24 GB'
+            "got device=cuda on a machine without a CUDA card, so its memory is unknown. Set the "
+            'budget: budget="22GiB" for a card of 24 GB'
         )
     return available_bytes(rule.device)
 
@@ -71,8 +71,8 @@ def check_settings(setup: RunSetup) -> list[str]:
     notes = [*_check_context(setup), *_check_ranks(setup)]
     if Requirement.ORIGINAL_WEIGHTS in setup.method.requires:
         notes.append(
-            f"adapter={recipe.adapter.kind} with these settings changes the base's own weights: it "
-            "can be merged (qlora-lite merge), but not used as a PEFT adapter"
+            f"adapter={recipe.adapter.kind} with these settings changes the base weights: the "
+            "result can be merged (qlora-lite merge), but not used as a PEFT adapter"
         )
     if recipe.evaluation.patience and not recipe.data.heldout and not recipe.data.heldout_share:
         notes.append("evaluation.patience has no effect: no rows are held out to score")
@@ -83,17 +83,17 @@ def _check_context(setup: RunSetup) -> list[str]:
     """A note if rows may be longer than the model's context.
 
     Raises:
-        RecipeError: if its positions are learned, so that longer rows cannot be read.
+        RecipeError: if its position embeddings are learned, so that longer rows are impossible.
     """
     context, longest = setup.facts.context, setup.recipe.data.max_tokens
     if context is None or longest <= context:
         return []
     model = setup.recipe.base.model
     fact = f"data.max_tokens={longest}, and {model} was trained on {context} positions"
-    # a packed bin may be longer than the context; a row must not be, and a row may fill a bin
+    # positions restart with every row of a bin, so what matters is the longest row
     if sum(p.role == "embedding" for p in setup.facts.shape.parameters) > 1:
         raise RecipeError(
-            f"{fact}. These are learned, so a longer row cannot be read. "
+            f"{fact}. Its position embeddings are learned, so longer rows are impossible. "
             f"Set data.max_tokens={context} or less"
         )
     return [f"{fact}: on longer rows quality depends on how its rotary positions extrapolate"]
@@ -103,8 +103,8 @@ def _check_ranks(setup: RunSetup) -> list[str]:
     """Notes about ranks above a matrix's full rank, and about blocks that do not exist."""
     adapter, settings = setup.adapter, setup.recipe.adapter
     notes = [
-        f"adapter.ranks: {pattern!r} reaches beyond the last block with adapted layers, which is "
-        f"{last_block(adapter.specs)}"
+        f"adapter.ranks: {pattern!r} includes blocks beyond the last one with adapted layers, "
+        f"which is {last_block(adapter.specs)}"
         for pattern in beyond_the_last(adapter.specs, settings.ranks)
     ]
     above = [s for s in adapter.specs if adapter.layers[s.path].rank > min(s.d_in, s.d_out)]
@@ -118,7 +118,7 @@ def _check_ranks(setup: RunSetup) -> list[str]:
 
 
 def run_shape(setup: RunSetup, micro_batch_tokens: int | None = None) -> RunShape:
-    """What a recipe's settings mean for memory."""
+    """The numbers of a recipe that its memory depends on."""
     recipe, rule, method = setup.recipe, setup.rule, setup.method
     adapter, quant, optim = recipe.adapter, recipe.base.quant, recipe.optim
     four_bit = quant if isinstance(quant, FourBit) else NF4()

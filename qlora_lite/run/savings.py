@@ -1,6 +1,6 @@
 """Recipe settings that need less memory, for a recipe that does not fit.
 
-Those that change no result come first, those that change it most come last.
+Ordered by their effect on the result: none first, largest last.
 """
 
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from typing import Any
 from qlora_lite.memory.ledger import RunShape
 from qlora_lite.memory.plan import Alternative
 
-SHORTEST_ROWS = 256
-"""Rows are not suggested to be cut below this many tokens."""
+MIN_SUGGESTED_TOKENS = 256
+"""The smallest `data.max_tokens` that is suggested."""
 
 
 def alternatives(run: RunShape) -> Iterator[Alternative]:
-    """Settings that could be changed, mildest first; a field may come with several values."""
+    """Settings that could be changed, smallest effect first; a field may have several values."""
     if (run.micro_batch_tokens or 0) >= 2 * run.max_tokens:
         yield _set("optim.micro_batch_tokens", run.max_tokens, micro_batch_tokens=run.max_tokens)
     if not run.checkpointing:
@@ -34,7 +34,7 @@ def alternatives(run: RunShape) -> Iterator[Alternative]:
     if run.head != "nf4":
         yield _set("base.head", "nf4", head="nf4")
     max_tokens = run.max_tokens // 2
-    while max_tokens >= SHORTEST_ROWS:
+    while max_tokens >= MIN_SUGGESTED_TOKENS:
         yield _set("data.max_tokens", max_tokens, max_tokens=max_tokens)
         max_tokens //= 2
 

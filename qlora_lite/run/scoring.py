@@ -1,4 +1,4 @@
-"""How well runs and models predict rows: for a run the adapter, and the bare base beside it."""
+"""Score runs and models on rows: for a run both the adapter and its bare base."""
 
 import gc
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ class ScoreRow:
     """One model's score."""
 
     target: str
-    """The run or model, as it was given."""
+    """The run or model, as the caller gave it."""
     what: str
     """`adapter` or `bare base` of a run, `model` otherwise."""
     score: Score
@@ -46,19 +46,19 @@ def score_targets(
     device: str = "auto",
     watcher: Watcher | None = None,
 ) -> list[ScoreRow]:
-    """Score runs and models, one loaded at a time.
+    """Score runs and models; one is in memory at a time.
 
     Args:
         targets: run folders, model directories or hub ids.
-        data: the file to score on, all its rows; a run's held-out rows unless given.
-        assignments: how the rows of `data` are read: `data.fields=...` and the like, laid over
-            a run's own data settings.
+        data: a file; all its rows are scored. Without it, the held-out rows of each run.
+        assignments: how the rows of `data` are read, such as `data.fields=...`; they override the
+            run's data settings.
 
     Raises:
-        QloraLiteError: if a target or the data cannot be used as asked.
+        QloraLiteError: if a target or the data cannot be used.
     """
     watcher = watcher or Watcher()
-    _check_rows_are_known(targets, data, assignments)
+    _check_arguments(targets, data, assignments)
     rows: list[ScoreRow] = []
     for target in targets:
         rows += _score(target, load(target, device, watcher), data, assignments, watcher)
@@ -66,27 +66,25 @@ def score_targets(
     return rows
 
 
-def _check_rows_are_known(
-    targets: Sequence[str], data: str | None, assignments: Sequence[str]
-) -> None:
+def _check_arguments(targets: Sequence[str], data: str | None, assignments: Sequence[str]) -> None:
     if data is not None:
-        if idle := [text for text in assignments if "heldout" in text.partition("=")[0]]:
+        if unused := [text for text in assignments if "heldout" in text.partition("=")[0]]:
             raise DataError(
-                f"got {' '.join(idle)}, and all rows of {data} are scored. data.max_rows=N takes "
-                "the first N of them"
+                f"got {' '.join(unused)}, but all rows of {data} are scored. Use data.max_rows=N "
+                "for the first N rows"
             )
         return
     if assignments:
         raise DataError(
-            f"got {' '.join(assignments)} without a file. Held-out rows are read as the run read "
-            "them; settings are for other rows: --data FILE"
+            f"got {' '.join(assignments)} without a file. Held-out rows are read with the run's "
+            "own settings. Give the file that these settings are for: --data FILE"
         )
     for target in targets:
         if not (Path(target) / "recipe.json").is_file():
-            what = "is not a run" if Path(target).exists() else "is not here"
+            problem = "is not a run" if Path(target).exists() else "does not exist here"
             raise DataError(
-                f"{target} {what}, so it has no held-out rows of its own. Give the rows to score: "
-                "--data FILE"
+                f"{target} {problem}, so it has no held-out rows. "
+                "Give the rows to score: --data FILE"
             )
 
 
@@ -107,26 +105,26 @@ def _score(
     if not loaded.attached.is_base_unchanged:
         return [adapter]
     with loaded.attached.disabled():
-        bare = ScoreRow(target, "bare base", score(loaded.causal, batches))
-    return [bare, adapter]
+        base = ScoreRow(target, "bare base", score(loaded.causal, batches))
+    return [base, adapter]
 
 
 def _held_out(target: str, loaded: LoadedModel, watcher: Watcher) -> Iterator[Batch]:
-    """The rows that the run did not train on."""
+    """The run's held-out rows."""
     assert loaded.recipe is not None
     prepared = load_data(loaded.recipe.data, loaded.tokenizer, loaded.recipe.seed)
     if not len(prepared.heldout):
         raise DataError(f"{target} held out no rows. Give the rows to score: --data FILE")
     if prepared.fingerprint != RunFolder(Path(target)).read_sidecar()["data_fingerprint"]:
         watcher.note(
-            f"the data of {target} changed since it was trained: rows that count as held out now "
-            "may have been trained on"
+            f"the data of {target} changed since it was trained: rows that are held out now may "
+            "have been trained on"
         )
     return held_out_batches(loaded.recipe, prepared)
 
 
 def _of_file(loaded: LoadedModel, file: str, assignments: Sequence[str]) -> Iterator[Batch]:
-    """Every row of a file, read as the run reads its own, with what `assignments` change."""
+    """Every row of a file, read with the run's data settings and `assignments` on top."""
     values: dict[str, Any] = {"max_tokens": _context(loaded)}
     if loaded.recipe is not None:
         values = loaded.recipe.data.model_dump(mode="json", exclude_unset=True)
@@ -143,7 +141,7 @@ def _of_file(loaded: LoadedModel, file: str, assignments: Sequence[str]) -> Iter
 
 
 def _context(loaded: LoadedModel) -> int:
-    """The default length of a row, and no longer than the model can read."""
+    """The default `max_tokens`, but at most the model's context."""
     longest: int = Data.model_fields["max_tokens"].default
     config = loaded.base.config.get_text_config()
     return min(longest, getattr(config, "max_position_embeddings", longest))

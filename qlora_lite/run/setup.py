@@ -1,4 +1,4 @@
-"""What a recipe means on this machine: the device, the base's facts, and what will be trained.
+"""What follows from a recipe on this machine: device, facts of the base, and what is trained.
 
 Made once per command, and passed to the memory plan, the checks, loading and attaching.
 """

@@ -1,4 +1,4 @@
-"""Metrics for experiment trackers, through accelerate; by default there is no tracker."""
+"""Send metrics to experiment trackers, through accelerate. By default there is no tracker."""
 
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ Track = Callable[[dict[str, Any], int], None]
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Check that the trackers are installed.
+    """Check that the trackers' packages are installed.
 
     Raises:
         RecipeError: naming the package that is missing.

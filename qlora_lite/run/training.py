@@ -1,6 +1,6 @@
-"""From recipe to adapter: the sentences that carry out a run.
+"""From recipe to adapter: the stages of a run.
 
-claim the folder -> set up -> plan -> read data -> load the base with its adapter -> train -> finish
+check the folder -> set up -> plan -> read data -> load base and adapter -> train -> finish
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class RunResult:
     already_finished: bool
     steps: int
     scores: dict[str, float]
-    """Of the held-out rows: `loss_before` (at the start) and `loss`; empty if none is held out."""
+    """Held-out `loss_before` (before the first step) and `loss`; empty without held-out rows."""
     samples: tuple[Sample, ...]
     predicted_peak_bytes: int
     peak_bytes: int
@@ -64,14 +64,14 @@ def run_recipe(
     watcher = watcher or Watcher()
     recipe = with_absolute_paths(recipe)
     folder = RunFolder(Path(recipe.output))
-    folder.claim(recipe, extend)
+    folder.require_usable(recipe, extend)
     require_trackers(recipe.tracking)
     folder.make()
     with lock(folder.path), stop_on_signals() as stop_request:
-        folder.claim(recipe, extend)
-        folder.forget_failed_start(recipe)
+        folder.require_usable(recipe, extend)  # again: it may have changed before we had the lock
+        folder.discard_unused_record(recipe)
         if folder.is_finished(recipe):
-            return _finished(folder)
+            return _result_of_finished(folder)
         return _train(recipe, folder, watcher, stop_request)
 
 
@@ -92,7 +92,7 @@ def _train(
     watcher.prepared(data)
     micro_batch_tokens = recipe.optim.micro_batch_tokens or plan.micro_batch_tokens
     batches = training_batches(recipe, data, micro_batch_tokens)
-    folder.require_longer(batches.steps)
+    folder.require_not_shorter(batches.steps)
     stop_request.raise_if_requested("before anything was trained")
 
     try:
@@ -115,14 +115,14 @@ def _train(
     if job.keeps_best:
         restore_best(job)
     assert loaded.attached is not None
-    end = FinishedTraining(
+    finished = FinishedTraining(
         recipe, folder, loaded, loaded.attached, data, plan, progress, job.keeps_best
     )
-    outcome = finish(end)
+    outcome = finish(finished)
     return RunResult(
         folder.path,
         already_finished=False,
-        steps=end.kept_step,
+        steps=finished.saved_step,
         scores=outcome.scores,
         samples=outcome.samples,
         predicted_peak_bytes=plan.ledger.measured_bytes,
@@ -130,7 +130,7 @@ def _train(
     )
 
 
-def _finished(folder: RunFolder) -> RunResult:
+def _result_of_finished(folder: RunFolder) -> RunResult:
     sidecar = folder.read_sidecar()
     return RunResult(
         folder.path,
@@ -144,7 +144,7 @@ def _finished(folder: RunFolder) -> RunResult:
 
 
 def _saved_adapter(recipe: Recipe, resume_from: Path | None) -> dict[str, Tensor] | None:
-    """The adapter's state in the checkpoint, or that of the run to start from if it fits."""
+    """The adapter's state in the checkpoint, else that of `adapter.start` if its settings match."""
     if resume_from is not None:
         return checkpoint.load_adapter(resume_from)
     start = recipe.adapter.start
@@ -152,7 +152,7 @@ def _saved_adapter(recipe: Recipe, resume_from: Path | None) -> dict[str, Tensor
 
 
 def _require_budget(recipe: Recipe, plan: Plan, watcher: Watcher) -> None:
-    """A given budget is a limit. The device's free memory may change, so it only gives a note."""
+    """A given budget is a limit. Free memory may change, so exceeding it only gives a note."""
     if recipe.budget:
         require_fit(plan)
     elif not plan.fits:
@@ -160,11 +160,12 @@ def _require_budget(recipe: Recipe, plan: Plan, watcher: Watcher) -> None:
 
 
 def _out_of_memory(setup: RunSetup, plan: Plan) -> str:
-    """What was planned, and what single settings would save."""
+    """The planned memory, and what changing one setting would save."""
     tight = plan_recipe(setup.recipe.but("budget=1B"), setup.rule)
     savings = ", ".join(f"{s.setting} (-{format_bytes(s.saved_bytes)})" for s in tight.savings)
     largest = max(plan.rows(), key=lambda row: row[1])
     return (
-        f"the device is out of memory, although {format_bytes(plan.peak_bytes)} were planned, most "
-        f"of it for {largest[0]} ({format_bytes(largest[1])}). Savings: {savings or 'none'}"
+        f"the device is out of memory, although only {format_bytes(plan.peak_bytes)} were planned "
+        f"(most of it for {largest[0]}: {format_bytes(largest[1])}). Settings that save memory: "
+        f"{savings or 'none'}"
     )

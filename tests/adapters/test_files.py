@@ -1,4 +1,4 @@
-"""An adapter's own state: all that its layers are, to the bit."""
+"""An adapter's native state: all tensors of its layers, bit for bit."""
 
 import pytest
 import torch
@@ -11,14 +11,14 @@ from tests.workbench import Bench, perturbed
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s.kind}-{s.ranks}-{s.targets}")
-def test_our_own_state_comes_back_to_the_bit(tmp_path, tiny_llama, settings):
+def test_the_native_state_is_restored_bit_for_bit(tmp_path, tiny_llama, settings):
     first = perturbed(tiny_llama, settings)
     second = Bench(tiny_llama, settings, dtype=torch.bfloat16)
     second.attached.load_state(read_native(first.save(tmp_path / "adapter")))
     assert torch.equal(second.logits(), first.logits())
 
 
-def test_a_damaged_state_is_an_error_that_says_what_to_do(tmp_path, tiny_llama):
+def test_a_damaged_native_state_is_an_error_with_a_way_out(tmp_path, tiny_llama):
     folder = perturbed(tiny_llama, LoRA(rank=4)).save(tmp_path / "adapter")
     state = (folder / "native.safetensors").read_bytes()
     for damaged in (b"", state[:100], state[:-1]):

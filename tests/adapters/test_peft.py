@@ -1,4 +1,4 @@
-"""The PEFT form: PEFT reads ours untouched, and what cannot be folded without loss is refused."""
+"""The PEFT form: PEFT loads our files unchanged; adapters that cannot be folded are refused."""
 
 import json
 
@@ -11,7 +11,7 @@ from qlora_lite.adapters.peft import read_peft
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.methods.lora import LoRA
 from qlora_lite.methods.rslora import RsLoRA
-from tests.dense_twin import bare_twin
+from tests.dense_twin import base_twin
 from tests.tiny import save_tiny
 from tests.workbench import CLOSE, Bench, perturbed, plain_logits
 
@@ -31,16 +31,16 @@ def directory(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s.kind}-{s.ranks}-{s.targets}")
-def test_peft_loads_it_untouched_and_gives_the_same_logits(tmp_path, directory, settings):
-    bare = Bench(directory, LoRA(rank=1))
-    twin = bare_twin(directory)
+def test_peft_loads_our_files_and_gives_the_same_logits(tmp_path, directory, settings):
+    base = Bench(directory, LoRA(rank=1))
+    twin = base_twin(directory)
     ours = perturbed(directory, settings)
     theirs = peft.PeftModel.from_pretrained(twin, ours.save(tmp_path / "adapter"))
-    assert not torch.allclose(ours.logits(), bare.logits(), atol=1e-2)
+    assert not torch.allclose(ours.logits(), base.logits(), atol=1e-2)
     torch.testing.assert_close(plain_logits(theirs), ours.logits(), **CLOSE)
 
 
-def test_what_is_saved_is_normalised_for_every_consumer(tmp_path, directory):
+def test_scales_are_folded_and_all_ranks_are_equal(tmp_path, directory):
     ours = perturbed(directory, RsLoRA(rank=4, alpha=3, ranks={"0": 8, "1": 4}))
     folder = ours.save(tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -76,7 +76,7 @@ def test_an_adapter_of_a_changed_base_is_refused(tmp_path, start):
         read_peft(folder)
 
 
-def test_what_is_no_lora_directory_is_named(tmp_path):
+def test_a_directory_without_a_lora_adapter_is_refused(tmp_path):
     with pytest.raises(AdapterError, match=r"not a PEFT adapter"):
         read_peft(tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")

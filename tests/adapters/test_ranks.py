@@ -16,7 +16,7 @@ SPECS = [
 ]
 
 
-def test_the_last_pattern_that_matches_gives_the_rank():
+def test_the_last_matching_pattern_gives_the_rank():
     ranks = {"0-5": 32, "11": 0, "*.mlp.*": 4, "model.layers.3.self_attn.q_proj": 7}
     found = {spec.path: rank_of(spec, 16, ranks) for spec in SPECS}
     assert found["model.layers.0.self_attn.q_proj"] == 32
@@ -39,7 +39,7 @@ def test_layers_of_rank_0_are_not_planned_and_scales_follow_the_rank():
 
 
 @pytest.mark.parametrize("rank", [1, 4, 64, 256])
-def test_rslora_is_lora_with_alpha_over_the_root_given_as_alpha(rank):
+def test_rslora_is_lora_with_alpha_times_the_root_of_the_rank(rank):
     ours = LoRAMethod(RsLoRA(rank=rank, alpha=16)).plan(SPECS[:1])[SPECS[0].path]
     same = LoRA(rank=rank, alpha=16 * rank**0.5)
     assert ours.scale == pytest.approx(scale_of(same.alpha, rank, same.scaling))

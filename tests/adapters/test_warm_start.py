@@ -1,4 +1,4 @@
-"""Beginning from an adapter: the same logits, from PEFT's pairs and from our own state."""
+"""Starting from an adapter: the same logits, from PEFT's pairs and from the native state."""
 
 import peft
 import pytest
@@ -9,7 +9,7 @@ from qlora_lite.adapters.warm_start import describe_warm_start, require_adapter,
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.methods.dora import DoRA
 from qlora_lite.methods.lora import LoRA
-from tests.dense_twin import bare_twin
+from tests.dense_twin import base_twin
 from tests.tiny import save_tiny
 from tests.workbench import CLOSE, Bench, perturbed, plain_logits
 
@@ -19,7 +19,7 @@ def directory(request, tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("base") / request.param, request.param)
 
 
-def stirred_by_peft(twin, **options):
+def perturbed_by_peft(twin, **options):
     theirs = peft.get_peft_model(twin, peft.LoraConfig(r=4, lora_alpha=5, **options))
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -30,20 +30,20 @@ def stirred_by_peft(twin, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"0": 2}}], ids=str)
-def test_an_adapter_trained_by_peft_begins_ours_with_the_same_logits(tmp_path, directory, options):
+def test_starting_from_pefts_lora_gives_the_same_logits(tmp_path, directory, options):
     names = ["c_attn", "c_fc"] if directory.name == "gpt2" else ["q_proj", "down_proj"]
     if "rank_pattern" in options:
         options = {"rank_pattern": {names[0]: 2}, "alpha_pattern": {names[1]: 7}}
-    theirs = stirred_by_peft(bare_twin(directory), target_modules=names, **options)
+    theirs = perturbed_by_peft(base_twin(directory), target_modules=names, **options)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = Bench(directory, LoRA(rank=4, targets=names))
     warm_start(ours.attached, tmp_path / "theirs")
     torch.testing.assert_close(ours.logits(), plain_logits(theirs), **CLOSE)
 
 
-def test_a_dora_trained_by_peft_begins_ours_with_the_same_logits(tmp_path, directory):
+def test_starting_from_pefts_dora_gives_the_same_logits(tmp_path, directory):
     names = ["c_attn", "c_fc"] if directory.name == "gpt2" else ["q_proj", "down_proj"]
-    theirs = stirred_by_peft(bare_twin(directory), target_modules=names, use_dora=True)
+    theirs = perturbed_by_peft(base_twin(directory), target_modules=names, use_dora=True)
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             if "magnitude" in name:
@@ -52,7 +52,7 @@ def test_a_dora_trained_by_peft_begins_ours_with_the_same_logits(tmp_path, direc
     ours = Bench(directory, DoRA(rank=4, targets=names))
     warm_start(ours.attached, tmp_path / "theirs")
     torch.testing.assert_close(ours.logits(), plain_logits(theirs), **CLOSE)
-    with pytest.raises(AdapterError, match=r"is a DoRA.*Take adapter=dora"):
+    with pytest.raises(AdapterError, match=r"is a DoRA.*Use adapter=dora"):
         warm_start(Bench(directory, LoRA(rank=4, targets=names)).attached, tmp_path / "theirs")
 
 
@@ -64,7 +64,7 @@ def test_a_dora_trained_by_peft_begins_ours_with_the_same_logits(tmp_path, direc
     ],
     ids=["ranks-norms", "embedding-head"],
 )
-def test_our_own_state_begins_to_the_bit(tmp_path, directory, settings):
+def test_starting_from_the_native_state_gives_the_same_bits(tmp_path, directory, settings):
     first = perturbed(directory, settings)
     folder = first.save(tmp_path / "adapter")
     second = Bench(directory, settings, dtype=torch.bfloat16)
@@ -72,13 +72,13 @@ def test_our_own_state_begins_to_the_bit(tmp_path, directory, settings):
     assert torch.equal(second.logits(), first.logits())
 
 
-def test_a_matrix_trained_whole_is_stored_as_its_base_stores_it(tmp_path):
-    """GPT-2's output projection is square, so that only the numbers show which way it lies."""
+def test_a_fully_trained_matrix_is_stored_in_the_layout_of_its_base(tmp_path):
+    """GPT-2's output projection is square, so only the numbers show whether it is transposed."""
     directory = save_tiny(tmp_path / "gpt2", "gpt2")
     settings = LoRA(rank=4, train_modules=["*.0.attn.c_proj"])
     first = perturbed(directory, settings)
     folder = first.save(tmp_path / "adapter")
-    theirs = peft.PeftModel.from_pretrained(bare_twin(directory), folder)
+    theirs = peft.PeftModel.from_pretrained(base_twin(directory), folder)
     torch.testing.assert_close(plain_logits(theirs), first.logits(), **CLOSE)
     theirs.save_pretrained(tmp_path / "theirs")
     second = Bench(directory, settings)
@@ -86,7 +86,7 @@ def test_a_matrix_trained_whole_is_stored_as_its_base_stores_it(tmp_path):
     torch.testing.assert_close(second.logits(), first.logits(), **CLOSE)
 
 
-def test_a_tensor_that_finds_no_place_is_an_error(tmp_path, directory):
+def test_a_tensor_that_the_recipe_does_not_train_is_an_error(tmp_path, directory):
     folder = perturbed(directory, LoRA(rank=4)).save(tmp_path / "adapter")
     narrower = Bench(directory, LoRA(rank=4, targets="attention"))
     with pytest.raises(AdapterError, match=r"tensors that this recipe does not train.*targets"):
@@ -95,7 +95,7 @@ def test_a_tensor_that_finds_no_place_is_an_error(tmp_path, directory):
         narrower.attached.load_state(load_file(folder / "native.safetensors"))
 
 
-def test_a_larger_rank_is_an_error_that_says_which_is_needed(tmp_path, directory):
+def test_an_adapter_of_larger_rank_is_an_error_with_the_needed_rank(tmp_path, directory):
     folder = perturbed(directory, LoRA(rank=8)).save(tmp_path / "adapter")
     with pytest.raises(AdapterError, match=r"adapter\.rank=8"):
         warm_start(Bench(directory, LoRA(rank=4)).attached, folder)
@@ -112,36 +112,36 @@ def test_an_adapter_of_another_base_is_an_error(tmp_path, directory):
         warm_start(Bench(directory, LoRA(rank=4)).attached, folder)
 
 
-def test_what_is_no_adapter_is_told_before_anything_is_read(tmp_path):
+def test_a_directory_without_an_adapter_is_an_error_before_the_base_is_read(tmp_path):
     with pytest.raises(AdapterError, match=r"not an adapter directory"):
         require_adapter(tmp_path)
     (tmp_path / "native.safetensors").write_bytes(b"")
     require_adapter(tmp_path)
 
 
-def test_it_is_told_what_is_taken_and_of_which_base(tmp_path, tiny_llama):
+def test_notes_name_the_file_and_the_other_base(tmp_path, tiny_llama):
     folder = perturbed(tiny_llama, LoRA(rank=4)).save(tmp_path / "adapter")
     own, other = LoRA(rank=4, dropout=0.1), LoRA(rank=6)
     assert describe_warm_start(folder, own, str(tiny_llama)) == [
-        f"beginning from {folder / 'native.safetensors'}"
+        f"starting from {folder / 'native.safetensors'}"
     ]
     notes = describe_warm_start(folder, other, "Qwen/Qwen3-8B")
-    assert notes[0] == f"beginning from {folder / 'adapter_model.safetensors'}"
+    assert notes[0] == f"starting from {folder / 'adapter_model.safetensors'}"
     assert "made for the base" in notes[1]
-    assert notes[1].endswith("and this one is Qwen/Qwen3-8B")
+    assert notes[1].endswith("and this run's is Qwen/Qwen3-8B")
 
 
 @pytest.mark.parametrize("sidecar", [None, "{", "[]", "{}"])
-def test_a_state_that_does_not_say_its_settings_is_damaged(tmp_path, tiny_llama, sidecar):
+def test_a_native_state_without_readable_settings_is_refused(tmp_path, tiny_llama, sidecar):
     folder = perturbed(tiny_llama, LoRA(rank=4)).save(tmp_path / "adapter")
     (folder / "qlora_lite.json").unlink()
     if sidecar is not None:
         (folder / "qlora_lite.json").write_text(sidecar)
-    with pytest.raises(AdapterError, match=r"qlora_lite\.json says.*cannot be read.*Copy"):
+    with pytest.raises(AdapterError, match=r"qlora_lite\.json cannot be read.*Copy"):
         warm_start(Bench(tiny_llama, LoRA(rank=4)).attached, folder)
 
 
-def test_the_zeros_that_pad_an_adapter_do_not_become_dead_components(tmp_path):
+def test_zero_padding_of_an_adapter_does_not_become_dead_components(tmp_path):
     directory = save_tiny(tmp_path / "base")
     first = Bench(directory, LoRA(rank=6, ranks={"0": 2}, embedding_rank=2), lr=1e-2)
     first.step()
@@ -156,12 +156,12 @@ def test_the_zeros_that_pad_an_adapter_do_not_become_dead_components(tmp_path):
     torch.testing.assert_close(same_ranks.logits(), first.logits(), **CLOSE)
 
 
-def test_pefts_copy_of_the_head_is_recognised_as_the_bases(tmp_path):
+def test_the_base_head_in_pefts_files_must_equal_ours(tmp_path):
     directory = save_tiny(tmp_path / "base")
-    twin = bare_twin(directory)
+    twin = base_twin(directory)
     twin.save_pretrained(tmp_path / "plain")
     names = ["q_proj", "lm_head"]
-    theirs = stirred_by_peft(twin, target_modules=names)
+    theirs = perturbed_by_peft(twin, target_modules=names)
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
     stored = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
     assert "base_model.model.lm_head.base_layer.weight" in stored
@@ -170,5 +170,5 @@ def test_pefts_copy_of_the_head_is_recognised_as_the_bases(tmp_path):
     torch.testing.assert_close(ours.logits(), plain_logits(theirs), **CLOSE)
     stored["base_model.model.lm_head.base_layer.weight"] += 1
     save_file(stored, tmp_path / "theirs" / "adapter_model.safetensors", {"format": "pt"})
-    with pytest.raises(AdapterError, match="holds another weight for lm_head"):
+    with pytest.raises(AdapterError, match="contains another weight for lm_head"):
         warm_start(ours.attached, tmp_path / "theirs")

@@ -1,4 +1,4 @@
-"""A run of seconds on a tiny base, in a process of its own that can be killed."""
+"""A run of a few seconds on a tiny base, in a child process that can be killed."""
 
 import json
 import multiprocessing
@@ -62,7 +62,7 @@ def recipe_in(folder: Path, name: str, *changes: str, base: str = "base") -> Rec
 
 
 def run_in_child(recipe: Recipe, moment: str | None = None, extend: bool = False) -> Any:
-    """Start a run in a child process; `moment` is where it kills itself. Returns the process."""
+    """Start a run in a child process, which kills itself at `moment`. Returns the process."""
     child = processes.Process(target=_child, args=(recipe.to_dict(), moment, extend))
     child.start()
     return child
@@ -79,15 +79,15 @@ def _child(values: dict[str, Any], moment: str | None, extend: bool) -> None:
 
     torch.set_num_threads(1)
     if moment:
-        _arm(moment)
+        _kill_at(moment)
     try:
         run_recipe(Recipe.model_validate(values), extend=extend, watcher=Watcher())
     except Interrupted:
         raise SystemExit(130) from None
 
 
-def _arm(moment: str) -> None:
-    """Let this process die by SIGKILL in the middle of something."""
+def _kill_at(moment: str) -> None:
+    """Make this process kill itself with SIGKILL at `moment`."""
     from qlora_lite.foundation import files
     from qlora_lite.run import finishing
     from qlora_lite.training import checkpoint, loop
@@ -109,7 +109,7 @@ def _arm(moment: str) -> None:
 
 
 def _die_in(owner: Any, name: str, call: int, after: bool = False) -> None:
-    """At the given call of a function, before or after its work."""
+    """Kill this process at the given call of a function, before or after the call."""
     function = getattr(owner, name)
     calls = 0
 
@@ -126,7 +126,7 @@ def _die_in(owner: Any, name: str, call: int, after: bool = False) -> None:
 
 
 def result_of(run: Path) -> dict[str, Any]:
-    """Everything that must not depend on interruptions: bytes of adapter and optimizer, metrics."""
+    """What interruptions must not change: bytes of adapter and optimizer, metrics."""
     found: dict[str, Any] = {
         str(path.relative_to(run)): path.read_bytes()
         for folder in ("adapter", "checkpoints")

@@ -1,4 +1,4 @@
-"""The same promises on a CUDA card."""
+"""Training, resuming and merging on a CUDA card."""
 
 import signal
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda")
-    # wide enough that bitsandbytes keeps moments in 8 bit (4,096 numbers) and pages them (100,000)
+    # wide enough for bitsandbytes' 8-bit moments (from 4,096 numbers) and paging (from 100,000)
     save_tiny(
         folder / "base",
         "llama",
@@ -47,10 +47,10 @@ def test_it_learns_in_every_precision_with_every_optimizer(folder, quant, states
 
 
 @pytest.mark.parametrize("states", ["32bit", "8bit", "paged_8bit"])
-def test_killed_and_continued_it_ends_within_rounding(folder, states):
+def test_a_killed_and_continued_run_differs_only_by_rounding(folder, states):
     changes = ("device=cuda", "optim.lr=2e-3", "adapter.rank=256", f"optim.states={states}")
     losses = []
-    for name in ("calm", "killed"):
+    for name in ("uninterrupted", "killed"):
         recipe = small_recipe(
             folder / "base", folder / "train.jsonl", folder / f"{name}-{states}", *changes
         )
@@ -69,13 +69,13 @@ def test_fp16_compute_scales_its_loss(folder):
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
 
 
-def test_it_starts_where_a_cpu_starts(folder):
+def test_the_first_loss_is_that_of_a_cpu(folder):
     _, on_cuda = run(folder, "cuda-start", "optim.steps=1", "adapter.dropout=0")
     _, on_cpu = run(folder, "cpu-start", "optim.steps=1", "adapter.dropout=0", "device=cpu")
     assert on_cuda[0] == pytest.approx(on_cpu[0], rel=2e-2)  # bf16 against fp32 compute
 
 
-def test_what_is_merged_is_what_was_trained(folder):
+def test_the_merged_model_predicts_what_the_trained_one_does(folder):
     run(folder, "merged-run")
     result = merge(folder / "merged-run", folder / "merged", base="trained", verify=True)
     assert result.written.top1 > 0.95

@@ -1,4 +1,4 @@
-"""Every method from recipe to merged model: killed, continued, loaded, begun from, merged."""
+"""Every method from recipe to merged model: killed, continued, loaded, merged, started from."""
 
 import json
 
@@ -20,11 +20,11 @@ QUICK = ("pissa, requantised", "adalora", "cola")
 
 
 class Killed(Exception):
-    """Nothing that the run would catch."""
+    """An exception that a run does not catch."""
 
 
 class Killer(Watcher):
-    """Ends the process's work right after the checkpoint of step 4."""
+    """Raises right after the checkpoint of step 4."""
 
     def saved(self, step: int) -> None:
         if step == 4:
@@ -39,42 +39,42 @@ def recipe_of(folder, case, output, *changes):
 
 
 def cases():
-    """Those that keep different kinds of state are in the ordinary suite, all among the slow."""
+    """Methods with different kinds of state run by default, all others are slow tests."""
     for name in CASES:
         marks = () if name in QUICK else (pytest.mark.slow,)
         yield pytest.param(name, marks=marks)
 
 
 @pytest.mark.parametrize("name", list(cases()))
-def test_a_run_survives_and_leaves_as_merged_weights(folder, name):
+def test_a_killed_run_continues_and_merges(folder, name):
     case, key = CASES[name], name.replace(", ", "-")
-    whole = run_recipe(recipe_of(folder, case, f"{key}-whole"))
+    uninterrupted = run_recipe(recipe_of(folder, case, f"{key}-uninterrupted"))
     with pytest.raises(Killed):
         run_recipe(recipe_of(folder, case, f"{key}-killed"), watcher=Killer())
     killed = run_recipe(recipe_of(folder, case, f"{key}-killed"))
-    expected = load_file(whole.directory / "adapter" / "native.safetensors")
+    expected = load_file(uninterrupted.directory / "adapter" / "native.safetensors")
     found = load_file(killed.directory / "adapter" / "native.safetensors")
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[n], tensor) for n, tensor in expected.items())
-    assert losses_of(killed) == losses_of(whole)
+    assert losses_of(killed) == losses_of(uninterrupted)
 
-    loaded = load_run(whole.directory)
-    sidecar = json.loads((whole.directory / "adapter" / "qlora_lite.json").read_text())
+    loaded = load_run(uninterrupted.directory)
+    sidecar = json.loads((uninterrupted.directory / "adapter" / "qlora_lite.json").read_text())
     assert sidecar["peft"] == case.peft
-    result = merge(whole.directory, folder / f"{key}-merged", base="trained", dtype="fp32")
+    result = merge(uninterrupted.directory, folder / f"{key}-merged", base="trained", dtype="fp32")
     assert result.written.is_exact
-    rows = score_targets([str(whole.directory)])
+    rows = score_targets([str(uninterrupted.directory)])
     kinds = ["bare base", "adapter"] if loaded.attached.is_base_unchanged else ["adapter"]
     assert [row.what for row in rows] == kinds
 
-    begun = recipe_of(
+    started_from_it = recipe_of(
         folder,
         case,
-        f"{key}-begun",
-        f"adapter.start={whole.directory / 'adapter'}",
+        f"{key}-started",
+        f"adapter.start={uninterrupted.directory / 'adapter'}",
     )
-    begun = run_recipe(begun)
-    assert begun.scores["loss_before"] == pytest.approx(whole.scores["loss"], rel=1e-4)
+    started = run_recipe(started_from_it)
+    assert started.scores["loss_before"] == pytest.approx(uninterrupted.scores["loss"], rel=1e-4)
 
 
 def losses_of(result):
@@ -82,24 +82,26 @@ def losses_of(result):
     return [event["loss"] for event in events if "loss" in event]
 
 
-def test_an_adapter_on_a_base_of_its_own_is_not_merged_into_another(folder):
+def test_an_adapter_of_a_changed_base_is_not_merged_into_the_original(folder):
     run = run_recipe(recipe_of(folder, CASES["loftq"], "own-base"))
-    assert "right on that base only" in (run.directory / "adapter" / "README.md").read_text()
+    assert (
+        "only works on that changed base" in (run.directory / "adapter" / "README.md").read_text()
+    )
     with pytest.raises(AdapterError, match="Merge its run"):
         run_recipe(
             recipe_of(folder, CASES["lora"], "other", f"adapter.start={run.directory / 'adapter'}")
         )
-    with pytest.raises(ExportError, match="changed the weights at its start"):
+    with pytest.raises(ExportError, match="changed the base weights"):
         merge(run.directory, folder / "own-base-merged", base="original")
     result = merge(run.directory, folder / "own-base-merged", base="auto")
     assert result.base == "trained"
 
 
 @pytest.mark.parametrize("name", ["loftq", "pissa, requantised"])
-def test_a_start_inside_the_weights_is_neither_a_lora_nor_one_of_the_head(folder, name):
+def test_a_method_that_changes_the_base_cannot_start_from_a_lora_or_adapt_the_head(folder, name):
     lora = run_recipe(recipe_of(folder, CASES["lora"], f"plain-{name[:5]}"))
     start = f"adapter.start={lora.directory / 'adapter'}"
-    with pytest.raises(AdapterError, match="cannot begin at"):
+    with pytest.raises(AdapterError, match="cannot start from"):
         run_recipe(recipe_of(folder, CASES[name], f"from-lora-{name[:5]}", start))
     head = 'adapter.targets=["q_proj", "lm_head"]'
     with pytest.raises(AdapterError, match=r"the head \(lm_head\)"):

@@ -1,4 +1,4 @@
-"""Every family that a recipe names, from quantised base to merged model, in tiny dimensions."""
+"""Every model family of the recipes, from quantised base to merged model, as a tiny model."""
 
 import signal
 
@@ -23,7 +23,7 @@ RECIPES = {
 
 
 def cases():
-    """Both precisions of every family; two recipes are Qwen3, and each is quick in one of them."""
+    """Both precisions of every family. Two recipes are Qwen3; each has one precision by default."""
     for name in RECIPES:
         for quant in ("nf4", "int8"):
             is_slow = (name, quant) in (("qwen3_0_6b", "int8"), ("qwen3_8b", "nf4"))
@@ -32,7 +32,7 @@ def cases():
 
 
 @pytest.mark.parametrize(("name", "quant"), list(cases()))
-def test_it_learns_is_killed_goes_on_and_merges_to_the_same_logits(tmp_path, name, quant):
+def test_a_killed_and_continued_run_learns_and_merges_to_the_same_logits(tmp_path, name, quant):
     save_tiny(tmp_path / "base", **RECIPES[name])
     data = write_rows(tmp_path / "train.jsonl")
     recipe = small_recipe(

@@ -1,4 +1,4 @@
-"""Nothing is lost: a run that was killed at any moment ends in the bits of one that was not."""
+"""A run that was killed at any moment ends with the same bits as one that was not."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def moments():
 
 
 @pytest.mark.parametrize("moment", list(moments()))
-def test_killed_and_continued_it_ends_in_the_same_bits(folder, uninterrupted, moment):
+def test_a_killed_and_continued_run_ends_with_the_same_bits(folder, uninterrupted, moment):
     name = moment.replace(" ", "_")
     recipe = recipe_in(folder, name)
     child = run_in_child(recipe, moment)
@@ -50,12 +50,12 @@ def test_killed_and_continued_it_ends_in_the_same_bits(folder, uninterrupted, mo
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_change_nothing(folder):
+def test_twenty_kills_at_random_moments_change_no_bit(folder):
     every = ("checkpoints.every=1", "optim.steps=30", "evaluation.every=5")
-    began = time.perf_counter()
-    finish_in_child(recipe_in(folder, "calm", *every))
-    duration = time.perf_counter() - began
-    expected = result_of(folder / "calm")
+    start = time.perf_counter()
+    finish_in_child(recipe_in(folder, "uninterrupted-30", *every))
+    duration = time.perf_counter() - start
+    expected = result_of(folder / "uninterrupted-30")
     draw = random.Random(0)
     kills = 0
     while kills < 20:
@@ -73,7 +73,7 @@ def test_twenty_kills_at_random_moments_change_nothing(folder):
         assert result_of(folder / "killed") == expected
 
 
-def test_sigterm_saves_exits_130_and_is_continued(folder, uninterrupted):
+def test_after_sigterm_the_run_is_saved_exits_with_130_and_continues(folder, uninterrupted):
     recipe = recipe_in(folder, "terminated")
     child = run_in_child(recipe)
     metrics = folder / "terminated" / "metrics.jsonl"
@@ -90,7 +90,7 @@ def test_sigterm_saves_exits_130_and_is_continued(folder, uninterrupted):
     assert result_of(folder / "terminated") == uninterrupted
 
 
-def test_a_finished_run_says_so_and_does_nothing(folder, uninterrupted):
+def test_a_finished_run_is_reported_and_not_changed(folder, uninterrupted):
     result = run_recipe(recipe_in(folder, "uninterrupted"))
     assert result.already_finished
     assert result_of(folder / "uninterrupted") == uninterrupted
@@ -107,7 +107,7 @@ def test_another_recipe_on_the_same_folder_is_refused_with_the_difference(folder
         run_recipe(recipe_in(folder, "uninterrupted"), extend=True)
 
 
-def test_extended_it_goes_on_from_its_last_step(folder, uninterrupted):
+def test_an_extended_run_continues_from_its_last_step(folder, uninterrupted):
     shutil.copytree(folder / "uninterrupted", folder / "longer")
     finish_in_child(recipe_in(folder, "longer", "optim.steps=16"), extend=True)
     events = result_of(folder / "longer")["metrics"]
@@ -117,27 +117,27 @@ def test_extended_it_goes_on_from_its_last_step(folder, uninterrupted):
     assert sidecar["steps"] == 16
 
 
-def test_an_extension_that_was_killed_ends_as_one_that_was_not(folder):
+def test_a_killed_extension_ends_with_the_same_bits(folder):
     changes = ("optim.lr=0.3", "optim.schedule=constant", "evaluation.every=1")
     patient = (*changes, "evaluation.patience=2", "checkpoints.every=1")
-    finish_in_child(recipe_in(folder, "calm-extension", *patient, "optim.steps=3"))
-    shutil.copytree(folder / "calm-extension", folder / "killed-extension")
+    finish_in_child(recipe_in(folder, "uninterrupted-extension", *patient, "optim.steps=3"))
+    shutil.copytree(folder / "uninterrupted-extension", folder / "killed-extension")
     longer = (*patient, "optim.steps=9")
-    finish_in_child(recipe_in(folder, "calm-extension", *longer), extend=True)
+    finish_in_child(recipe_in(folder, "uninterrupted-extension", *longer), extend=True)
     child = run_in_child(recipe_in(folder, "killed-extension", *longer), "first steps", extend=True)
     child.join()
     assert child.exitcode == -signal.SIGKILL
     finish_in_child(recipe_in(folder, "killed-extension", *longer), extend=True)
-    assert result_of(folder / "killed-extension") == result_of(folder / "calm-extension")
+    assert result_of(folder / "killed-extension") == result_of(folder / "uninterrupted-extension")
 
 
 def test_a_run_cannot_become_shorter(folder, uninterrupted):
-    with pytest.raises(RunError, match=r"12 steps done already, and 5 are asked for"):
+    with pytest.raises(RunError, match=r"already done 12 steps, and the recipe has 5"):
         run_recipe(recipe_in(folder, "uninterrupted", "optim.steps=5"), extend=True)
     assert result_of(folder / "uninterrupted") == uninterrupted
 
 
-def test_a_resumed_run_keeps_its_micro_batches_whatever_the_budget_is_then(folder):
+def test_a_resumed_run_keeps_its_micro_batches_under_another_budget(folder):
     free = ("optim.micro_batch_tokens=null", "optim.tokens_per_step=512")
     finish_in_child(recipe_in(folder, "roomy", *free, "budget=4GiB"))
     child = run_in_child(recipe_in(folder, "tighter", *free, "budget=4GiB"), "step")
@@ -147,7 +147,7 @@ def test_a_resumed_run_keeps_its_micro_batches_whatever_the_budget_is_then(folde
     assert result_of(folder / "tighter") == result_of(folder / "roomy")
 
 
-def test_a_damaged_checkpoint_is_told_of_and_the_one_before_it_continues(folder, uninterrupted):
+def test_a_run_continues_from_the_checkpoint_before_a_damaged_one(folder, uninterrupted):
     child = run_in_child(recipe_in(folder, "damaged", "checkpoints.every=2"), "step")
     child.join()
     checkpoints = sorted((folder / "damaged" / "checkpoints").glob("step-*"))
@@ -159,7 +159,7 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_it_continues(folder,
     assert result["adapter/native.safetensors"] == uninterrupted["adapter/native.safetensors"]
 
 
-def test_a_setting_that_is_newer_than_the_record_had_its_default_then(folder, uninterrupted):
+def test_a_setting_that_is_missing_in_an_old_record_counts_as_its_default(folder, uninterrupted):
     record = folder / "uninterrupted" / "recipe.json"
     values = json.loads(record.read_text())
     old = json.loads(record.read_text())
@@ -175,7 +175,7 @@ def test_changed_data_under_an_unfinished_run_is_refused(folder):
     child = run_in_child(recipe, "step")
     child.join()
     write_rows(folder / "changing.jsonl", 121)
-    with pytest.raises(RunError, match=r"the data of .* changed since the run began"):
+    with pytest.raises(RunError, match=r"the data of .* changed since the run started"):
         run_recipe(recipe)
 
 
@@ -193,10 +193,10 @@ def test_two_processes_cannot_share_a_folder(folder):
         child.join()
 
 
-def test_a_folder_that_is_no_run_is_left_alone(folder):
+def test_a_folder_that_is_not_a_run_is_not_touched(folder):
     (folder / "precious").mkdir()
     (folder / "precious" / "thesis.tex").write_text("x")
-    with pytest.raises(RunError, match=r"not empty \(there is thesis.tex\)"):
+    with pytest.raises(RunError, match=r"not empty \(it contains thesis.tex\)"):
         run_recipe(recipe_in(folder, "precious"))
     assert os.listdir(folder / "precious") == ["thesis.tex"]
 
@@ -217,7 +217,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_a_full_disk_is_a_clear_error_that_leaves_the_older_checkpoint_usable(folder, small_disk):
+def test_after_a_full_disk_the_older_checkpoint_is_usable(folder, small_disk):
     recipe = small_recipe(
         folder / "base", folder / "train.jsonl", small_disk / "run", "adapter.rank=16"
     )

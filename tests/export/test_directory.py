@@ -1,4 +1,4 @@
-"""A merged directory: complete or absent, and with the right companions of its weights."""
+"""A merged directory: complete or absent, with config, tokenizer and licences."""
 
 import json
 import multiprocessing
@@ -6,7 +6,7 @@ import multiprocessing
 import pytest
 import torch
 
-from qlora_lite.export.directory import unfinished, write_companions
+from qlora_lite.export.directory import resumable_directory, write_companions
 from qlora_lite.foundation.errors import ExportError, RunError
 from tests.tiny import tiny_tokenizer
 
@@ -21,7 +21,7 @@ def base(tmp_path):
                 "model_type": "llama",
                 "torch_dtype": "float16",
                 "quantization_config": {"load_in_4bit": True},
-                "_name_or_path": "/somewhere",
+                "_name_or_path": "/some/path",
                 "rope_theta": 1e6,
                 "bos_token_id": 0,
                 "eos_token_id": 5,
@@ -45,7 +45,7 @@ def companions(base, out, **changes):
     return {path.name: path.read_text() for path in out.iterdir()}
 
 
-def test_the_config_is_the_bases_own_but_for_what_changed(base, tmp_path):
+def test_the_config_is_that_of_the_base_except_for_what_changed(base, tmp_path):
     found = companions(base, tmp_path / "out")
     assert json.loads(found["config.json"]) == {
         "model_type": "llama",
@@ -79,45 +79,45 @@ def test_generation_stops_at_the_end_of_turn_and_where_the_base_stops(
     assert json.loads(found["generation_config.json"]) == after
 
 
-def test_licences_go_along_and_code_only_on_request(base, tmp_path):
+def test_licences_are_copied_and_code_only_on_request(base, tmp_path):
     found = companions(base, tmp_path / "out")
     assert {"LICENSE", "NOTICE.txt", "Use_Policy.md"} <= found.keys()
     assert not {"code.py", "notes.txt"} & found.keys()
     assert "code.py" in companions(base, tmp_path / "with_code", with_code=True)
 
 
-def test_a_directory_appears_only_when_it_is_whole(tmp_path):
+def test_a_directory_appears_only_when_it_is_complete(tmp_path):
     out = tmp_path / "deep" / "out"
-    with pytest.raises(ZeroDivisionError), unfinished(out, "a") as aside:
-        (aside / "part").write_text("1")
+    with pytest.raises(ZeroDivisionError), resumable_directory(out, "a") as temporary:
+        (temporary / "part").write_text("1")
         raise ZeroDivisionError
     assert not out.exists()
-    with unfinished(out, "a") as aside:
-        assert (aside / "part").read_text() == "1"
+    with resumable_directory(out, "a") as temporary:
+        assert (temporary / "part").read_text() == "1"
     assert [path.name for path in out.iterdir()] == ["part"]
 
 
-def test_a_directory_may_hold_directories(tmp_path):
+def test_a_directory_may_contain_directories(tmp_path):
     """As a tokenizer with several chat templates is saved."""
-    with unfinished(tmp_path / "out", "a") as aside:
+    with resumable_directory(tmp_path / "out", "a") as temporary:
         tokenizer = tiny_tokenizer()
         tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
-        tokenizer.save_pretrained(aside)
+        tokenizer.save_pretrained(temporary)
     assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").is_file()
     assert not list((tmp_path / "out").glob(".*"))
 
 
-def test_work_on_something_else_is_thrown_away(tmp_path):
-    with pytest.raises(ZeroDivisionError), unfinished(tmp_path / "out", "a") as aside:
-        (aside / "part").mkdir()
+def test_files_of_another_merge_are_deleted(tmp_path):
+    with pytest.raises(ZeroDivisionError), resumable_directory(tmp_path / "out", "a") as temporary:
+        (temporary / "part").mkdir()
         raise ZeroDivisionError
-    with unfinished(tmp_path / "out", "b") as aside:
-        assert not (aside / "part").exists()
+    with resumable_directory(tmp_path / "out", "b") as temporary:
+        assert not (temporary / "part").exists()
 
 
 def try_to_write(out, answers):
     try:
-        with unfinished(out, "a"):
+        with resumable_directory(out, "a"):
             answers.put("entered")
     except RunError as error:
         answers.put(str(error))
@@ -126,15 +126,15 @@ def try_to_write(out, answers):
 def test_two_processes_cannot_write_the_same_directory(tmp_path):
     context = multiprocessing.get_context("forkserver")
     answers = context.Queue()
-    with unfinished(tmp_path / "out", "a"):
+    with resumable_directory(tmp_path / "out", "a"):
         child = context.Process(target=try_to_write, args=(tmp_path / "out", answers))
         child.start()
         assert "in use by process" in answers.get(timeout=60)
         child.join()
 
 
-def test_what_appeared_meanwhile_is_not_overwritten(tmp_path):
+def test_a_file_created_meanwhile_is_not_overwritten(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(ExportError, match="exists already"), unfinished(out, "a"):
+    with pytest.raises(ExportError, match="exists already"), resumable_directory(out, "a"):
         out.write_text("somebody else's")
     assert out.read_text() == "somebody else's"

@@ -1,4 +1,4 @@
-"""Merging holds one tensor, whatever the size of the model."""
+"""Merging keeps one tensor in memory, however large the model is."""
 
 import gc
 import json
@@ -61,7 +61,7 @@ def merge_source(directory: Path, state: dict[str, torch.Tensor]) -> MergeSource
 
 
 def anonymous_bytes() -> int:
-    """Memory that is the process's own, without the pages of mapped files."""
+    """Anonymous memory of the process, without mapped files."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -69,7 +69,7 @@ def anonymous_bytes() -> int:
 
 
 def peak_of_merge(folder: Path, base: str) -> None:
-    """Runs in a fresh process: merges a tiny base to warm up, then the large one."""
+    """Run in a fresh process: merge a tiny base to warm up, then the large one."""
     tiny = save_random(folder / "tiny", LlamaConfig(**TINY))
     write(MergedWeights(TrainedLayers(tiny, base)), folder / "warm")
     shapes, large = json.loads((folder / "adapter.json").read_text()), folder / "large"

@@ -1,4 +1,4 @@
-"""A tiny base with an adapter that has learned something: noise in every trained tensor."""
+"""A tiny base with an adapter as if trained: noise in every trained tensor."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ SEED = 3
 
 @dataclass
 class Trained:
-    """A trained model in memory, and what a merge is told about it."""
+    """A trained model in memory, and the source for merging it."""
 
     causal: CausalModel
     attached: AttachedAdapter

@@ -1,4 +1,4 @@
-"""Adapters of other ranks out of one run."""
+"""Adapters of other ranks from one run."""
 
 import json
 
@@ -52,34 +52,34 @@ def test_one_dylora_run_gives_an_adapter_of_every_rank(folder):
         outputs.append(expected)
         torch.testing.assert_close(logits_in_peft(folder, out), expected, rtol=1e-5, atol=2e-5)
     assert not torch.allclose(outputs[0], outputs[3], atol=1e-3)
-    with pytest.raises(AdapterError, match="rank 5 here: 4 is the largest"):
+    with pytest.raises(AdapterError, match="rank 5 here: the largest trained rank is 4"):
         extract(run, folder / "dylora-5", 5)
     with pytest.raises(RunError, match="exists already"):
         extract(run, folder / "dylora-1", 1)
 
 
-def test_mora_is_approximated_and_the_error_is_said(folder):
+def test_mora_is_approximated_and_the_error_is_returned_and_recorded(folder):
     run = run_of(folder, MoRA(rank=4, type=6))
     errors = [extract(run, folder / f"mora-{rank}", rank) for rank in (4, 16)]
     assert 0 < errors[1] < errors[0] < 1
     run = load_run(run).attached
     assert isinstance(run, AttachedAdapter)
-    lost = [layer.factors(4).relative_error for layer in run.layers.values()]
-    assert errors[0] == pytest.approx(max(lost))
-    assert max(lost) > min(lost)
+    layer_errors = [layer.factors(4).relative_error for layer in run.layers.values()]
+    assert errors[0] == pytest.approx(max(layer_errors))
+    assert max(layer_errors) > min(layer_errors)
     sidecar = json.loads((folder / "mora-4" / "qlora_lite.json").read_text())
     assert sidecar["relative_error"] == errors[0]
     assert logits_in_peft(folder, folder / "mora-4").isfinite().all()
 
 
-def test_a_method_of_one_rank_is_not_cut(folder):
+def test_a_method_that_trained_one_rank_cannot_be_cut(folder):
     with pytest.raises(AdapterError, match="no adapter of rank 2"):
         extract(run_of(folder, LoRA(rank=4)), folder / "lora-2", 2)
 
 
 @pytest.mark.parametrize("settings", [LoftQ(rank=4), PiSSA(rank=4, mode="requantise")])
-def test_an_adapter_of_a_changed_base_is_not_taken_from_it(folder, settings):
+def test_an_adapter_of_a_changed_base_cannot_be_extracted(folder, settings):
     run = run_of(folder, settings)
-    with pytest.raises(AdapterError, match="is right on another base"):
+    with pytest.raises(AdapterError, match="does not work on the plain base"):
         extract(run, folder / f"{settings.kind}-4", 4)
     assert not (folder / f"{settings.kind}-4").exists()

@@ -1,4 +1,4 @@
-"""The rules about a run's folder: whose it is, what may change, and what damage costs."""
+"""The rules about a run's folder: which recipe may use it, what may change, damaged files."""
 
 import shutil
 
@@ -33,21 +33,21 @@ def copy_of(run, folder, name, without=()):
     return copy
 
 
-def test_the_folder_that_is_named_is_the_run_wherever_it_was_moved_to(folder, finished):
+def test_a_moved_folder_is_still_the_run(folder, finished):
     moved = copy_of(finished, folder, "moved")
-    for named in (moved, moved / "recipe.json"):
-        assert load_recipe(named).output == str(moved)
+    for path in (moved, moved / "recipe.json"):
+        assert load_recipe(path).output == str(moved)
     result = run_recipe(load_recipe(moved))
     assert result.directory == moved
     assert result_of(moved) == result_of(finished)
 
 
-def test_a_record_that_was_copied_elsewhere_is_an_ordinary_recipe(finished, tmp_path):
+def test_a_copied_recipe_json_is_an_ordinary_recipe(finished, tmp_path):
     shutil.copy(finished / "recipe.json", tmp_path / "recipe.json")
     assert load_recipe(tmp_path / "recipe.json").output == str(finished)
 
 
-def test_a_run_that_failed_before_its_first_step_may_be_corrected(folder):
+def test_the_recipe_may_change_while_no_checkpoint_or_adapter_exists(folder):
     start = folder / "finished" / "adapter"
     with pytest.raises(AdapterError, match=r"Set adapter\.rank=4"):
         run_recipe(recipe_in(folder, "again", "adapter.rank=2", f"adapter.start={start}"))
@@ -57,14 +57,14 @@ def test_a_run_that_failed_before_its_first_step_may_be_corrected(folder):
         run_recipe(corrected.but("optim.lr=1e-3"))
 
 
-def test_checkpoints_may_be_kept_otherwise_when_a_run_goes_on(folder, finished):
+def test_checkpoint_settings_may_change_when_a_run_continues(folder, finished):
     run = copy_of(finished, folder, "fewer")
     result = run_recipe(load_recipe(run).but("checkpoints.keep=1", "checkpoints.every=5"))
     assert result.scores == run_recipe(load_recipe(finished)).scores
 
 
 @pytest.mark.parametrize("damage", ["", '{"st\n', None])
-def test_a_run_without_its_metrics_ends_all_the_same(folder, finished, damage):
+def test_a_run_continues_without_or_with_damaged_metrics(folder, finished, damage):
     run = copy_of(finished, folder, f"metrics-{damage!r:.4}".replace("'", ""))
     if damage is None:
         (run / "metrics.jsonl").unlink()
@@ -74,7 +74,7 @@ def test_a_run_without_its_metrics_ends_all_the_same(folder, finished, damage):
 
 
 @pytest.mark.parametrize("content", [b"{}", b"\xff", b"[]", b""])
-def test_a_damaged_checkpoint_leaves_the_older_one(folder, finished, content):
+def test_the_checkpoint_before_a_damaged_one_is_used(folder, finished, content):
     run = copy_of(finished, folder, f"state-{content.hex()}")
     (checkpoint.newest(run / "checkpoints") / "state.json").write_bytes(content)
     notes: list[str] = []
@@ -106,15 +106,7 @@ def test_a_base_that_changed_is_not_used(folder, tmp_path):
         load_run(tmp_path / "run")
 
 
-def test_a_tokenizer_of_another_model_is_told_before_anything_is_loaded(folder, tmp_path):
-    save_tiny(tmp_path / "base", vocab_size=90)
-    recipe = small_recipe(tmp_path / "base", folder / "train.jsonl", tmp_path / "run")
-    with pytest.raises(BaseModelError, match="has tokens 0 to 89: its tokenizer belongs to"):
-        run_recipe(recipe)
-    assert not (tmp_path / "run" / "recipe.json").exists()
-
-
-def test_an_extension_needs_a_checkpoint_and_is_told_of_until_it_is_finished(folder):
+def test_an_extension_needs_a_checkpoint_and_is_noted_until_it_is_finished(folder):
     recipe = recipe_in(folder, "extended", "optim.steps=2")
     run_recipe(recipe)
     assert RunFolder(folder / "extended").unfinished_extension() == []
@@ -127,15 +119,15 @@ def test_an_extension_needs_a_checkpoint_and_is_told_of_until_it_is_finished(fol
     with pytest.raises(KeyboardInterrupt):
         run_recipe(longer, extend=True, watcher=Killed())
     (note,) = RunFolder(folder / "extended").unfinished_extension()
-    assert "is that of step 2: its extension is not finished" in note
-    told = []
+    assert "is from step 2: its extension is not finished" in note
+    notes = []
 
-    class Told(Watcher):
+    class Notes(Watcher):
         def note(self, text):
-            told.append(text)
+            notes.append(text)
 
-    load_run(folder / "extended", watcher=Told())
-    assert note in told
+    load_run(folder / "extended", watcher=Notes())
+    assert note in notes
     metrics = (folder / "extended" / "metrics.jsonl").read_bytes()
     shutil.move(folder / "extended" / "checkpoints", folder / "kept-checkpoints")
     with pytest.raises(RunError, match=r"no checkpoint left.*adapter\.start=.*extended/adapter"):
@@ -146,7 +138,7 @@ def test_an_extension_needs_a_checkpoint_and_is_told_of_until_it_is_finished(fol
     assert RunFolder(folder / "extended").unfinished_extension() == []
 
 
-def test_what_changes_no_number_may_change_under_a_finished_run(folder):
+def test_settings_that_do_not_affect_results_may_change_after_a_run(folder):
     recipe = recipe_in(folder, "free", "optim.steps=1")
     run_recipe(recipe)
     free = ("evaluation.samples=0", "checkpoints.keep=1", "budget=2GiB")
@@ -155,7 +147,7 @@ def test_what_changes_no_number_may_change_under_a_finished_run(folder):
         run_recipe(recipe.but("evaluation.every=1"))
 
 
-def test_a_folder_that_cannot_be_made_is_a_mistake(folder, tmp_path):
+def test_a_folder_that_cannot_be_made_is_a_run_error(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be created"):
         run_recipe(recipe_in(folder, tmp_path / "file" / "run"))
@@ -165,7 +157,7 @@ def test_a_folder_that_cannot_be_made_is_a_mistake(folder, tmp_path):
     ("owner", "name", "changes"),
     [(writer, "save_file", ["evaluation.patience=3"]), (files, "sync_tree", [])],
 )
-def test_a_full_disk_is_the_machines_limit_whatever_was_being_written(
+def test_a_full_disk_is_a_run_error_and_the_run_continues_later(
     folder, monkeypatch, owner, name, changes
 ):
     def full(*args, **options):
@@ -179,19 +171,19 @@ def test_a_full_disk_is_the_machines_limit_whatever_was_being_written(
     assert run_recipe(recipe_in(folder, run, *changes)).steps > 0
 
 
-def test_a_base_of_damaged_numbers_is_not_blamed_on_the_rate(folder, tmp_path):
+def test_a_base_with_nan_weights_is_not_blamed_on_the_learning_rate(folder, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(folder / "base", base)
     tensors = safetensors.torch.load_file(base / "model.safetensors")
     tensors["model.norm.weight"][0] = float("nan")
     safetensors.torch.save_file(tensors, base / "model.safetensors", {"format": "pt"})
     recipe = small_recipe(base, folder / "train.jsonl", tmp_path / "run")
-    with pytest.raises(TrainingError, match=r"before the first step .*damaged(.|\n)*row") as error:
+    with pytest.raises(TrainingError, match=r"before the first step .*damaged(.|\n)*line") as error:
         run_recipe(recipe)
     assert "optim.lr" not in str(error.value)
 
 
-def test_a_finished_run_keeps_the_recipe_that_trained_it(finished, tmp_path):
+def test_a_finished_run_compares_with_the_recipe_that_trained_it(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     text = (run / "recipe.json").read_text()

@@ -1,4 +1,4 @@
-"""Recipes written for any model."""
+"""Recipes that `init` writes for any model."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def is_formatted(file, *options):
 
 
 @pytest.mark.parametrize("model", KNOWN)
-def test_a_known_model_gets_a_recipe_offline_that_loads_and_is_formatted(model, tmp_path):
+def test_a_known_model_needs_no_network_and_its_recipe_loads_and_is_formatted(model, tmp_path):
     file, plan = write_recipe(model, tmp_path / "mine.py")
     recipe = load_recipe(file)
     assert recipe.base.model == model
@@ -61,7 +61,7 @@ def test_nothing_is_overwritten(tmp_path):
     assert file.read_text(encoding="utf-8") == "precious"
 
 
-def test_a_path_that_leads_nowhere_is_no_model(tmp_path):
+def test_a_path_that_does_not_exist_is_an_error(tmp_path):
     with pytest.raises(BaseModelError):
         write_recipe(str(tmp_path / "nothing"), tmp_path / "mine.py")
     assert not (tmp_path / "mine.py").exists()

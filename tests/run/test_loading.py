@@ -1,4 +1,4 @@
-"""A model directory is held as its own files say."""
+"""A model directory is loaded in the precision that its files have."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from tests.tiny import save_tiny, tiny_tokenizer
     ],
     ids=["int8", "nf4"],
 )
-def test_a_model_quantised_by_bitsandbytes_loads_as_it_is(tmp_path, quant, settings):
+def test_a_model_quantised_by_bitsandbytes_stays_as_it_is(tmp_path, quant, settings):
     theirs = AutoModelForCausalLM.from_pretrained(
         save_tiny(tmp_path / "original"), quantization_config=BitsAndBytesConfig(**settings)
     )
@@ -30,12 +30,12 @@ def test_a_model_quantised_by_bitsandbytes_loads_as_it_is(tmp_path, quant, setti
 @pytest.mark.parametrize(
     ("dtype", "quant"), [(torch.float32, FP32()), (torch.bfloat16, BF16()), (torch.float16, BF16())]
 )
-def test_a_plain_model_is_held_in_its_own_precision(tmp_path, dtype, quant):
+def test_a_plain_model_is_loaded_in_its_own_precision(tmp_path, dtype, quant):
     directory = save_tiny(tmp_path / "base", dtype=dtype)
     assert load_model(str(directory), device="cpu").base.quant == quant
 
 
-def test_a_model_in_the_hubs_cache_is_held_in_its_own_precision_too(tmp_path, monkeypatch):
+def test_a_model_in_the_hubs_cache_is_loaded_in_its_own_precision_too(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))

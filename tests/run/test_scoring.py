@@ -32,9 +32,9 @@ def naive_score(folder):
     for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         asked = [{"role": "user", "content": row["q"]}]
-        said = [*asked, {"role": "assistant", "content": row["a"]}]
+        conversation = [*asked, {"role": "assistant", "content": row["a"]}]
         prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        text = tokenizer.apply_chat_template(said, tokenize=False).rstrip()
+        text = tokenizer.apply_chat_template(conversation, tokenize=False).rstrip()
         start = len(tokenizer(prompt, add_special_tokens=False).input_ids)
         ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
         with torch.no_grad():
@@ -44,15 +44,15 @@ def naive_score(folder):
     return torch.cat(losses).mean().item(), torch.cat(hits).float().mean().item()
 
 
-def test_a_models_score_is_that_of_plain_transformers_row_by_row(folder):
+def test_a_models_score_equals_that_of_plain_transformers_row_by_row(folder):
     [row] = score_targets([str(folder / "base")], str(folder / "rows.jsonl"), [FIELDS], "cpu")
     loss, accuracy = naive_score(folder)
     assert row.what == "model"
-    assert row.score.loss == pytest.approx(loss, abs=1e-2)  # the embedding rests in bf16
+    assert row.score.loss == pytest.approx(loss, abs=1e-2)  # the embedding is stored in bf16
     assert row.score.accuracy == pytest.approx(accuracy)
 
 
-def test_settings_say_how_the_file_is_read(folder):
+def test_settings_change_how_the_file_is_read(folder):
     [few] = score_targets(
         [str(folder / "base")], str(folder / "rows.jsonl"), [FIELDS, "data.max_rows=2"], "cpu"
     )
@@ -65,16 +65,16 @@ def test_settings_say_how_the_file_is_read(folder):
     assert few.score.num_targets < 20 < all_of_it.score.num_targets
 
 
-def test_a_setting_that_is_none_of_the_datas_is_refused(folder):
+def test_an_unknown_data_setting_is_refused(folder):
     with pytest.raises(RecipeError, match="'fields'"):
         score_targets([str(folder / "base")], str(folder / "rows.jsonl"), ["data.feilds=1"], "cpu")
 
 
-def test_what_is_held_out_says_nothing_of_a_file_whose_rows_are_all_scored(folder):
-    with pytest.raises(DataError, match=r"all rows of .* are scored\. data\.max_rows=N"):
+def test_settings_for_held_out_rows_are_refused_with_a_file(folder):
+    with pytest.raises(DataError, match=r"all rows of .* are scored\. Use data\.max_rows=N"):
         score_targets([str(folder / "base")], "rows.jsonl", ["data.max_heldout_rows=5"])
 
 
-def test_a_model_without_rows_is_refused_before_anything_is_loaded(folder):
+def test_a_model_without_rows_is_an_error_before_it_is_loaded(folder):
     with pytest.raises(DataError, match="--data"):
         score_targets([str(folder / "nothing")])

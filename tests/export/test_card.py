@@ -28,7 +28,7 @@ def head_of(card: str) -> dict:
     return yaml.safe_load(card.split("\n---\n", maxsplit=1)[0].removeprefix("---\n"))
 
 
-def test_the_head_has_what_the_hub_looks_for():
+def test_the_head_has_the_keys_of_the_hub():
     assert head_of(render(CARD)) == {
         "base_model": "owner/base",
         "base_model_relation": "finetune",
@@ -38,7 +38,7 @@ def test_the_head_has_what_the_hub_looks_for():
     }
 
 
-def test_a_base_of_this_machine_is_named_in_the_text_alone():
+def test_a_local_base_is_named_only_in_the_text():
     card = render(replace(CARD, base_model="my-base", on_hub=False))
     assert "base_model" not in head_of(card)
     assert "`my-base` fine-tuned" in card
@@ -47,7 +47,7 @@ def test_a_base_of_this_machine_is_named_in_the_text_alone():
 @pytest.mark.parametrize(
     "name", ['a: b "c" #d', "- x", "'", "{y}", "@z", "true", "1.0", "a\n---\nb"]
 )
-def test_the_head_is_yaml_whatever_the_names_are(name):
+def test_the_head_is_valid_yaml_for_any_name(name):
     card = render(
         replace(CARD, base_model=name, licence={"license": "other", "license_name": name})
     )
@@ -63,12 +63,12 @@ def test_an_unknown_licence_is_left_out(tmp_path):
     assert "license" not in head_of(render(replace(CARD, licence={})))
 
 
-def test_the_licence_is_that_of_the_bases_card(tmp_path):
+def test_the_licence_is_read_from_the_bases_card(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: llama3.1\nlanguage: [en]\n---\n")
     assert licence_of(tmp_path) == {"license": "llama3.1"}
 
 
-def test_the_body_tells_the_whole_story():
+def test_the_body_contains_every_part():
     card = render(CARD)
     for part in (
         "qlora-lite merge run out --base auto",
@@ -84,7 +84,7 @@ def test_the_body_tells_the_whole_story():
         assert part in card
 
 
-def test_nothing_that_is_quoted_can_break_out_of_its_place():
+def test_quoted_text_is_escaped():
     text = "```\n# I am a heading | and a <b>cell</b>"
     card = render(replace(CARD, samples=[(text, "", "")], facts={"device": text}))
     fence = card.index("````\nprompt: ```")
@@ -95,6 +95,6 @@ def test_nothing_that_is_quoted_can_break_out_of_its_place():
 
 
 def test_parts_without_content_are_left_out():
-    bare = replace(CARD, merge=[], notes=[], losses=[], heldout=[], samples=[], memory=[], facts={})
-    headings = [line for line in render(bare).splitlines() if line.startswith("## ")]
+    card = replace(CARD, merge=[], notes=[], losses=[], heldout=[], samples=[], memory=[], facts={})
+    headings = [line for line in render(card).splitlines() if line.startswith("## ")]
     assert headings == ["## Recipe"]

@@ -1,0 +1,30 @@
+"""What the training loop works with: batches, scorer, and rows for error messages."""
+
+import pytest
+
+from qlora_lite.data.load import load_data
+from qlora_lite.foundation.errors import BaseModelError
+from qlora_lite.model.load import load_tokenizer
+from qlora_lite.run.job import held_out_batches, training_batches
+from qlora_lite.run.training import run_recipe
+from tests.end_to_end.small_run import recipe_in, small_recipe
+from tests.tiny import save_tiny
+
+
+def test_held_out_rows_are_each_scored_once_and_never_trained_on(folder):
+    recipe = recipe_in(folder, "run", "data.heldout_share=0.2")
+    data = load_data(recipe.data, load_tokenizer(recipe.base), recipe.seed)
+    heldout = [row for batch in held_out_batches(recipe, data) for row in batch.rows]
+    assert sorted(heldout) == sorted(example.row for example in data.heldout)
+    batches = training_batches(recipe, data, 128)
+    trained = {row for n in range(batches.steps) for b in batches.step(n) for row in b.rows}
+    assert trained
+    assert not trained & set(heldout)
+
+
+def test_a_tokenizer_of_another_model_is_an_error_before_the_base_is_loaded(folder, tmp_path):
+    save_tiny(tmp_path / "base", vocab_size=90)
+    recipe = small_recipe(tmp_path / "base", folder / "train.jsonl", tmp_path / "run")
+    with pytest.raises(BaseModelError, match="has tokens 0 to 89: its tokenizer belongs to"):
+        run_recipe(recipe)
+    assert not (tmp_path / "run" / "recipe.json").exists()

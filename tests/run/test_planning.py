@@ -1,0 +1,81 @@
+"""The memory plan of a recipe, and checks of settings that depend on each other."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from qlora_lite.foundation import device
+from qlora_lite.foundation.errors import BudgetError, RecipeError
+from qlora_lite.model.facts import read_facts
+from qlora_lite.model.load import build_empty
+from qlora_lite.model.settings import Base
+from qlora_lite.run.planning import check_settings, plan_recipe
+from qlora_lite.run.setup import set_up
+from tests.end_to_end.small_run import recipe_in
+from tests.tiny import save_tiny
+
+CPU = device.choose("cpu")
+
+
+def notes_of(folder, *changes, base="base"):
+    return check_settings(set_up(recipe_in(folder, "run", *changes, base=base), CPU))
+
+
+def test_a_teacher_is_one_more_forward_of_the_base_in_the_plan(folder):
+    without = plan_recipe(recipe_in(folder, "run", "adapter.rank=4"))
+    with_teacher = plan_recipe(recipe_in(folder, "run", "adapter=ba_lora", "adapter.rank=4"))
+    tokens = 128
+    base = Base(model=str(folder / "base"))
+    model = build_empty(read_facts(base).config, base)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, tokens, dtype=torch.int64, device="meta"))
+    # the counter counts all of the attention matrix, and causal attention needs half of it
+    config = model.config
+    square = 4 * tokens * config.hidden_size * config.num_hidden_layers
+    forward = counter.get_total_flops() / tokens - square / 2
+    difference = with_teacher.flops_per_token - without.flops_per_token
+    assert difference == pytest.approx(forward, rel=0.01)
+
+
+def test_a_plan_for_a_card_that_is_not_here_needs_a_budget(folder):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA card")
+    with pytest.raises(BudgetError, match=r'without a CUDA card.*budget="22GiB"'):
+        plan_recipe(recipe_in(folder, "run", "device=cuda"))
+    assert plan_recipe(recipe_in(folder, "run", "device=cuda", "budget=4GiB")).fits
+
+
+def test_rows_longer_than_learned_positions_are_refused(folder):
+    save_tiny(folder / "gpt2", "gpt2", tied=True)
+    assert notes_of(folder, "data.max_tokens=512", base="gpt2") == []
+    with pytest.raises(RecipeError, match=r"512 positions.*learned.*max_tokens=512"):
+        notes_of(folder, "data.max_tokens=513", base="gpt2")
+
+
+def test_rows_longer_than_the_context_of_rotary_positions_are_noted(folder):
+    (note,) = notes_of(folder, "data.max_tokens=513")
+    assert note.startswith("data.max_tokens=513, and ")
+    assert "trained on 512 positions" in note
+    assert notes_of(folder, "data.max_tokens=512") == []
+
+
+def test_ranks_that_have_no_effect_are_noted(folder):
+    (note,) = notes_of(folder, 'adapter.ranks={"0-9": 2}')
+    assert note.startswith("adapter.ranks: '0-9' includes blocks beyond the last one")
+    assert note.endswith("which is 1")
+    # k_proj is (32, 64), with 2 heads of 16 for 4 of queries
+    (note,) = notes_of(folder, "adapter.rank=33", 'adapter.targets=["k_proj", "q_proj"]')
+    assert note.startswith("adapter.rank=33 is more than the full rank of 2 layers")
+    assert "k_proj: 32)" in note
+
+
+def test_patience_without_held_out_rows_is_noted(folder):
+    changes = ("evaluation.patience=2", "data.heldout_share=0")
+    assert notes_of(folder, *changes) == [
+        "evaluation.patience has no effect: no rows are held out to score"
+    ]
+
+
+def test_a_method_that_changes_the_base_is_noted(folder):
+    (note,) = notes_of(folder, "adapter=loftq")
+    assert note.startswith("adapter=loftq with these settings changes the base weights")
