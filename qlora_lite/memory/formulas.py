@@ -1,4 +1,4 @@
-"""What each part of a QLoRA step takes, as formulas on plain numbers.
+"""Formulas for the memory and operations of each part of a QLoRA step, on plain numbers.
 
 Bytes are for one device; "a token" is a token of one micro-batch. `b` is the size of an element in
 the compute dtype: 4 on CPU (fp32), 2 on CUDA (bf16, fp16).
@@ -13,17 +13,17 @@ Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
 FP32 = 4
 
-# -- weights at rest -------------------------------------------------------------------------------
+# -- stored weights --------------------------------------------------------------------------------
 
 
 def packed_bytes(
     d_out: int, d_in: int, kind: QuantKind, block_size: int = 64, double_quant: bool = True
 ) -> int:
-    """A frozen weight as it is held: codes and scales, in bitsandbytes' storage format.
+    """Codes and scales of a frozen weight, in bitsandbytes' storage format.
 
-    4 bit: two codes a byte and an fp32 scale per block; double quantisation holds a scale in one
+    4 bit: two codes per byte and an fp32 scale per block. Double quantisation stores a scale in one
     byte, with an fp32 scale per 256 of them and one fp32 mean. int8: an fp32 scale per row.
-    The look-up tables (64 bytes and 1 KiB) are shared by all layers and left out.
+    The look-up tables (64 bytes and 1 KiB) are shared by all layers and not counted.
     """
     num_weights = d_out * d_in
     match kind:
@@ -51,7 +51,7 @@ def lora_parameters(d_out: int, d_in: int, rank: int) -> int:
 def optimizer_bytes(num: int, states: States) -> int:
     """Adam's two moments of `num` parameters: fp32, or 8 bit with an fp32 scale per 256.
 
-    bitsandbytes holds tensors below 4096 elements in fp32 even so; they do not show in the sum.
+    bitsandbytes keeps the moments of tensors below 4096 elements in fp32; this is negligible.
     """
     if states == "32bit":
         return 2 * FP32 * num
@@ -59,15 +59,15 @@ def optimizer_bytes(num: int, states: States) -> int:
 
 
 def update_bytes(num: int, element_bytes: int, rounding: Literal["master", "stochastic"]) -> int:
-    """What exists only while the optimizer moves `num` parameters: with stochastic rounding their
-    values in fp32, unless they rest in fp32 anyway."""
+    """What exists only during the optimizer step of `num` parameters: with stochastic rounding
+    their values in fp32, unless they are stored in fp32."""
     return FP32 * num if rounding == "stochastic" and element_bytes != FP32 else 0
 
 
 # -- activations -----------------------------------------------------------------------------------
 
 
-def kept_bytes_per_token(
+def saved_bytes_per_token(
     hidden: int,
     heads: int,
     kv_heads: int,
@@ -82,16 +82,16 @@ def kept_bytes_per_token(
     qk_norm: bool,
     layer_norm: bool,
 ) -> int:
-    """What one decoder layer keeps of a token for its backward, without checkpointing.
+    """Bytes per token that one decoder layer saves for backward, without checkpointing.
 
     Exact for the plain modules of transformers 5 with LoRA on every linear layer (Llama, Mistral,
-    Qwen3, GPT-2), and near for their relatives.
+    Qwen3, GPT-2), and close for similar models.
 
     Args:
-        sum_of_ranks: of the adapters of this layer; each keeps its low-rank activation.
-        row_tokens: tokens of a row. The mask that keeps packed documents apart has a number for
-            each of them in the row of every token, and under it sdpa repeats keys and values for
-            all heads. Eager attention keeps its probabilities, per head, in fp32 and in `b`.
+        sum_of_ranks: of the adapters of this layer; each saves its low-rank activation.
+        row_tokens: tokens of a row. The mask that separates packed documents has this many numbers
+            per token, and with a mask sdpa repeats keys and values for all heads. Eager attention
+            saves its probabilities, per head, in fp32 and in `b`.
     """
     width = head_dim * heads
     kv_width = head_dim * kv_heads
@@ -110,23 +110,24 @@ def kept_bytes_per_token(
             attended = 4 * b * width + copies * heads * row_tokens
         case "flash_attention_2":
             attended = 2 * b * (width + kv_width) + FP32 * heads
-    # gated: gate, its activation, up, their product; plain: the parts of a tanh GELU
+    # gated: gate, its activation, up, their product; plain: the intermediates of a tanh GELU
     mlp = (4 if gated else 5) * b * ff
     return norms + attended + mlp + b * sum_of_ranks
 
 
 def backward_bytes_per_token(hidden: int, ff: int, b: int) -> int:
-    """What the backward of one layer needs beside what was kept: three gradients as wide as the
-    MLP and one of the residual stream. Within 0.3 % of traces of Llama 8B, 70B and Qwen3 14B."""
+    """Temporary bytes per token in the backward of one layer, in addition to saved activations:
+    three gradients as wide as the MLP and one of the residual stream. Within 0.3 % of traces of
+    Llama 8B, 70B and Qwen3 14B."""
     return b * (3 * ff + hidden)
 
 
 def loss_bytes(
     num_tokens: int, chunk_tokens: int, vocab: int, hidden: int, b: int, logit_copies: int = 3
 ) -> int:
-    """The loss in chunks, with every token trained: the decoder's output, its trained rows and
-    their gradient; for one chunk, in fp32, the log-probabilities and two gradients, and more for a
-    method with a loss of its own on them."""
+    """Temporary bytes of the chunked loss, with every token trained: the decoder's output, its
+    trained rows and their gradient; for one chunk, in fp32, the log-probabilities and two
+    gradients, and more for a method with an extra loss on the logits."""
     logits = min(chunk_tokens, num_tokens) * vocab * logit_copies * FP32
     return logits + 3 * b * num_tokens * hidden
 
@@ -145,17 +146,17 @@ def flops_per_token(
     checkpointing: bool,
     has_teacher: bool = False,
 ) -> float:
-    """Floating-point operations for a trained token of a row that is one document.
+    """Floating-point operations per trained token, in rows of one document.
 
-    A frozen weight costs 2 forward and 2 for the input's gradient, and 2 more where the layer is
-    computed again; there is no gradient of the weight. The head is not computed again. Attention is
-    causal, so half of the row on average, and its backward costs 2.5 forwards. A teacher is one
-    more forward of the bare base.
+    A frozen weight costs 2 in forward and 2 for the input's gradient, and 2 more if the layer is
+    recomputed; the weight itself has no gradient. The head is not recomputed. Attention is causal,
+    so half of the row on average, and its backward costs 2.5 forwards. A teacher costs one more
+    forward of the base.
     """
-    again = 1 if checkpointing else 0
+    recompute = 1 if checkpointing else 0
     teacher = 1 if has_teacher else 0
-    linears = linear_weights * (4 + 2 * again + 2 * teacher)
-    adapters = adapter_parameters * (6 + 2 * again)
+    linears = linear_weights * (4 + 2 * recompute + 2 * teacher)
+    adapters = adapter_parameters * (6 + 2 * recompute)
     head = (4 + 2 * teacher) * vocab * hidden
-    attention = 2 * row_tokens * attention_width * layers * (3.5 + again + teacher)
+    attention = 2 * row_tokens * attention_width * layers * (3.5 + recompute + teacher)
     return linears + adapters + head + attention

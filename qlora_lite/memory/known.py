@@ -1,4 +1,4 @@
-"""The dimensions of the models that the recipes name, so that a plan needs no network.
+"""The dimensions of the models in the recipes, so that a plan needs no network.
 
 Each file in `known/` has the hub ids that share these dimensions, the number of parameters that the
 model card publishes, and the part of the config that a plan needs.
@@ -13,19 +13,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class KnownModel:
-    """Facts of one set of dimensions."""
+    """Models that share their dimensions."""
 
     models: tuple[str, ...]
     """Hub ids."""
     num_parameters: int
-    """As published; tied weights once."""
+    """As published; tied weights are counted once."""
     config: dict[str, Any]
     """Enough for transformers' config class, with `model_type`."""
 
 
 @cache
 def known_models() -> tuple[KnownModel, ...]:
-    """All of them, smallest first."""
+    """All known models, smallest first."""
     folder = files("qlora_lite.memory") / "known"
     facts = [json.loads(file.read_text(encoding="utf-8")) for file in folder.iterdir()]
     models = [KnownModel(tuple(f["models"]), f["num_parameters"], f["config"]) for f in facts]
@@ -33,5 +33,5 @@ def known_models() -> tuple[KnownModel, ...]:
 
 
 def known_config(model: str) -> dict[str, Any] | None:
-    """The config of a hub id as far as it is known here."""
+    """The shipped part of a hub model's config; None if the model is unknown."""
     return next((dict(known.config) for known in known_models() if model in known.models), None)

@@ -3,9 +3,9 @@
     ledger = make_ledger(model, run, rows=4)
     ledger.peak_bytes
 
-Everything follows from shapes, so it is known before anything is downloaded. The peak is what
-always exists, plus the largest of three moments that do not meet: the loss, the backward of one
-layer, and the optimizer's move.
+Everything is computed from shapes, before anything is downloaded. The peak is what always exists,
+plus the largest of three temporary parts that never coexist: the loss, the backward of one layer,
+and the optimizer step.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,55 +22,55 @@ from qlora_lite.model.shape import ModelShape, ParameterShape
 
 PROCESS_BYTES = 560 * 2**20
 """Python with torch, transformers, bitsandbytes and datasets loaded: 473 MiB resident, measured
-with the pinned versions on Linux x86-64 (CPU build of torch); and what the mathematical libraries
-hold after the first steps, 60 to 140 MiB beyond the terms of this ledger on a 100 M model. The sum
-is fitted to these few runs: a calibration, not a measurement."""
+with the pinned versions on Linux x86-64 (CPU build of torch); plus what the math libraries allocate
+in the first steps, 60 to 140 MiB more than the terms of this ledger on a 100 M model. The sum is
+fitted to these few runs, not measured."""
 
 CUDA_CONTEXT_BYTES = 600 * 10**6
 """Context and kernels of a CUDA process, outside PyTorch's allocator: 0.45 to 0.8 GB, by card."""
 
 CUDA_FRAGMENTATION = 0.04
-"""Share that PyTorch's allocator holds without using it: 2 to 5 % with expandable segments."""
+"""Share that PyTorch's allocator reserves but does not use: 2 to 5 % with expandable segments."""
 
 FULL_MODULE_BYTES = FP32
-"""Of a parameter of a fully trained module: fp32."""
+"""Bytes of a parameter of a fully trained module."""
 
 
 @dataclass(frozen=True)
 class RunShape:
-    """What a run's settings mean for memory, as plain values."""
+    """What the memory of a run depends on, as plain values."""
 
     device: Literal["cpu", "cuda"]
     quant: QuantKind
     adapters: Mapping[str, Footprint]
-    """What the adapter of every adapted linear layer holds, by path."""
+    """Sizes of the adapter of every adapted linear layer, by path."""
     rank: int
-    """The setting that they follow from."""
+    """The setting that they depend on."""
     max_tokens: int
-    """Tokens of a row: the longest, and a full bin."""
+    """Tokens of the longest row and of a full bin."""
     tokens_per_step: int
     logit_copies: int = 3
-    """Chunks of fp32 logits that the loss holds at a time."""
+    """Chunk-sized fp32 tensors of logits that the loss needs at the same time."""
     has_teacher: bool = False
-    """The bare base reads every batch as well."""
+    """Whether the base without adapter also runs forward on every batch."""
     double_quant: bool = True
     block_size: int = 64
     head: Literal["16bit", "int8", "nf4"] = "16bit"
     compute_bytes: int = 2
-    """Of an activation, and of a dequantised weight."""
+    """Bytes per element of activations and dequantised weights."""
     storage_bytes: int = 2
-    """Of a number of the embedding, and of a 16-bit head, at rest."""
+    """Bytes per element of the stored embedding and of a 16-bit head."""
     norm_bytes: int = 2
     adapter_bytes: int = 2
     states: States = "32bit"
     rounding: Literal["master", "stochastic"] = "master"
     embedding_rank: int = 0
     full_parameters: int = 0
-    """Of fully trained modules, norms included, in fp32."""
+    """Parameters of fully trained modules, norms included, in fp32."""
     checkpointing: bool = True
     attention: Attention = "sdpa"
     micro_batch_tokens: int | None = None
-    """What one forward sees; chosen by the plan unless given."""
+    """Tokens per forward; chosen by the plan unless given."""
 
 
 @dataclass(frozen=True)
@@ -81,30 +81,30 @@ class Term:
     num_bytes: int
     formula: str
     place: Literal["device", "host"] = "device"
-    """`device` is where the run computes (on CPU main memory), `host` the memory beside a card."""
+    """`device`: where the run computes. `host`: main memory, for a run on a card."""
     is_measured: bool = True
-    """Whether `measure.peak_bytes` sees it: PyTorch does not count what CUDA takes for itself."""
+    """Whether `measure.peak_bytes` includes it: PyTorch does not count the CUDA context."""
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """All terms; what exists at the same time is a term of its own."""
+    """All terms that exist at the peak."""
 
     terms: tuple[Term, ...]
 
     @property
     def peak_bytes(self) -> int:
-        """What the device must have."""
+        """Memory that the device needs."""
         return sum(t.num_bytes for t in self.terms if t.place == "device")
 
     @property
     def measured_bytes(self) -> int:
-        """What `measure.peak_bytes` should show."""
+        """What `measure.peak_bytes` should return."""
         return sum(t.num_bytes for t in self.terms if t.place == "device" and t.is_measured)
 
     @property
     def host_bytes(self) -> int:
-        """What main memory must have beside a card; 0 where the run computes on CPU."""
+        """Main memory that a run on a card needs; 0 for a run on CPU."""
         return sum(t.num_bytes for t in self.terms if t.place == "host")
 
 
@@ -118,7 +118,7 @@ def make_ledger(model: ModelShape, run: RunShape, rows: int) -> Ledger:
 
 
 def num_trained(model: ModelShape, run: RunShape) -> int:
-    """Parameters that the optimizer moves."""
+    """Number of parameters that the optimizer updates."""
     return _num_adapter(model, run) + run.full_parameters
 
 
@@ -138,7 +138,7 @@ def _weights(model: ModelShape, run: RunShape) -> Iterator[Term]:
     yield Term("embedding", embedding * run.storage_bytes, f"{embedding:,} x {run.storage_bytes} B")
     head = model.head
     if model.is_tied:
-        pass  # the head is the embedding, in 16 bit whatever was asked
+        pass  # the head is the embedding, and stays in 16 bit
     elif run.head != "16bit":
         num_bytes = formulas.packed_bytes(head.d_out, head.d_in, run.head, 64, True)
         yield Term(f"head in {run.head}", num_bytes, f"{head.num_weights:,} weights and scales")
@@ -157,7 +157,7 @@ def _weights(model: ModelShape, run: RunShape) -> Iterator[Term]:
     yield Term(
         "one dequantised weight",
         scratch * run.compute_bytes,
-        f"{scratch:,} x {run.compute_bytes} B, reused by all layers",
+        f"{scratch:,} x {run.compute_bytes} B, a buffer that all layers share",
     )
 
 
@@ -168,9 +168,9 @@ def _packed(weight: ParameterShape, run: RunShape) -> int:
 
 
 def _scratch_weights(model: ModelShape, run: RunShape) -> Iterator[int]:
-    """Weights that are dequantised at a time, for each that does not rest in the compute dtype."""
-    at_rest = {"fp32": 4, "bf16": 2}.get(run.quant)
-    if at_rest != run.compute_bytes:
+    """Sizes of the dequantisation buffer: for every weight not stored in the compute dtype."""
+    unquantised_bytes = {"fp32": 4, "bf16": 2}.get(run.quant)
+    if unquantised_bytes != run.compute_bytes:
         for p in model.linears.values():
             yield piece_rows(p.d_out, p.d_in) * p.d_in
     if (run.head != "16bit" and not model.is_tied) or run.storage_bytes != run.compute_bytes:
@@ -193,10 +193,10 @@ def _trained(model: ModelShape, run: RunShape) -> Iterator[Term]:
         frozen * run.adapter_bytes,
         f"{frozen:,} x {run.adapter_bytes} B",
     )
-    counted = sum(f.statistics for f in run.adapters.values())
-    yield Term("adapters: statistics", counted * FP32, f"{counted:,} x 4 B")
+    statistics = sum(f.statistics for f in run.adapters.values())
+    yield Term("adapters: statistics", statistics * FP32, f"{statistics:,} x 4 B")
     if run.rounding == "master" and run.adapter_bytes != FP32:
-        yield Term("adapters: fp32 masters", adapter * FP32, f"{adapter:,} x 4 B")
+        yield Term("adapters: fp32 master copies", adapter * FP32, f"{adapter:,} x 4 B")
     states = formulas.optimizer_bytes(adapter + full, run.states)
     yield Term("Adam's moments", states, f"{adapter + full:,} x 2 moments in {run.states}")
 
@@ -207,17 +207,17 @@ def _num_adapter(model: ModelShape, run: RunShape) -> int:
 
 
 def _activations(model: ModelShape, run: RunShape, rows: int) -> Iterator[Term]:
-    """What is held from forward to backward, and the largest of what comes and goes."""
+    """Activations saved from forward to backward, and the largest temporary part."""
     b, tokens, hidden = run.compute_bytes, rows * run.max_tokens, model.hidden
-    kept = [_kept_bytes(model, run, block, tokens) for block in range(model.layers)]
+    by_layer = [_saved_bytes(model, run, block, tokens) for block in range(model.layers)]
     if run.checkpointing:
-        held = model.layers * tokens * hidden * b
+        saved = model.layers * tokens * hidden * b
         name = "inputs of the checkpointed layers"
     else:
-        held = sum(kept)
-        name = "activations kept for the backward"
-    each = f"{held / model.layers / tokens:,.0f} B"
-    yield Term(name, held, f"{model.layers} layers x {tokens:,} tokens x {each}")
+        saved = sum(by_layer)
+        name = "activations saved for backward"
+    each = f"{saved / model.layers / tokens:,.0f} B"
+    yield Term(name, saved, f"{model.layers} layers x {tokens:,} tokens x {each}")
     yield Term(
         "batch and mask",
         rows * (run.max_tokens * 3 * 8 + run.max_tokens**2),
@@ -225,30 +225,30 @@ def _activations(model: ModelShape, run: RunShape, rows: int) -> Iterator[Term]:
     )
     loss = formulas.loss_bytes(tokens, CHUNK_TOKENS, model.vocab, hidden, b, run.logit_copies)
     layer = tokens * formulas.backward_bytes_per_token(hidden, model.ff, b)
-    layer += max(kept) if run.checkpointing else 0
+    layer += max(by_layer) if run.checkpointing else 0
     yield Term(
-        "work of the loss" if loss > layer else "work of one layer",
+        "temporary: the loss" if loss > layer else "temporary: backward of one layer",
         max(loss, layer),
         f"the larger of the loss, {format_bytes(loss)}, and one layer, {format_bytes(layer)}",
     )
-    move = formulas.update_bytes(_num_adapter(model, run), run.adapter_bytes, run.rounding)
+    update = formulas.update_bytes(_num_adapter(model, run), run.adapter_bytes, run.rounding)
     yield Term(
-        "move of the parameters",
-        max(move - held - max(loss, layer), 0),
-        f"{format_bytes(move)} when the activations are gone",
+        "temporary: optimizer step",
+        max(update - saved - max(loss, layer), 0),
+        f"{format_bytes(update)} when the activations are freed",
     )
 
 
-def _kept_bytes(model: ModelShape, run: RunShape, block: int, tokens: int) -> int:
-    """What one layer keeps of a micro-batch, and its adapters in the compute dtype if cast."""
-    held = [f for path, f in run.adapters.items() if model.matrices[path].block == block]
-    per_token = formulas.kept_bytes_per_token(
+def _saved_bytes(model: ModelShape, run: RunShape, block: int, tokens: int) -> int:
+    """Bytes that one layer saves for backward, with its adapters in the compute dtype if cast."""
+    adapters = [f for path, f in run.adapters.items() if model.matrices[path].block == block]
+    per_token = formulas.saved_bytes_per_token(
         model.hidden,
         model.heads,
         model.kv_heads,
         model.head_dim,
         model.ff,
-        sum(f.width for f in held),
+        sum(f.width for f in adapters),
         run.compute_bytes,
         run.attention,
         run.max_tokens,
@@ -258,7 +258,7 @@ def _kept_bytes(model: ModelShape, run: RunShape, block: int, tokens: int) -> in
     )
     if run.adapter_bytes == run.compute_bytes:
         return tokens * per_token
-    return tokens * per_token + sum(f.trained + f.frozen for f in held) * run.compute_bytes
+    return tokens * per_token + sum(f.trained + f.frozen for f in adapters) * run.compute_bytes
 
 
 def _overhead(run: RunShape, used: int) -> Term:

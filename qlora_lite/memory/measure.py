@@ -1,8 +1,7 @@
-"""What really happened: memory in use, its peak, and what is left.
+"""Measured memory: in use, peak, and available.
 
-On CUDA these are PyTorch's own counts; on CPU they are the operating system's for this process.
-Resident memory includes the libraries and mapped files; anonymous memory is what cannot be dropped
-and read again.
+On CUDA these are PyTorch's counts; on CPU those of the operating system for this process. Resident
+memory includes libraries and mapped files; anonymous memory does not.
 """
 
 import os
@@ -19,8 +18,8 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory at a time since the start, or since `reset_peak`: what tensors took on CUDA,
-    resident memory of the process on CPU."""
+    """Peak memory since the start or since `reset_peak`: of tensors on CUDA, resident memory of the
+    process on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if _STATUS.exists():
@@ -30,21 +29,21 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget the peak so far, such as that of loading."""
+    """Start measuring the peak again, for example after loading."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _STATUS.exists():
-        # 5 resets VmHWM to the present; see proc(5), /proc/pid/clear_refs
+        # 5 resets VmHWM to the current value; see proc(5), /proc/pid/clear_refs
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that no file stands behind, now. Linux only."""
+    """Memory of this process that is not backed by a file. Linux only."""
     return _status("RssAnon")
 
 
 def total_bytes(device: torch.device) -> int:
-    """All memory of the device; of the machine, or of the container's limit, on CPU."""
+    """Total memory of the device; on CPU of the machine, or the container's limit."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     total = _meminfo("MemTotal")
@@ -53,7 +52,7 @@ def total_bytes(device: torch.device) -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """What this process may use in all: what it has now, and what is free."""
+    """What this process may use in total: what it uses now, plus what is free."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
@@ -67,17 +66,17 @@ def available_bytes(device: torch.device) -> int:
 def matmul_flops_per_second(
     device: torch.device, dtype: torch.dtype, seconds: float = 0.2
 ) -> float:
-    """Rate of large matrix products, measured for about `seconds`: the ceiling of any training."""
+    """Rate of large matrix products, measured for about `seconds`: an upper bound for training."""
     size = 4096 if device.type == "cuda" else 512
     a = torch.randn(size, size, device=device, dtype=dtype)
     out = a @ a
     _synchronise(device)
-    began, num = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
+    start, num = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
         torch.mm(a, a, out=out)
         num += 1
         _synchronise(device)
-    return 2 * size**3 * num / (time.perf_counter() - began)
+    return 2 * size**3 * num / (time.perf_counter() - start)
 
 
 def _synchronise(device: torch.device) -> None:
@@ -102,13 +101,13 @@ def _kibibytes(file: Path, field: str) -> int:
 
 
 def _cgroup_number(name: str) -> int | None:
-    """A limit of this container (cgroup v2), or None where there is none."""
+    """A number of this container's cgroup (v2), or None if there is none."""
     file = _CGROUP / name
     text = file.read_text().strip() if file.exists() else "max"
     return None if text == "max" else int(text)
 
 
 def _cgroup_cache() -> int:
-    """File pages that the container holds and can drop."""
+    """Cached file pages of the container, which can be dropped."""
     lines = (_CGROUP / "memory.stat").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))

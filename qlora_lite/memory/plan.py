@@ -1,9 +1,9 @@
-"""Will a run fit, how many rows at a time, and if it does not fit, what would help.
+"""Does a run fit into memory, with how many rows per micro-batch, and if not, what would help.
 
     plan = make_plan(facts.shape, run, budget_bytes, alternatives)
 
-A pure function of shapes: nothing is downloaded, built or run. The caller says which settings may
-change (`alternatives`), because only it knows how a recipe spells them.
+A pure function of shapes: nothing is downloaded, built or run. The caller passes the settings that
+may change (`alternatives`), because this module does not know recipes.
 """
 
 from bisect import bisect_right
@@ -17,17 +17,17 @@ from qlora_lite.memory.ledger import Ledger, RunShape, make_ledger, num_trained
 from qlora_lite.model.shape import ModelShape
 
 CPU_MICRO_BATCH_TOKENS = 2048
-"""On CPU more tokens at a time save nothing but dequantisation, a few percent of a step by then."""
+"""On CPU, larger micro-batches would only save dequantisation: a few percent of a step."""
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """Another value of a setting, and what it does to a run's shape."""
+    """Another value of a setting, and how it changes a run's shape."""
 
     field: str
     """Path of the setting in the recipe."""
     value: str
-    """As it is written on the command line."""
+    """As on the command line."""
     apply: Callable[[RunShape], RunShape]
 
     @property
@@ -36,7 +36,7 @@ class Alternative:
 
 
 Alternatives = Callable[[RunShape], Iterable[Alternative]]
-"""The settings that need less memory, mildest first."""
+"""Settings that need less memory, smallest effect on the result first."""
 
 
 @dataclass(frozen=True)
@@ -44,26 +44,26 @@ class MemorySaving:
     """What one setting would save."""
 
     setting: str
-    """As it is written on the command line."""
+    """As on the command line."""
     saved_bytes: int
-    """Of the peak, if only this setting changes."""
+    """How much lower the peak is if only this setting changes."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The memory that a run needs, and the budget that it has."""
+    """The memory that a run needs, and its budget."""
 
     ledger: Ledger
     budget_bytes: int
     micro_batch_tokens: int
-    """Tokens of one forward: as many full rows as fit."""
+    """Tokens per forward: as many full rows as fit."""
     num_parameters: int
     num_trained: int
     flops_per_token: float
     savings: tuple[MemorySaving, ...]
-    """Mildest first; empty if the run fits."""
+    """Smallest effect on the result first; empty if the run fits."""
     sufficient_settings: tuple[str, ...]
-    """Settings that together make it fit; empty if it fits, or if nothing helps."""
+    """Settings that together make it fit; empty if it fits, or if even all of them do not help."""
 
     @property
     def peak_bytes(self) -> int:
@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def spare_bytes(self) -> int:
-        """What is left of the budget; negative if the run does not fit."""
+        """Budget minus peak; negative if the run does not fit."""
         return self.budget_bytes - self.peak_bytes
 
     @property
@@ -80,7 +80,7 @@ class Plan:
 
     @property
     def verdict(self) -> str:
-        """One sentence."""
+        """Whether it fits, in one sentence."""
         need = f"{format_bytes(self.peak_bytes)} of {format_bytes(self.budget_bytes)}"
         if self.fits:
             return f"fits: {need}, {format_bytes(self.spare_bytes)} to spare"
@@ -115,31 +115,31 @@ def make_plan(
 
 
 def require_fit(plan: Plan) -> None:
-    """Stop a run that does not fit before the base is downloaded.
+    """Raise if the run does not fit, before the base is downloaded.
 
     Raises:
-        BudgetError: if the plan does not fit; says what each change of a setting would save.
+        BudgetError: naming what each change of a setting would save.
     """
     if plan.fits:
         return
-    savings = ", ".join(f"{w.setting} (-{format_bytes(w.saved_bytes)})" for w in plan.savings)
+    savings = ", ".join(f"{s.setting} (-{format_bytes(s.saved_bytes)})" for s in plan.savings)
     together = " ".join(plan.sufficient_settings)
-    help_text = f"These together fit: {together}" if together else "All of them together do not fit"
+    help_text = f"It fits with {together}" if together else "Even all of them together do not fit"
     help_text += ". Otherwise raise the budget"
     raise BudgetError(
         f"{format_bytes(plan.peak_bytes)} needed, {format_bytes(plan.budget_bytes)} allowed. "
-        f"Mildest savings: {savings or 'none'}. {help_text}"
+        f"Settings that save memory, smallest effect first: {savings or 'none'}. {help_text}"
     )
 
 
 def _choose_rows(model: ModelShape, run: RunShape, budget_bytes: int) -> int:
-    """Rows of a micro-batch: as set, else as many as fit and a step needs."""
+    """Rows of a micro-batch: as set, else as many as fit, at most those of a step."""
     if run.micro_batch_tokens is not None:
         return max(run.micro_batch_tokens // run.max_tokens, 1)
-    most = run.tokens_per_step
+    max_tokens = run.tokens_per_step
     if run.device == "cpu":
-        most = min(most, CPU_MICRO_BATCH_TOKENS)
-    candidates = range(1, max(most // run.max_tokens, 1) + 1)
+        max_tokens = min(max_tokens, CPU_MICRO_BATCH_TOKENS)
+    candidates = range(1, max(max_tokens // run.max_tokens, 1) + 1)
     fitting = bisect_right(
         candidates, budget_bytes, key=lambda rows: make_ledger(model, run, rows).peak_bytes
     )
@@ -163,7 +163,7 @@ def _flops_per_token(model: ModelShape, run: RunShape) -> float:
 def _savings(
     model: ModelShape, run: RunShape, alternatives: Iterable[Alternative], peak_bytes: int
 ) -> tuple[MemorySaving, ...]:
-    """What each setting saves when only it is changed, to the first value that saves something."""
+    """What each setting saves if only it is changed, to the first value that saves anything."""
     savings: dict[str, MemorySaving] = {}
     for other in alternatives:
         saved = peak_bytes - _smallest_peak(model, other.apply(run))
@@ -175,7 +175,7 @@ def _savings(
 def _sufficient_settings(
     model: ModelShape, run: RunShape, alternatives: Iterable[Alternative], budget_bytes: int
 ) -> tuple[str, ...]:
-    """The mildest settings that together make the run fit; none of them is superfluous."""
+    """The settings with the smallest effect that together make the run fit, and no more of them."""
     chosen: dict[str, Alternative] = {}
     for other in alternatives:
         chosen[other.field] = other
@@ -197,6 +197,6 @@ def _peak_with(model: ModelShape, run: RunShape, chosen: Mapping[str, Alternativ
 
 
 def _smallest_peak(model: ModelShape, run: RunShape) -> int:
-    """With the given micro-batch, or with one row."""
+    """The peak with the given micro-batch, or with one row."""
     rows = max((run.micro_batch_tokens or 1) // run.max_tokens, 1)
     return make_ledger(model, run, rows).peak_bytes

@@ -1,1 +1,1 @@
-"""The step, and what carries it: engine, optimizer, schedule, checkpoints, loop."""
+"""Training: the optimizer step, engine, optimizer, schedule, checkpoints and loop."""

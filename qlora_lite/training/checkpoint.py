@@ -1,9 +1,9 @@
 """Checkpoints that are complete or absent.
 
     checkpoints/step-000200/
-        adapter.safetensors     the adapter's state, in its storage dtypes
-        optimizer.safetensors   fp32 masters, Adam's moments, the method's tensors
-        state.json              how far the run is; numbers of engine and method
+        adapter.safetensors     the adapter's tensors, in their storage dtypes
+        optimizer.safetensors   fp32 copies, Adam's moments, the method's tensors
+        state.json              progress, and numbers of engine and method
 
 A checkpoint is written to a temporary folder, synced and renamed, so a kill or a full disk leaves
 the older ones intact.
@@ -28,7 +28,7 @@ _ADAPTER, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.safetensors", "
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything that a run needs to continue as if it had not stopped."""
+    """Everything that a run needs to continue bit for bit."""
 
     adapter: dict[str, Tensor]
     engine: dict[str, Any]
@@ -41,7 +41,7 @@ def save(directory: Path, step: int, state: TrainingState, keep: int) -> Path:
     """Write `step-NNNNNN`, then remove all but the newest `keep` checkpoints.
 
     Raises:
-        RunError: if the disk is full; older checkpoints stay as they were.
+        RunError: if the disk is full; older checkpoints are unchanged.
     """
     target = directory / f"step-{step:06d}"
     numbers: dict[str, Any] = {"progress": state.progress, "engine": {}, "method": {}}
@@ -53,17 +53,17 @@ def save(directory: Path, step: int, state: TrainingState, keep: int) -> Path:
             else:
                 numbers[owner][name] = value
     try:
-        with complete_directory(target) as aside:
-            save_tensors(state.adapter, aside / _ADAPTER)
-            save_tensors(tensors, aside / _OPTIMIZER)
-            write_json(aside / _STATE, numbers)
+        with complete_directory(target) as temporary:
+            save_tensors(state.adapter, temporary / _ADAPTER)
+            save_tensors(tensors, temporary / _OPTIMIZER)
+            write_json(temporary / _STATE, numbers)
     except DiskFull as error:
         older = newest(directory)
-        kept = f"{older.name} is intact and the same command continues from it" if older else None
+        left = f"{older.name} is intact and the same command continues from it" if older else None
         fewer = ", or lower checkpoints.keep," if keep > 1 else ""
         raise RunError(
             f"the disk is full: checkpoint {target} could not be written. "
-            f"{kept or 'There is none before it'}. Free some space{fewer} and run the same "
+            f"{left or 'There is no earlier one'}. Free some space{fewer} and run the same "
             "command again"
         ) from error
     for old in all_checkpoints(directory)[:-keep]:
@@ -72,7 +72,7 @@ def save(directory: Path, step: int, state: TrainingState, keep: int) -> Path:
 
 
 def load(checkpoint: Path) -> TrainingState:
-    """Read what `save` wrote.
+    """Read a checkpoint.
 
     Raises:
         RunError: if a file of the checkpoint is damaged.
@@ -86,14 +86,14 @@ def load(checkpoint: Path) -> TrainingState:
     parts: dict[str, dict[str, Any]] = {"engine": {}, "method": {}}
     for name, tensor in tensors.items():
         owner, _, rest = name.partition("/")
-        parts[owner][rest] = tensor.clone()  # not a view of the file, which will be removed
+        parts[owner][rest] = tensor.clone()  # the file may be deleted while the run uses it
     for owner, tensors_of in parts.items():
         tensors_of.update(numbers[owner])
     return TrainingState(adapter, parts["engine"], parts["method"], numbers["progress"])
 
 
 def load_adapter(checkpoint: Path) -> dict[str, Tensor]:
-    """The adapter's part of a checkpoint.
+    """Read only the adapter of a checkpoint.
 
     Raises:
         RunError: if it is damaged.
@@ -112,10 +112,10 @@ def _damaged(checkpoint: Path, error: Exception) -> RunError:
 
 
 def find_newest(directory: Path, note: Callable[[str], None]) -> Path | None:
-    """The newest readable checkpoint; None if there is none at all.
+    """The newest readable checkpoint; None if there are no checkpoints.
 
     Args:
-        note: gets a line about every damaged one.
+        note: called with a line about every damaged one.
 
     Raises:
         RunError: if all of them are damaged.
@@ -140,7 +140,7 @@ def all_checkpoints(directory: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Steps that are done at a checkpoint."""
+    """Number of steps that a checkpoint contains."""
     return int(checkpoint.name.removeprefix("step-"))
 
 

@@ -1,4 +1,4 @@
-"""Backward, step, and access to the trained parameters: the part of training that an engine does.
+"""Backward, optimizer step, and access to the trained parameters.
 
 `Engine` is what the loop and the methods use. `TorchEngine` implements it with plain torch.
 Gradients are summed over micro-batches in fp32, whatever dtype the parameters are stored in: a
@@ -18,25 +18,25 @@ _SCALER = "loss_scaler:"
 
 
 class Engine(ParameterAccess, Protocol):
-    """What carries out an optimizer step. No caller asks which engine it is."""
+    """Computes gradients and takes optimizer steps. Callers do not depend on the implementation."""
 
     skipped: bool
-    """The last step moved nothing, because a scaled gradient overflowed."""
+    """Whether the last step was skipped, because a scaled gradient overflowed."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of one micro-batch; `last` is true for the last one of a step."""
 
     def step(self, max_norm: float, step: StepInfo) -> float:
-        """Clip, move the parameters, and return the gradient norm before clipping."""
+        """Clip, update the parameters, and return the gradient norm before clipping."""
 
     def zero_grad(self) -> None:
         """Drop this step's gradients."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs, by name: tensors and numbers."""
+        """The state that a resumed run needs, by name: tensors and numbers."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """Load what `state_dict` returned."""
 
 
 class TorchEngine:
@@ -59,9 +59,9 @@ class TorchEngine:
                 self.scaler.unscale_(self.optimizer.inner)
 
     def step(self, max_norm: float, step: StepInfo) -> float:
-        """Clip, move the parameters, and return the gradient norm before clipping.
+        """Clip, update the parameters, and return the gradient norm before clipping.
 
-        With loss scaling an overflowed step moves nothing and is marked `skipped`.
+        With loss scaling, an overflowed step changes nothing and sets `skipped`.
         """
         norm = nn.utils.clip_grad_norm_(self.optimizer.fp32_copies, max_norm).item()
         self.skipped = self.scaler.is_enabled() and not math.isfinite(norm)
@@ -82,7 +82,7 @@ class TorchEngine:
         return self.optimizer.state_dict() | scaler
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """Load what `state_dict` returned."""
         scaler = {name for name in state if name.startswith(_SCALER)}
         self.optimizer.load_state_dict({n: v for n, v in state.items() if n not in scaler})
         self.scaler.load_state_dict({n.removeprefix(_SCALER): state[n] for n in scaler})
@@ -97,12 +97,14 @@ class TorchEngine:
     # -- ParameterAccess -----------------------------------------------------------------------
 
     def read(self, parameter: nn.Parameter) -> Tensor:
-        return self.optimizer.kept(parameter).detach().clone()
+        return self.optimizer.persistent(parameter).detach().clone()
 
     @torch.no_grad()
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         copy = self.optimizer.fp32_copy(parameter)
-        if copy.shape == parameter.shape:  # stochastic rounding has no copy between two steps
+        if (
+            copy.shape == parameter.shape
+        ):  # under stochastic rounding there is no copy between steps
             copy.data.copy_(value)
         parameter.data.copy_(value)
 

@@ -1,4 +1,4 @@
-"""Checks that stop a run at once, because going on would be pointless: each says why."""
+"""Checks that stop a run at once if its loss or gradient shows that training cannot work."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from qlora_lite.data.collate import Batch
 from qlora_lite.foundation.errors import TrainingError
 
 WORSE_THAN_GUESSING = 1.3
-"""Times ln(vocabulary). A first loss above it means that something is broken."""
+"""A first loss above this many times ln(vocabulary) means that something is broken."""
 
 ShowRows = Callable[[Batch], str]
 """A batch's rows as text, for an error message."""
@@ -16,7 +16,7 @@ ShowRows = Callable[[Batch], str]
 def check_loss(
     loss: float, batch: Batch, step: int, vocabulary: int, lr: float, show_rows: ShowRows
 ) -> None:
-    """The mean loss of a micro-batch in `step` (from 0), before its backward.
+    """Check the mean loss of a micro-batch in `step` (from 0), before its backward.
 
     Raises:
         TrainingError: if it is not finite, or above what guessing gives in the first step.
@@ -30,15 +30,15 @@ def check_loss(
     if step == 0 and loss > limit:
         raise TrainingError(
             f"the first loss is {loss:.2f}, above {limit:.2f} = 1.3 ln({vocabulary}): the model "
-            "does worse than guessing. Its weights, its tokenizer or the data do not belong "
-            f"together; look at these rows\n{show_rows(batch)}"
+            "does worse than guessing, so its weights, its tokenizer and the data do not belong "
+            f"together. Look at these rows\n{show_rows(batch)}"
         )
 
 
 def check_heldout_loss(
     loss: float, num_steps: int, lr: float, show_rows: Callable[[], str]
 ) -> None:
-    """The held-out loss after `num_steps` steps. `show_rows` shows some training rows.
+    """Check the held-out loss after `num_steps` steps. `show_rows` returns some training rows.
 
     Raises:
         TrainingError: if it is not finite.
@@ -52,13 +52,13 @@ def check_heldout_loss(
         )
     raise TrainingError(
         f"before the first step the held-out loss is {loss}, which is not finite. The base's "
-        "weights are damaged, or too large for base.compute. It reads rows like these\n"
+        "weights are damaged, or too large for base.compute. Rows of this run look like this\n"
         f"{show_rows()}"
     )
 
 
 def check_gradient(norm: float, batch: Batch, step: int, show_rows: ShowRows) -> None:
-    """The norm of the gradient of `step` (from 0), before clipping.
+    """Check the gradient norm of `step` (from 0), before clipping.
 
     Raises:
         TrainingError: if it is zero or not finite.

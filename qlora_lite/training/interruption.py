@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a run between two steps, with its state saved."""
+"""SIGINT and SIGTERM stop a run between two steps, after its state is saved."""
 
 import signal
 import threading
@@ -10,36 +10,38 @@ from qlora_lite.foundation.errors import Interrupted
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop, and with which signal."""
+    """Whether the run should stop, and because of which signal."""
 
     signal_name: str | None = None
 
     def raise_if_requested(self, when: str) -> None:
-        """Called where nothing would be lost.
+        """Raise if the run should stop. Call it where nothing would be lost.
 
         Raises:
-            Interrupted: if a signal has come.
+            Interrupted: if a signal arrived.
         """
         if self.signal_name:
-            raise Interrupted(f"stopped by {self.signal_name} {when}. The same command continues")
+            raise Interrupted(
+                f"stopped by {self.signal_name} {when}. The same command continues the run"
+            )
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request; a second one acts as it always did."""
+    """Turn the first SIGINT or SIGTERM into a request. A second one has its usual effect."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def heard(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         request.signal_name = signal.Signals(number).name
         for other, handler in previous.items():
             signal.signal(other, handler)
 
     for number in previous:
-        signal.signal(number, heard)
+        signal.signal(number, handle)
     try:
         yield request
     finally:

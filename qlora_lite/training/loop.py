@@ -1,7 +1,7 @@
 """From the first step to the last: schedule, steps, evaluation, checkpoints, and when to stop.
 
-The loop knows no adapter method by name, prints nothing, and draws every random number from the
-seed and the step. So a run that was killed continues as if it had not been.
+The loop does not depend on the adapter method and prints nothing. Every random number depends on
+the seed and the step only, so a run that was killed continues bit for bit.
 """
 
 import math
@@ -28,7 +28,7 @@ from qlora_lite.training.step import StepResult, optimizer_step, prepare_step, s
 
 
 class Steps(Protocol):
-    """The data of every optimizer step, as a pure function of its number."""
+    """The batches of every optimizer step, as a pure function of the step's number."""
 
     @property
     def steps(self) -> int: ...
@@ -42,20 +42,20 @@ class Steps(Protocol):
 
 @dataclass
 class Progress:
-    """How far a run is. Checkpoints contain it."""
+    """How far a run is. Saved in checkpoints."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     first_loss: float | None = None
-    """Of the held-out rows, before the first step."""
+    """Held-out loss before the first step."""
     last_loss: float | None = None
     best_loss: float | None = None
     best_step: int = 0
     scorings_since_best: int = 0
     stopped_early: bool = False
     total: int = 0
-    """The planned number of steps; a larger one now means that the run was extended."""
+    """The planned number of steps. If the job has more, the run is being extended."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class TrainingJob:
 
     @property
     def keeps_best(self) -> bool:
-        """With early stopping the best adapter is the result, not the last."""
+        """Whether the best adapter is the result (early stopping), not the last."""
         return self.evaluation.patience is not None and self.score is not None
 
     @property
@@ -103,11 +103,11 @@ class TrainingJob:
 
 
 def train(job: TrainingJob) -> Progress:
-    """Train to the last step, from the beginning or from `resume_from`.
+    """Train to the last step, from the first one or from `resume_from`.
 
     Raises:
         Interrupted: after a signal to stop, with the state saved.
-        TrainingError: if going on would be pointless; says why and shows the rows.
+        TrainingError: if the loss or gradient shows that training cannot work.
     """
     progress = _resume(job)
     job.watcher.started(progress.step, job.total)
@@ -120,8 +120,8 @@ def train(job: TrainingJob) -> Progress:
         if _is_due(progress.step, job.evaluation.every, job.total) and job.score:
             _evaluate(job, progress)
         done = progress.step == job.total or progress.stopped_early
-        is_asked = job.stop_request.signal_name is not None
-        if done or is_asked or _is_due(progress.step, job.checkpoints.every, job.total):
+        should_stop = job.stop_request.signal_name is not None
+        if done or should_stop or _is_due(progress.step, job.checkpoints.every, job.total):
             _save(job, progress)
         if not done:
             job.stop_request.raise_if_requested(f"after step {progress.step}, with its state saved")
@@ -129,7 +129,7 @@ def train(job: TrainingJob) -> Progress:
 
 
 def _memory_dry_run(job: TrainingJob) -> None:
-    """Forward and backward on the largest micro-batch: what does not fit fails now."""
+    """Forward and backward on the largest micro-batch: if it does not fit, fail now."""
     batch = job.batches.largest_batch()
     loss = summed_loss(job.model, batch, job.attached).total / batch.num_targets
     job.engine.backward(loss, last=False)
@@ -137,7 +137,7 @@ def _memory_dry_run(job: TrainingJob) -> None:
 
 
 def _one_step(job: TrainingJob, progress: Progress) -> None:
-    began = time.perf_counter()
+    start = time.perf_counter()
     number = progress.step
     batches = job.batches.step(number)
     step = prepare_step(job.attached.method, job.optim, job.seed, number, job.total)
@@ -154,7 +154,7 @@ def _one_step(job: TrainingJob, progress: Progress) -> None:
     )
     if not result.skipped:
         check_gradient(result.grad_norm, batches[0], number, job.show_rows)
-    elapsed = time.perf_counter() - began
+    elapsed = time.perf_counter() - start
     progress.step += 1
     progress.tokens += result.num_tokens
     progress.seconds += elapsed
@@ -188,13 +188,13 @@ def _step_metrics(
 
 def _evaluate(job: TrainingJob, progress: Progress) -> None:
     assert job.score is not None
-    began = time.perf_counter()
+    start = time.perf_counter()
     scores = {f"heldout_{name}": value for name, value in job.score().items()}
     loss = scores["heldout_loss"]
     check_heldout_loss(
         loss, progress.step, job.optim.lr, lambda: job.show_rows(job.batches.step(0)[0])
     )
-    progress.seconds += time.perf_counter() - began
+    progress.seconds += time.perf_counter() - start
     progress.last_loss = loss
     if progress.step == 0:
         progress.first_loss = loss
@@ -239,7 +239,7 @@ def _save(job: TrainingJob, progress: Progress) -> None:
 
 
 def _resume(job: TrainingJob) -> Progress:
-    """Load the checkpoint, and cut the log back to it; or start from the beginning."""
+    """Load the checkpoint and cut the log back to it; without one, start at step 0."""
     if job.resume_from is None:
         job.log.clear()
         return Progress(total=job.total)
@@ -248,19 +248,19 @@ def _resume(job: TrainingJob) -> Progress:
     job.engine.load_state_dict(state.engine)
     job.attached.method.load_state_dict(state.method)
     progress = Progress(**state.progress)
-    if progress.total != job.total:  # extended since: early stopping counts from here
+    if progress.total != job.total:  # extended: early stopping counts from here on
         progress.total, progress.stopped_early, progress.scorings_since_best = job.total, False, 0
     job.log.rewind(progress.step)
     return progress
 
 
 def _save_best(job: TrainingJob) -> None:
-    with complete_directory(job.checkpoint_directory / "best") as aside:
-        save_tensors(job.attached.state(), aside / "adapter.safetensors")
+    with complete_directory(job.checkpoint_directory / "best") as temporary:
+        save_tensors(job.attached.state(), temporary / "adapter.safetensors")
 
 
 def restore_best(job: TrainingJob) -> None:
-    """Load the adapter with the best held-out loss, which early stopping saved."""
+    """Load the adapter with the best held-out loss, saved during training."""
     from safetensors.torch import load_file
 
     best = load_file(job.checkpoint_directory / "best" / "adapter.safetensors")

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one line a logged event, which continues from the checkpoint after a resume."""
+"""`metrics.jsonl`: one line per logged event. After a resume it is cut back to the checkpoint."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from qlora_lite.foundation.files import write_text
 
 
 class MetricsLog:
-    """Appends lines; `rewind` drops what came after a step."""
+    """Appends lines; `rewind` drops those after a step."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -20,25 +20,24 @@ class MetricsLog:
             file.write(json.dumps(event) + "\n")
 
     def sync(self) -> None:
-        """Make what was appended durable: a checkpoint must not outlive the steps before it."""
+        """Sync to disk, so that a checkpoint is never newer than the log."""
         if self.path.exists():
             with open(self.path, "rb") as file:
                 os.fsync(file.fileno())
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Delete the log."""
         self.path.unlink(missing_ok=True)
 
     def rewind(self, step: int) -> None:
-        """Keep the events of the first `step` steps; a half-written last line goes too."""
+        """Keep the events of the first `step` steps; a half-written last line is dropped too."""
         if self.path.exists():
-            kept = [json.dumps(event) for event in read(self.path) if event["step"] <= step]
-            write_text(self.path, "".join(line + "\n" for line in kept))
+            lines = [json.dumps(event) for event in read(self.path) if event["step"] <= step]
+            write_text(self.path, "".join(line + "\n" for line in lines))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The events of a log, none if there is no log. A line that a kill cut short, or that is
-    damaged, is left out."""
+    """The events of a log; none if there is no log. Incomplete or damaged lines are skipped."""
     if not path.exists():
         return []
     events = []

@@ -14,8 +14,8 @@ def warmup_steps(warmup: float, total: int) -> int:
 def lr_factor(step: int, total: int, warmup: int, schedule: ScheduleName, floor: float) -> float:
     """The factor on the learning rate in optimizer step `step` of `total`, both from 0.
 
-    Rises linearly over `warmup` steps, then falls towards `floor`, which a step behind the last
-    would have: every step moves something.
+    Rises linearly over `warmup` steps, then falls towards `floor`, which only the step after the
+    last one would have. So no step has a rate of 0.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)

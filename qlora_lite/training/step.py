@@ -2,7 +2,7 @@
 
     loss = (cross-entropy summed over all trained tokens) / (trained tokens of the whole step)
 
-so that the result does not depend on how the step is cut into micro-batches. Logits exist for
+so that the result does not depend on the split into micro-batches. Logits are computed for
 trained tokens only, a chunk at a time.
 """
 
@@ -26,12 +26,12 @@ from qlora_lite.training.settings import Optim
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step measured."""
+    """The measurements of one optimizer step."""
 
     loss: float
     """Mean cross-entropy over the step's trained tokens."""
     added: float
-    """Mean of the method's own loss on the outputs, over the same tokens."""
+    """Mean of the method's extra loss on the outputs, over the same tokens."""
     grad_norm: float
     num_tokens: int
     num_targets: int
@@ -39,9 +39,9 @@ class StepResult:
 
 
 def prepare_step(method: Method, optim: Optim, seed: int, number: int, total: int) -> StepInfo:
-    """Seed the dropout of step `number` of `total` (from 0), and find its learning rate.
+    """Seed the dropout of step `number` of `total` (from 0), and compute its learning rate.
 
-    Both depend on the seed and the step alone, so a resumed run draws and moves as the first did.
+    Both depend only on the seed and the step, so a resumed run is identical.
     """
     torch.manual_seed(derive(seed, "step", number))
     position, length = method.schedule_position(number, total)
@@ -60,13 +60,13 @@ def optimizer_step(
     max_grad_norm: float,
     check: Callable[[float, Batch], None],
 ) -> StepResult:
-    """Forward and backward over `batches`, then one move of the parameters.
+    """Forward and backward over `batches`, then one update of the parameters.
 
-    `check` sees every micro-batch's mean loss before its backward, and may stop the run.
+    `check` is called with every micro-batch's mean loss before its backward, and may raise.
     """
     method = attached.method
     method.begin_step(step)
-    _activate(method, step)
+    _freeze_inactive(method, step)
     num_targets = int(engine.sum_over_ranks(torch.tensor(sum(b.num_targets for b in batches))))
     loss_sum = added = 0.0
     for batch in batches:
@@ -97,8 +97,8 @@ def optimizer_step(
     )
 
 
-def _activate(method: Method, step: StepInfo) -> None:
-    """Only the layers that the method trains in this step get gradients."""
+def _freeze_inactive(method: Method, step: StepInfo) -> None:
+    """Turn off gradients of the layers that the method does not train in this step."""
     active = set(method.active(step))
     for path, layer in method.layers.items():
         for parameter in layer.trained().values():
@@ -110,13 +110,13 @@ class BatchLoss:
     """The loss of one micro-batch, summed over its trained tokens."""
 
     total: Tensor
-    """Cross-entropy and the method's loss on the outputs."""
+    """Cross-entropy plus the method's extra loss on the outputs."""
     added: float
-    """The method's part of it."""
+    """The method's extra loss alone."""
 
 
 def summed_loss(model: CausalModel, batch: Batch, attached: AttachedAdapter) -> BatchLoss:
-    """Forward through the model, then the loss a chunk of trained tokens at a time."""
+    """Forward through the model, then compute the loss chunk by chunk over the trained tokens."""
     method = attached.method
     batch = batch.to(model.device)
     teacher: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Memory that was freed leaves the process."""
+"""Freed memory is returned to the system."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ print(anonymous_mebibytes() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is the allocator of Linux")
-def test_what_lies_below_a_block_in_use_is_given_back():
+def test_memory_below_a_block_in_use_is_returned():
     held = {}
     for mode in ("default", "fixed"):
         command = [sys.executable, "-c", STEP, mode]

@@ -1,4 +1,4 @@
-"""Every formula against something independent: real tensors, real graphs, or recorded traces."""
+"""Every formula against something independent: real tensors, autograd graphs, or traces."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_int8_bytes_are_those_of_bitsandbytes(shape):
     ("kind", "double_quant", "billions"),
     [("nf4", False, 3.93), ("nf4", True, 3.60), ("int8", True, 6.98), ("bf16", True, 13.96)],
 )
-def test_the_linear_layers_of_an_8b_model_take_what_is_known_of_them(kind, double_quant, billions):
+def test_the_linear_layers_of_an_8b_model_have_the_published_sizes(kind, double_quant, billions):
     total = sum(
         formulas.packed_bytes(p.d_out, p.d_in, kind, 64, double_quant)
         for p in LLAMA_8B.linears.values()
@@ -59,7 +59,7 @@ def test_the_linear_layers_of_an_8b_model_take_what_is_known_of_them(kind, doubl
 
 
 @pytest.mark.parametrize("num", [4096, 5000, 65536])
-def test_adam_takes_what_its_state_takes(num):
+def test_adam_bytes_are_those_of_torchs_moments(num):
     parameter = nn.Parameter(torch.randn(num))
     parameter.grad = torch.randn(num)
     adam = torch.optim.AdamW([parameter])
@@ -68,7 +68,7 @@ def test_adam_takes_what_its_state_takes(num):
     assert formulas.optimizer_bytes(num, "32bit") == sum(m.nbytes for m in moments)
 
 
-def test_8bit_moments_take_a_quarter_and_their_scales():
+def test_8bit_moments_take_a_quarter_plus_scales():
     assert formulas.optimizer_bytes(2**20, "8bit") == 2 * (2**20 + 4 * 2**12)
 
 
@@ -106,7 +106,7 @@ RANK = 8
 
 
 class Adapted(nn.Module):
-    """A frozen linear layer and a LoRA beside it, in plain torch."""
+    """A frozen linear layer with a LoRA, in plain torch."""
 
     def __init__(self, linear: nn.Module, d_in: int, d_out: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Adapted(nn.Module):
 def saved_bytes_per_layer(
     config, dtype: torch.dtype, attention: str, rows: int, tokens: int
 ) -> int:
-    """Bytes that the second decoder layer keeps for backward, two documents packed in each row."""
+    """Bytes that the second decoder layer saves for backward, two documents packed in each row."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     model.eval().requires_grad_(False)
@@ -154,9 +154,9 @@ def saved_bytes_per_layer(
     return before[2] - before[1]
 
 
-def kept_bytes(shape: ModelShape, b: int, attention: str, row_tokens: int, rank: int) -> int:
+def saved_bytes(shape: ModelShape, b: int, attention: str, row_tokens: int, rank: int) -> int:
     num_linears = sum(p.block == 0 for p in shape.linears.values())
-    return formulas.kept_bytes_per_token(
+    return formulas.saved_bytes_per_token(
         shape.hidden,
         shape.heads,
         shape.kv_heads,
@@ -174,19 +174,19 @@ def kept_bytes(shape: ModelShape, b: int, attention: str, row_tokens: int, rank:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", TINY)
-def test_a_layer_keeps_what_autograd_saves(family, dtype):
+def test_a_layer_saves_what_autograd_saves(family, dtype):
     rows, tokens = 2, 32
     real = saved_bytes_per_layer(TINY[family], dtype, "sdpa", rows, tokens)
-    per_token = kept_bytes(model_shape(TINY[family]), dtype.itemsize, "sdpa", tokens, RANK)
+    per_token = saved_bytes(model_shape(TINY[family]), dtype.itemsize, "sdpa", tokens, RANK)
     assert rows * tokens * per_token == real
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_eager_attention_keeps_its_probabilities(family, dtype):
+def test_eager_attention_saves_its_probabilities(family, dtype):
     rows, tokens = 2, 64
     real = saved_bytes_per_layer(TINY[family], dtype, "eager", rows, tokens)
-    per_token = kept_bytes(model_shape(TINY[family]), dtype.itemsize, "eager", tokens, RANK)
+    per_token = saved_bytes(model_shape(TINY[family]), dtype.itemsize, "eager", tokens, RANK)
     assert rows * tokens * per_token == pytest.approx(real, rel=0.05)
 
 
@@ -233,14 +233,14 @@ ROTARY_BYTES = 4 * 128
     ids=["llama-8b", "qwen3-14b", "llama-70b"],
 )
 def test_real_sizes_agree_with_traces_of_one_layer(shape, kept, peak_at_8192):
-    per_token = kept_bytes(shape, 2, "flash_attention_2", 8192, 8)
+    per_token = saved_bytes(shape, 2, "flash_attention_2", 8192, 8)
     assert per_token + ROTARY_BYTES == kept
     backward = formulas.backward_bytes_per_token(shape.hidden, shape.ff, 2)
     assert 8192 * (kept + backward) == pytest.approx(peak_at_8192, rel=0.003)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_loss_takes_what_its_operators_hold(dtype):
+def test_loss_bytes_are_the_peak_of_the_real_loss(dtype):
     tokens, hidden, vocab, chunk = 1024, 32, 4000, 128
     head = torch.randn(vocab, hidden, dtype=dtype)
     targets = torch.randint(0, vocab, (1, tokens))
@@ -264,7 +264,9 @@ def test_the_loss_takes_what_its_operators_hold(dtype):
         (LLAMA_70B, 2048, 428.6, 288.6),
     ],
 )
-def test_operations_per_token_agree_with_the_worked_table(shape, row_tokens, checkpointed, kept):
+def test_operations_per_token_agree_with_a_hand_computed_table(
+    shape, row_tokens, checkpointed, kept
+):
     weights = sum(p.num_weights for p in shape.linears.values())
     lora = sum(formulas.lora_parameters(p.d_out, p.d_in, 16) for p in shape.linears.values())
     width = shape.heads * shape.head_dim

@@ -1,4 +1,4 @@
-"""The facts that are shipped agree with what is published."""
+"""The shipped dimensions of known models agree with published numbers."""
 
 import pytest
 
@@ -16,7 +16,7 @@ PUBLISHED = {
 
 
 def decoder_parameters(c: dict) -> int:
-    """By hand, for a Llama-like decoder with RMSNorms and without biases."""
+    """Hand-computed, for a Llama-like decoder with RMSNorms and without biases."""
     hidden, ff = c["hidden_size"], c["intermediate_size"]
     head_dim = c.get("head_dim", hidden // c["num_attention_heads"])
     width, kv = c["num_attention_heads"] * head_dim, c["num_key_value_heads"] * head_dim
@@ -51,4 +51,4 @@ def test_an_instruct_model_has_the_dimensions_of_its_base():
 
 
 def test_an_unknown_model_is_none():
-    assert known_config("nobody/nothing") is None
+    assert known_config("no-owner/no-model") is None

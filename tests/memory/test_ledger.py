@@ -1,4 +1,4 @@
-"""The sum against a real model: what it holds, and the most that a real step holds."""
+"""The predicted terms against the tensors of a real model and the peak of a real step."""
 
 import dataclasses
 
@@ -58,7 +58,7 @@ def bytes_of(ledger: Ledger, *starts: str) -> int:
 
 @pytest.mark.parametrize("quant", QUANTS.values(), ids=QUANTS.keys())
 @pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen3", True), ("gpt2", True)])
-def test_the_weights_take_what_a_loaded_model_holds(tmp_path, family, tied, quant):
+def test_weight_bytes_are_those_of_a_loaded_model(tmp_path, family, tied, quant):
     directory = save_tiny(tmp_path / "base", family, tied=tied)
     loaded = load_base(Base(model=str(directory), quant=quant), RULE)
     shape = model_shape(loaded.config)
@@ -78,7 +78,7 @@ def test_the_weights_take_what_a_loaded_model_holds(tmp_path, family, tied, quan
 
 
 @pytest.mark.parametrize("head", ["int8", "nf4"])
-def test_a_quantised_head_takes_what_a_loaded_one_holds(tmp_path, head):
+def test_bytes_of_a_quantised_head_are_those_of_a_loaded_one(tmp_path, head):
     directory = save_tiny(tmp_path / "base", "llama")
     loaded = load_base(Base(model=str(directory), head=head), RULE)
     shape = model_shape(loaded.config)
@@ -86,7 +86,7 @@ def test_a_quantised_head_takes_what_a_loaded_one_holds(tmp_path, head):
     assert bytes_of(ledger, "head") == loaded.model.get_output_embeddings().num_bytes
 
 
-def test_adapters_count_what_attached_ones_have(tmp_path):
+def test_adapter_bytes_are_those_of_attached_ones(tmp_path):
     directory = save_tiny(tmp_path / "base", "llama")
     loaded = load_base(Base(model=str(directory)), RULE)
     shape = model_shape(loaded.config)
@@ -99,7 +99,7 @@ def test_adapters_count_what_attached_ones_have(tmp_path):
     held = sum(p.nbytes for p in attached.parameters().values())
     terms = {term.name: term.num_bytes for term in make_ledger(shape, run, rows=1).terms}
     assert terms["adapters"] == held
-    assert terms["adapters: gradients"] == terms["adapters: fp32 masters"] == 2 * held
+    assert terms["adapters: gradients"] == terms["adapters: fp32 master copies"] == 2 * held
 
 
 FOUR_LAYERS = {"llama": {"num_hidden_layers": 4}, "gpt2": {"n_layer": 4}}
@@ -107,7 +107,9 @@ FOUR_LAYERS = {"llama": {"num_hidden_layers": 4}, "gpt2": {"n_layer": 4}}
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_peak_is_at_most_a_little_above_that_of_a_real_step(tmp_path, family, checkpointing):
+def test_the_predicted_peak_is_at_most_12_percent_above_a_real_step(
+    tmp_path, family, checkpointing
+):
     rows, tokens = 4, 128
     directory = save_tiny(tmp_path / "base", family, **FOUR_LAYERS[family])
     loaded = load_base(Base(model=str(directory)), RULE)
@@ -137,18 +139,18 @@ def test_the_peak_is_at_most_a_little_above_that_of_a_real_step(tmp_path, family
         hidden = model.hidden(ids, positions)
         engine.backward(linear_cross_entropy(hidden, ids, model.logits), last=True)
     assert all(fp32_copy.grad is not None for fp32_copy in optimizer.fp32_copies)
-    names = ("one dequantised", "adapters: g", "inputs", "activations", "work", "batch")
+    names = ("one dequantised", "adapters: g", "inputs", "activations", "temporary", "batch")
     assert 1.0 <= bytes_of(ledger, *names) / live.peak < 1.12
 
 
-def test_a_head_that_is_tied_is_counted_once():
+def test_a_tied_head_is_counted_once():
     shapes = [model_shape(tiny_model("llama", tied=tied).config) for tied in (True, False)]
     once, twice = (make_ledger(shape, run_shape(shape, {"kind": "nf4"}), 1) for shape in shapes)
     assert bytes_of(twice, "embedding") == bytes_of(once, "embedding") == bytes_of(twice, "head")
     assert bytes_of(once, "head") == 0
 
 
-def test_on_cuda_what_pytorch_does_not_count_is_told_apart():
+def test_on_cuda_what_pytorch_does_not_count_is_a_separate_term():
     shape = model_shape(tiny_model("llama").config)
     run = run_shape(shape, {"kind": "nf4"}, device="cuda", compute_bytes=2, norm_bytes=2)
     ledger = make_ledger(shape, run, 1)
@@ -164,8 +166,9 @@ def test_8_bit_states_and_stochastic_rounding_save_what_they_replace():
     saved = {t.name: t.num_bytes for t in full.terms}
     for term in make_ledger(shape, lean, 1).terms:
         saved[term.name] = saved.get(term.name, 0) - term.num_bytes
-    assert saved["adapters: fp32 masters"] == 4 * num
+    assert saved["adapters: fp32 master copies"] == 4 * num
     assert saved["Adam's moments"] == pytest.approx(6 * num, rel=0.01)
     assert (
-        sum(map(abs, saved.values())) == saved["adapters: fp32 masters"] + saved["Adam's moments"]
+        sum(map(abs, saved.values()))
+        == saved["adapters: fp32 master copies"] + saved["Adam's moments"]
     )

@@ -1,4 +1,4 @@
-"""Measured memory moves by what is allocated."""
+"""Measured memory grows by what is allocated."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ CPU = torch.device("cpu")
 SIZE = 200 * 2**20
 
 
-def test_the_peak_remembers_what_is_gone_until_it_is_reset():
+def test_the_peak_includes_freed_memory_until_it_is_reset():
     measure.reset_peak(CPU)
     before = measure.peak_bytes(CPU)
     tensor = torch.ones(SIZE, dtype=torch.uint8)
@@ -26,11 +26,11 @@ def test_anonymous_memory_grows_by_what_is_written():
     assert measure.anonymous_bytes() - before == pytest.approx(tensor.nbytes, rel=0.1)
 
 
-def test_what_is_available_is_less_than_all_and_more_than_what_is_in_use():
+def test_available_memory_is_between_used_and_total():
     assert measure.anonymous_bytes() < measure.available_bytes(CPU) <= measure.total_bytes(CPU)
 
 
-def test_the_limit_of_a_container_counts(monkeypatch, tmp_path):
+def test_the_limit_of_a_container_is_respected(monkeypatch, tmp_path):
     limit, used, cache = 3 * 2**30, 2 * 2**30, 2**29
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text(f"{used}\n")
@@ -41,7 +41,7 @@ def test_the_limit_of_a_container_counts(monkeypatch, tmp_path):
     assert free < measure.available_bytes(CPU) < free + 4 * 2**30
 
 
-def test_the_rate_of_products_is_a_rate():
+def test_the_rate_of_matrix_products_is_plausible():
     rate = measure.matmul_flops_per_second(CPU, torch.float32, seconds=0.05)
     assert 1e8 < rate < 1e15
 

@@ -1,4 +1,4 @@
-"""What a plan promises: the budget is kept, and what is advised really helps."""
+"""The plan keeps the budget, and the settings that it suggests really help."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ def plan_for(run: RunShape, budget: str):
     return make_plan(LLAMA_8B, run, parse_bytes(budget), alternatives)
 
 
-def test_an_8b_model_takes_about_what_the_worked_table_says():
+def test_an_8b_model_needs_about_what_a_hand_computed_table_has():
     # 8.2 GB: one row of 2048 tokens, 8-bit Adam, without masters, masks and fp32 copies in norms
     one_row = dataclasses.replace(ON_CARD, micro_batch_tokens=2048, attention="flash_attention_2")
     assert plan_for(one_row, "22GiB").peak_bytes == pytest.approx(8.2e9, rel=0.1)
@@ -60,30 +60,30 @@ def test_the_micro_batch_is_never_more_than_a_step():
     assert plan_for(small, "200GiB").micro_batch_tokens == 2048
 
 
-def test_the_micro_batch_is_modest_on_cpu():
+def test_the_micro_batch_is_limited_on_cpu():
     on_cpu = dataclasses.replace(
         ON_CARD, device="cpu", compute_bytes=4, norm_bytes=4, states="32bit", max_tokens=512
     )
     assert plan_for(on_cpu, "200GiB").micro_batch_tokens == 2048
 
 
-def test_a_micro_batch_that_was_asked_for_is_taken():
-    asked = dataclasses.replace(ON_CARD, micro_batch_tokens=5000)
-    assert plan_for(asked, "200GiB").micro_batch_tokens == 4096
+def test_a_given_micro_batch_is_used():
+    given = dataclasses.replace(ON_CARD, micro_batch_tokens=5000)
+    assert plan_for(given, "200GiB").micro_batch_tokens == 4096
 
 
-def test_what_fits_gets_no_advice():
+def test_a_run_that_fits_gets_no_suggestions():
     plan = plan_for(ON_CARD, "22GiB")
     assert (plan.savings, plan.sufficient_settings) == ((), ())
     assert plan.verdict.startswith("fits")
     require_fit(plan)
 
 
-def test_what_does_not_fit_says_by_how_much_and_what_helps():
+def test_a_run_that_does_not_fit_is_refused_with_the_savings():
     plan = plan_for(WASTEFUL, "10GiB")
     assert not plan.fits
     assert plan.spare_bytes == plan.budget_bytes - plan.peak_bytes < 0
-    assert [way.setting for way in plan.savings] == [
+    assert [saving.setting for saving in plan.savings] == [
         "optim.checkpointing=true",
         "optim.states=8bit",
         "base.quant=nf4",
@@ -96,8 +96,8 @@ def test_what_does_not_fit_says_by_how_much_and_what_helps():
 
 
 def test_each_saving_is_what_the_setting_saves():
-    savings = {way.setting: way.saved_bytes for way in plan_for(WASTEFUL, "10GiB").savings}
-    whole = make_ledger(LLAMA_8B, WASTEFUL, 1).peak_bytes
+    savings = {s.setting: s.saved_bytes for s in plan_for(WASTEFUL, "10GiB").savings}
+    unchanged = make_ledger(LLAMA_8B, WASTEFUL, 1).peak_bytes
     changed = {
         "optim.checkpointing=true": {"checkpointing": True},
         "optim.states=8bit": {"states": "8bit"},
@@ -107,10 +107,10 @@ def test_each_saving_is_what_the_setting_saves():
     }
     for setting, fields in changed.items():
         smaller = dataclasses.replace(WASTEFUL, **fields)
-        assert savings[setting] == whole - make_ledger(LLAMA_8B, smaller, 1).peak_bytes
+        assert savings[setting] == unchanged - make_ledger(LLAMA_8B, smaller, 1).peak_bytes
 
 
-def test_the_settings_that_are_enough_do_fit_together():
+def test_the_sufficient_settings_fit_together():
     plan = plan_for(WASTEFUL, "10GiB")
     assert plan.sufficient_settings == ("optim.checkpointing=true", "base.quant=nf4")
     smaller = dataclasses.replace(WASTEFUL, checkpointing=True, quant="nf4")
@@ -119,8 +119,8 @@ def test_the_settings_that_are_enough_do_fit_together():
         assert not plan_for(dataclasses.replace(smaller, **needed), "10GiB").fits
 
 
-def test_no_setting_is_given_away_that_could_be_kept():
-    """A smaller rank saves a little and is milder than shorter rows, which alone are enough."""
+def test_no_setting_is_changed_without_need():
+    """A smaller rank affects the result less, but is not enough; shorter rows alone are."""
     on_cpu = dataclasses.replace(
         ON_CARD, device="cpu", compute_bytes=4, states="32bit", head="nf4", max_tokens=4096
     )
@@ -133,13 +133,13 @@ def test_no_setting_is_given_away_that_could_be_kept():
     assert plan.sufficient_settings == ("data.max_tokens=2048",)
 
 
-def test_where_nothing_is_enough_it_says_so():
+def test_if_nothing_is_enough_the_error_says_so():
     plan = plan_for(WASTEFUL, "1GiB")
     assert plan.sufficient_settings == ()
-    with pytest.raises(BudgetError, match="All of them together do not fit"):
+    with pytest.raises(BudgetError, match="Even all of them together do not fit"):
         require_fit(plan)
 
 
-def test_everything_is_listed_and_adds_up():
+def test_the_listed_terms_add_up_to_the_peak():
     plan = plan_for(ON_CARD, "22GiB")
     assert sum(num_bytes for _, num_bytes, _ in plan.rows()) == plan.peak_bytes

@@ -19,7 +19,7 @@ def state(value=1.0):
     )
 
 
-def test_what_is_loaded_is_what_was_saved_to_the_bit(tmp_path):
+def test_loading_restores_every_bit(tmp_path):
     saved = state()
     loaded = checkpoint.load(checkpoint.save(tmp_path, 3, saved, keep=2))
     for part in ("adapter", "engine", "method"):
@@ -41,7 +41,7 @@ def test_only_the_newest_are_kept(tmp_path):
     assert checkpoint.newest(tmp_path).name == "step-1000000"
 
 
-def test_half_written_checkpoints_are_not_seen(tmp_path):
+def test_half_written_checkpoints_are_ignored(tmp_path):
     checkpoint.save(tmp_path, 5, state(), keep=2)
     (tmp_path / ".step-000010.writing").mkdir()
     assert checkpoint.newest(tmp_path).name == "step-000005"

@@ -1,4 +1,4 @@
-"""Backward, step and access."""
+"""Backward, step and access to parameters."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_gradients_are_summed_in_fp32_over_micro_batches():
     assert engine.gradient(p).item() == 512
 
 
-def test_the_norm_is_that_before_clipping_and_the_step_uses_the_clipped_gradient():
+def test_the_returned_norm_is_before_clipping_and_the_step_uses_the_clipped_gradient():
     p, q = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
     engine = engine_for(p, q)
     engine.backward(3 * p.sum() + 4 * q.sum(), last=True)
@@ -63,7 +63,7 @@ def test_a_method_reads_writes_and_edits_gradients(rounding):
 @pytest.mark.parametrize("rounding", ["master", "stochastic"])
 @pytest.mark.parametrize("is_early", [True, False])
 def test_a_written_value_survives_the_next_step(rounding, is_early):
-    # a write that missed the image would be undone when the image is rounded back
+    # a write that missed the fp32 copy would be undone when the copy is rounded to bf16
     p = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
     engine = engine_for(p, rounding=rounding)
     if is_early:

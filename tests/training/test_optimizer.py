@@ -1,4 +1,4 @@
-"""AdamW over bf16 parameters: nothing small is lost, groups and states are what they should be."""
+"""AdamW over bf16 parameters: small updates are not lost, groups and states are right."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_fp32_parameters_follow_torchs_adamw():
     assert torch.equal(ours, theirs)
 
 
-def test_a_bf16_parameter_is_the_rounded_image_of_an_fp32_run():
+def test_a_bf16_parameter_is_the_rounded_value_of_an_fp32_run():
     torch.manual_seed(1)
     start = torch.randn(4, 4).bfloat16()
     ours, twin = nn.Parameter(start.clone()), nn.Parameter(start.float())
@@ -77,7 +77,7 @@ def test_a_thousand_small_updates_add_up_in_bf16(rounding):
     assert parameter.float().mean().item() == pytest.approx(0.48, abs=5e-4)
 
 
-def test_stochastic_rounding_is_right_on_average_and_keeps_what_is_exact():
+def test_stochastic_rounding_is_correct_on_average_and_keeps_exact_values():
     value = torch.full((20_000,), 1.0 + 2**-9 + 2**-10)  # 3/8 of the way to the next bf16 number
     rounded = round_stochastically(value, draw()).float()
     assert set(rounded.tolist()) == {1.0, 1.0 + 2**-7}
@@ -101,7 +101,7 @@ def test_groups_have_their_own_rate_and_decay():
 
 
 @pytest.mark.parametrize("rounding", ["master", "stochastic"])
-def test_a_restored_optimizer_goes_on_bit_for_bit(rounding):
+def test_a_restored_optimizer_continues_bit_for_bit(rounding):
     torch.manual_seed(2)
     gradients = [torch.randn(6, 2) for _ in range(8)]
     start = torch.randn(6, 2).bfloat16()
@@ -110,8 +110,8 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(rounding):
         for gradient in steps:
             move(optimizer, [parameter], [gradient])
 
-    whole = nn.Parameter(start.clone())
-    run(whole, adamw([group(whole)], rounding), gradients)
+    uninterrupted = nn.Parameter(start.clone())
+    run(uninterrupted, adamw([group(uninterrupted)], rounding), gradients)
 
     first = nn.Parameter(start.clone())
     optimizer = adamw([group(first)], rounding)
@@ -122,10 +122,10 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(rounding):
     restored = adamw([group(second)], rounding)
     restored.load_state_dict(saved)
     run(second, restored, gradients[3:])
-    assert torch.equal(whole, second)
+    assert torch.equal(uninterrupted, second)
 
 
-def test_a_part_of_8_bit_moments_is_cleared_to_the_code_of_zero():
+def test_8_bit_moments_are_reset_to_the_code_of_zero():
     from bitsandbytes.functional import create_dynamic_map
 
     signed, unsigned = create_dynamic_map(), create_dynamic_map(signed=False)
@@ -138,7 +138,7 @@ def test_a_part_of_8_bit_moments_is_cleared_to_the_code_of_zero():
         assert codes[0, 1] == 200
 
 
-def test_forgetting_clears_all_or_a_part_of_the_moments():
+def test_resetting_clears_all_or_a_part_of_the_moments():
     p = nn.Parameter(torch.ones(2, 2))
     optimizer = adamw([group(p)])
     move(optimizer, [p], [torch.ones(2, 2)])

@@ -12,13 +12,13 @@ def curve(schedule, total=100, warmup=10, floor=0.0):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_it_rises_linearly_and_never_starts_at_zero(schedule):
+def test_the_warm_up_is_linear_and_does_not_start_at_zero(schedule):
     rates = curve(schedule)
     assert rates[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
     assert rates[10] == 1.0
 
 
-def test_cosine_and_linear_fall_to_the_floor_and_no_step_is_wasted():
+def test_cosine_and_linear_fall_towards_the_floor_and_no_step_has_rate_zero():
     for schedule in ("cosine", "linear"):
         rates = curve(schedule, floor=0.1)[10:]
         assert rates == sorted(rates, reverse=True)
@@ -27,7 +27,7 @@ def test_cosine_and_linear_fall_to_the_floor_and_no_step_is_wasted():
     assert curve("constant")[-1] == 1.0
 
 
-def test_half_way_down_cosine_and_linear_are_at_one_half():
+def test_half_way_cosine_and_linear_are_at_one_half():
     assert lr_factor(50, 100, 0, "cosine", 0.0) == pytest.approx(0.5)
     assert lr_factor(50, 100, 0, "linear", 0.0) == pytest.approx(0.5)
     assert lr_factor(25, 100, 0, "cosine", 0.0) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
@@ -41,6 +41,6 @@ def test_warm_up_is_a_share_or_a_number_of_steps():
 
 
 @pytest.mark.parametrize("total", [1, 2, 3])
-def test_very_short_runs_have_a_rate(total):
+def test_the_rate_of_very_short_runs_is_not_zero(total):
     for schedule in ("cosine", "linear", "constant"):
         assert lr_factor(0, total, warmup_steps(0.03, total), schedule, 0.0) > 0

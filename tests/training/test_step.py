@@ -1,4 +1,4 @@
-"""The order of one optimizer step, and what a method can do in it."""
+"""One optimizer step: the order of the hooks, and what a method can change."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from tests.tiny import save_tiny
 
 
 class Recorder(LoRAMethod):
-    """LoRA that writes down when it was called, and with what gradients."""
+    """LoRA that records its calls, and the gradients at each."""
 
     def __init__(self, settings):
         super().__init__(settings)
@@ -61,7 +61,7 @@ def directory(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("base") / "llama", "llama")
 
 
-def workplace(directory):
+def model_adapter_engine(directory):
     settings = Base(model=str(directory))
     facts = read_facts(settings)
     base = load_base(settings, device.choose("cpu"), facts=facts)
@@ -98,8 +98,8 @@ def step(model, attached, engine, lengths):
     return result, seen
 
 
-def test_hooks_come_in_the_order_of_the_contract(directory):
-    model, attached, engine = workplace(directory)
+def test_hooks_are_called_in_the_documented_order(directory):
+    model, attached, engine = model_adapter_engine(directory)
     method = attached.method
     result, seen = step(model, attached, engine, [12, 9])
     assert method.calls == [
@@ -116,7 +116,7 @@ def test_hooks_come_in_the_order_of_the_contract(directory):
 
 
 def test_layers_that_are_not_active_do_not_move(directory):
-    model, attached, engine = workplace(directory)
+    model, attached, engine = model_adapter_engine(directory)
     method = attached.method
     chosen = sorted(method.layers)[0]
     method.active = lambda info: [chosen]
@@ -128,10 +128,10 @@ def test_layers_that_are_not_active_do_not_move(directory):
     assert moved == {f"{chosen}.b"}  # A's gradient is zero while B is
 
 
-def test_a_penalty_counts_once_whatever_the_number_of_micro_batches(directory):
-    plain = workplace(directory)
+def test_a_penalty_is_added_once_for_any_number_of_micro_batches(directory):
+    plain = model_adapter_engine(directory)
     step(*plain, [12, 9, 7])
-    with_penalty = workplace(directory)
+    with_penalty = model_adapter_engine(directory)
     with_penalty[1].method.weight = 0.25
     step(*with_penalty, [12, 9, 7])
     for name, gradient in with_penalty[1].method.before.items():
@@ -140,13 +140,13 @@ def test_a_penalty_counts_once_whatever_the_number_of_micro_batches(directory):
 
 
 def test_a_loss_on_outputs_is_a_mean_over_the_trained_tokens_of_the_step(directory):
-    one = workplace(directory)
+    one = model_adapter_engine(directory)
     one[1].method.output_weight = 0.1
-    whole, _ = step(*one, [12, 9])
-    without, _ = step(*workplace(directory), [12, 9])
-    assert whole.loss == pytest.approx(without.loss, rel=1e-6)
+    with_loss, _ = step(*one, [12, 9])
+    without, _ = step(*model_adapter_engine(directory), [12, 9])
+    assert with_loss.loss == pytest.approx(without.loss, rel=1e-6)
     assert without.added == 0
-    model = workplace(directory)[0]
+    model = model_adapter_engine(directory)[0]
     expected, count = 0.0, 0
     with torch.no_grad():
         for batch in batches(12, 9):
@@ -154,4 +154,4 @@ def test_a_loss_on_outputs_is_a_mean_over_the_trained_tokens_of_the_step(directo
             logits = model.logits(hidden)[batch.targets >= 0]
             expected += 0.1 * logits.sum().item()
             count += len(logits)
-    assert whole.added == pytest.approx(expected / count, rel=1e-3)
+    assert with_loss.added == pytest.approx(expected / count, rel=1e-3)

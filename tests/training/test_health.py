@@ -1,0 +1,55 @@
+"""Checks that stop a run at once, with the step, the learning rate and the rows."""
+
+import math
+
+import pytest
+
+from qlora_lite.foundation.errors import TrainingError
+from qlora_lite.training.health import check_gradient, check_heldout_loss, check_loss
+
+VOCABULARY = 1000
+
+
+def show(batch):
+    return f"rows of {batch}"
+
+
+def check(loss, step):
+    check_loss(loss, "the batch", step, VOCABULARY, 2e-4, show)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_at_any_step(loss):
+    for step in (0, 41):
+        with pytest.raises(TrainingError) as error:
+            check(loss, step)
+        message = str(error.value)
+        assert message.startswith(f"step {step + 1}: the loss is {loss}")
+        assert "optim.lr (now 0.0002)" in message
+        assert message.endswith("\nrows of the batch")
+
+
+def test_a_first_loss_of_1_3_times_guessing_is_the_limit():
+    limit = 8.9801  # 1.3 ln(1000)
+    check(limit - 0.001, step=0)
+    with pytest.raises(TrainingError, match=r"8\.98, above 8\.98 = 1\.3 ln\(1000\)(.|\n)*rows of"):
+        check(limit + 0.001, step=0)
+    check(100.0, step=1)
+
+
+def test_a_held_out_loss_that_is_not_finite_names_the_rate_only_after_training():
+    check_heldout_loss(3.0, 0, 2e-4, lambda: "")
+    with pytest.raises(TrainingError, match=r"after step 7 .*optim\.lr \(now 0\.0002\)"):
+        check_heldout_loss(math.nan, 7, 2e-4, lambda: "")
+    with pytest.raises(
+        TrainingError, match=r"before the first step .*damaged(.|\n)*row 1"
+    ) as error:
+        check_heldout_loss(math.nan, 0, 2e-4, lambda: "row 1")
+    assert "optim.lr" not in str(error.value)
+
+
+@pytest.mark.parametrize("norm", [0.0, math.nan, math.inf])
+def test_a_gradient_that_is_zero_or_not_finite_stops(norm):
+    check_gradient(1e-12, "the batch", 3, show)
+    with pytest.raises(TrainingError, match=rf"step 4: the gradient norm is {norm}(.|\n)*rows of"):
+        check_gradient(norm, "the batch", 3, show)
