@@ -1,4 +1,4 @@
-"""A causal language model in its two halves: hidden states, then logits where they are wanted."""
+"""A causal language model in two parts: decoder (hidden states) and head (logits)."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from qlora_lite.model.head import Head, decoder
 
 
 class CausalModel:
-    """A transformers model, taken apart before its head."""
+    """A transformers model, split before its head."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -17,7 +17,7 @@ class CausalModel:
     def hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """(batch, tokens) -> (batch, tokens, hidden), before the head.
 
-        Documents are told apart by position ids that start again at 0.
+        Position ids that restart at 0 separate packed documents.
         """
         output = self.decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         states: Tensor = output.last_hidden_state

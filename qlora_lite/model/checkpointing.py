@@ -1,8 +1,8 @@
-"""Gradient checkpointing: keep each decoder layer's input, and compute the layer again in backward.
+"""Gradient checkpointing: store each decoder layer's input, and recompute the layer in backward.
 
-Ours and not transformers' own, which is active in training mode only: training mode also turns on
-the dropout of the frozen base (GPT-2 has some), and then the adapted model would not start as the
-base. Non-reentrant, so that it works although the frozen embedding's output needs no gradient.
+Transformers' own checkpointing is only active in training mode, which also turns on the dropout of
+the frozen base (GPT-2 has some), so that the first output would differ from the base's.
+Non-reentrant, because the output of the frozen embedding does not require a gradient.
 """
 
 import functools
@@ -27,17 +27,17 @@ def enable_checkpointing(model: nn.Module) -> None:
 
 
 def is_recomputing() -> bool:
-    """Whether this forward repeats one for the backward, so that its tokens were seen before."""
+    """Whether this forward is a recomputation in backward, of tokens that were counted before."""
     return _recomputing.get()
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Of the forward, and of its repetition."""
-    return nullcontext(), _repeating()
+    """Contexts of the forward and of its recomputation."""
+    return nullcontext(), _recomputation()
 
 
 @contextmanager
-def _repeating() -> Iterator[None]:
+def _recomputation() -> Iterator[None]:
     token = _recomputing.set(True)
     try:
         yield

@@ -1,6 +1,6 @@
-"""The `config.json` of a model: found here, in the hub's cache or on the hub, or a word why not.
+"""Find the `config.json` of a model: in a directory, in the hub's cache or on the hub.
 
-config = read_config("Qwen/Qwen3-8B")     # the only file that is fetched
+config = read_config("Qwen/Qwen3-8B")     # downloads only this file
 """
 
 from collections.abc import Mapping
@@ -29,21 +29,20 @@ def read_config(
     trust_remote_code: bool = False,
     known: Mapping[str, Any] | None = None,
 ) -> PretrainedConfig:
-    """The config of a model directory or a hub id: one small file, never weights.
+    """The config of a model directory or a hub id. Never downloads weights.
 
-    Looked for in a local directory, in the hub's cache, in `known` and at last on the hub.
+    Searched in this order: a local directory, the hub's cache, `known`, the hub.
 
     Args:
-        known: facts to fall back on when the file is not on this machine, as a config dictionary
-            with its `model_type`.
+        known: a config dictionary with its `model_type`, used if the file is not on this machine.
 
     Raises:
-        BaseModelError: if there is no such model, it cannot be reached or opened, or this
+        BaseModelError: if there is no such model, it cannot be downloaded or read, or the installed
             transformers does not know its architecture.
     """
     if Path(model).is_file() or not model:
         raise BaseModelError(
-            f"base.model={model}: that is no model. Give the directory of one, or a hub id such as "
+            f"base.model={model}: this is not a model. Give a model directory, or a hub id such as "
             "Qwen/Qwen3-0.6B"
         )
     if Path(model).is_dir():
@@ -61,7 +60,7 @@ def read_config(
             return AutoConfig.for_model(**known)
         else:
             file = _fetch_config(model, revision)
-    # code of a model's own is found by the hub id, beside the config it may not be there yet
+    # transformers finds a model's own code by the hub id; it may not be in the cache yet
     source = model if trust_remote_code else file.parent
     try:
         return AutoConfig.from_pretrained(
@@ -72,14 +71,18 @@ def read_config(
 
 
 def require_hub_id(model: str) -> str:
-    """A hub id, or a clear word about a path that leads nowhere."""
+    """Check that `model` has the form of a hub id, and return it.
+
+    Raises:
+        BaseModelError: if it is an address, or a path that does not exist.
+    """
     try:
         validate_repo_id(model)
     except HFValidationError as error:
         if model.startswith("https://huggingface.co/"):
             repository = "/".join(model.removeprefix("https://huggingface.co/").split("/")[:2])
             raise BaseModelError(
-                f"base.model={model} is an address. Its id is {repository}: give that"
+                f"base.model={model} is an address. Give the model's id: {repository}"
             ) from error
         raise BaseModelError(
             f"base.model={model}: there is no such directory. Give the directory of a model with "
@@ -89,11 +92,11 @@ def require_hub_id(model: str) -> str:
 
 
 def _fetch_config(model: str, revision: str | None) -> Path:
-    """`config.json` brought from the hub into its cache."""
+    """Download `config.json` into the hub's cache."""
     if "/" not in model:
         raise BaseModelError(
-            f"base.model={model}: there is no such directory here, and an id of the hub has an "
-            "owner, such as openai-community/gpt2. Give one of the two"
+            f"base.model={model}: there is no such directory, and a hub id has an owner, such as "
+            "openai-community/gpt2. Give one of the two"
         )
     try:
         return Path(hf_hub_download(model, "config.json", revision=revision))
@@ -102,23 +105,24 @@ def _fetch_config(model: str, revision: str | None) -> Path:
 
 
 def unreachable(model: str, revision: str | None, error: OSError) -> str:
-    """Why the hub gave no file of a model, and what to do."""
+    """Error message for a file that could not be downloaded from the hub."""
     at = f" at revision {revision}" if revision else ""
     return f"base.model={model}{at}: {_hub_problem(model, error)}"
 
 
 def hub_error(error: BaseException) -> OSError | None:
-    """The hub's own error that a library wrapped in one that says less, if the hub is to blame."""
-    told: BaseException | None = error
-    while told is not None:
-        if isinstance(told, RepositoryNotFoundError | LocalEntryNotFoundError):  # or gated
-            return told
-        told = told.__cause__ or told.__context__
+    """The hub's error in the chain of causes of `error`, because libraries wrap it; None if the hub
+    is not the cause."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, RepositoryNotFoundError | LocalEntryNotFoundError):  # or gated
+            return cause
+        cause = cause.__cause__ or cause.__context__
     return None
 
 
 def _hub_problem(model: str, error: OSError) -> str:
-    """Why the hub gave no file, and what to do. A gated model is also a model not found."""
+    """The problem, and what to do. The order matters: a gated repository also counts as missing."""
     match error:
         case GatedRepoError():
             return (
@@ -127,31 +131,31 @@ def _hub_problem(model: str, error: OSError) -> str:
             )
         case RepositoryNotFoundError():
             return (
-                "neither a directory here nor a model that the hub shows you. Check the spelling; "
-                "for a private model log in with `hf auth login`"
+                "this is neither a directory nor a model that you can see on the hub. Check the "
+                "spelling; for a private model log in with `hf auth login`"
             )
         case RevisionNotFoundError():
-            return "the hub has the model, not this revision. Leave base.revision out for main"
+            return "the hub has the model, but not this revision. Leave base.revision out for main"
         case LocalEntryNotFoundError() if constants.is_offline_mode():
             reason = "HF_HUB_OFFLINE is set"
         case LocalEntryNotFoundError():
             reason = "the hub does not answer"
         case EntryNotFoundError():
-            return "the hub has it without a config.json, so it is no transformers model"
+            return "it has no config.json on the hub, so it is not a transformers model"
         case _:
             reason = str(error).splitlines()[0]
     return (
-        f"not on this machine, and {reason}. Its files are needed here (for a plan only its "
+        f"it is not on this machine, and {reason}. Its files are needed (for a plan only its "
         "config.json): connect to the hub once, or give the directory of a downloaded model"
     )
 
 
 def unusable(model: str, reason: str) -> str:
-    """Why transformers makes nothing of a config, and what to do."""
+    """Error message for a config that transformers cannot use."""
     if "trust_remote_code" in reason:
         return (
-            f"base.model={model} brings its own Python code, which would run on this machine. "
-            "Read it first; then base.trust_remote_code=true allows it"
+            f"base.model={model} comes with its own Python code, which would run on this machine. "
+            "Read it first, then allow it with base.trust_remote_code=true"
         )
     return (
         f"base.model={model}: transformers cannot use its config.json: {reason.splitlines()[0]} "

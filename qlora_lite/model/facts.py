@@ -1,9 +1,9 @@
-"""What is known of a base before a weight is read.
+"""Everything that the config of a base determines, before a weight is read.
 
-    facts = read_facts(Base(model="Qwen/Qwen3-8B"))     # fetches only config.json
+    facts = read_facts(Base(model="Qwen/Qwen3-8B"))     # downloads only config.json
     facts.shape.num_parameters, facts.specs[0].path
 
-A command reads this once and passes it on: to the plan, the checks, loading and the adapter.
+A command reads this once and passes it to the memory plan, the checks, loading and the adapter.
 """
 
 from collections.abc import Collection, Mapping
@@ -26,7 +26,7 @@ class BaseFacts:
     """The config of a base, and everything that follows from it."""
 
     config: PretrainedConfig
-    """As `config.json` has it. Copy it before changing it."""
+    """As in `config.json`. Copy it before changing it."""
 
     shape: ModelShape
     """Its dimensions, and every parameter's name, shape and role."""
@@ -35,10 +35,10 @@ class BaseFacts:
     """Its linear layers, in the model's order."""
 
     buffers: frozenset[str]
-    """Names of buffers, which a checkpoint may hold."""
+    """Names of buffers, which a checkpoint may contain."""
 
     tied: Mapping[str, str]
-    """For each parameter that shares another's storage, that other's name."""
+    """Tied parameters: name -> name of the parameter whose storage it shares."""
 
     prefix: str
     """Name of the decoder inside the model."""
@@ -53,14 +53,14 @@ class BaseFacts:
 
     @property
     def context(self) -> int | None:
-        """Positions that the model was trained on, if its config says so."""
+        """Number of positions that the model was trained on, if its config has it."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     def match_names(self, stored: Collection[str]) -> dict[str, str]:
-        """The model's name of every tensor of a checkpoint that the model loads.
+        """Map every tensor of a checkpoint that the model loads to its name in the model.
 
         Raises:
-            BaseModelError: naming a parameter that is missing, or a tensor that has no place.
+            BaseModelError: naming a missing parameter, or a tensor that the model does not have.
         """
         return match(
             [name for name in stored if not COMPANION.search(name)],
@@ -76,7 +76,7 @@ def read_facts(base: Base, known: Mapping[str, Any] | None = None) -> BaseFacts:
     """The facts of a model directory or a hub id.
 
     Args:
-        known: the config as far as it is known, used if the hub's is not on this machine.
+        known: a partial config, used if the hub's is not on this machine.
 
     Raises:
         BaseModelError: if there is no such model, or transformers cannot build it.

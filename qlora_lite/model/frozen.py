@@ -1,9 +1,9 @@
-"""The frozen layers of a model: a linear layer whose weight is packed, and an embedding.
+"""The frozen layers of a model: a linear layer with a packed weight, and an embedding.
 
-A `FrozenLinear` holds plain tensors: the packed codes as a parameter without gradient, the scales
-as buffers. It dequantises to the compute dtype in forward, and once more in backward, into one
-scratch that all layers of a model share; nothing dequantised outlives the product it is for. So
-streaming, checkpointing, ZeRO and fake tensors see, and run, the same code.
+A `FrozenLinear` has plain tensors: the packed codes as a parameter without gradient, the scales as
+buffers. It dequantises to the compute dtype in forward and again in backward, into one buffer
+(`Scratch`) that all layers of a model share. So streaming, checkpointing, ZeRO and fake tensors run
+the same code.
 """
 
 import math
@@ -19,8 +19,8 @@ from qlora_lite.kernels.dequantise import dequantise
 from qlora_lite.model.quant import NESTED_BLOCK_SIZE, FourBit, Int8, Quant
 
 PIECE_WEIGHTS = 2**26
-"""Weights that are dequantised at a time: 128 MiB in bf16, 256 MiB in fp32. A larger weight, such
-as the head of a large vocabulary, is multiplied in pieces of whole rows."""
+"""Most weights that are dequantised at a time: 128 MiB in bf16, 256 MiB in fp32. Larger matrices,
+such as the head of a large vocabulary, are multiplied in pieces of whole rows."""
 
 
 def piece_rows(d_out: int, d_in: int, block_size: int = 1) -> int:
@@ -31,13 +31,13 @@ def piece_rows(d_out: int, d_in: int, block_size: int = 1) -> int:
 
 
 class Scratch:
-    """Memory that is written anew for each product; it grows to the largest need and stays."""
+    """A buffer that is overwritten for each product. It grows to the largest size needed."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def take(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(rows, columns) of undefined content, valid until the next call."""
+        """An uninitialised (rows, columns) tensor, valid until the next call."""
         size = rows * columns
         buffer = self._buffers.pop((dtype, device), None)
         if buffer is None or buffer.numel() < size:
@@ -48,7 +48,7 @@ class Scratch:
 
 
 class Source(Protocol):
-    """Where a weight comes from."""
+    """Where the original of a weight can be read."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,10 +56,10 @@ class Source(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it is stored in."""
+        """The dtype that it is stored in."""
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop`, contiguous; may be a read-only view of a file."""
+        """Rows `start` to `stop`, contiguous. May be a read-only view of a file."""
 
 
 class FrozenLinear(nn.Module):
@@ -117,13 +117,13 @@ class FrozenLinear(nn.Module):
         return y
 
     def dense(self) -> Tensor:
-        """A copy of W (d_out, d_in) in the compute dtype, exactly as forward uses it."""
+        """A copy of W (d_out, d_in) in the compute dtype: exactly the values that forward uses."""
         out = torch.empty(self.d_out, self.d_in, dtype=self.compute, device=self.weight.device)
         self._dequantise(0, self.d_out, self._fp32_scales(), out)
         return out
 
     def original(self) -> Tensor | None:
-        """W (d_out, d_in) as the checkpoint has it; None if the checkpoint is quantised itself."""
+        """W (d_out, d_in) as in the checkpoint; None if the checkpoint is quantised."""
         return None if self.source is None else self.source.rows(0, self.d_out)
 
     @property
@@ -134,18 +134,18 @@ class FrozenLinear(nn.Module):
     @property
     def num_bytes(self) -> int:
         """Bytes of codes, scales and bias, without the map that all layers share."""
-        held = (self.weight, self.bias, self.scales, self.nested_scales, self.offset)
-        return sum(t.numel() * t.element_size() for t in held if t is not None)
+        tensors = (self.weight, self.bias, self.scales, self.nested_scales, self.offset)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     @property
     def kind(self) -> str:
-        """What `dequantise` is told."""
+        """The `kind` argument of `dequantise`."""
         return self.quant.kind if isinstance(self.quant, FourBit | Int8) else "plain"
 
     def pieces(self) -> Iterator[tuple[int, int, Tensor]]:
-        """(start, stop, W[start:stop]) in the compute dtype; each is valid until the next.
+        """Yield (start, stop, W[start:stop]) in the compute dtype; each is valid until the next.
 
-        A weight that rests in the compute dtype comes as it is, whole.
+        A weight that is stored in the compute dtype is yielded in one piece, without a copy.
         """
         weight = self.weight.data
         if self.kind == "plain" and weight.dtype == self.compute:
@@ -188,7 +188,7 @@ class FrozenLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T. Keeps the layer, not its bytes: streaming and ZeRO move those away in between."""
+    """x W^T. Saves the layer for backward, not its bytes: streaming and ZeRO may move those."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: FrozenLinear) -> Tensor:
@@ -205,17 +205,17 @@ class _Product(torch.autograd.Function):
         parts = (grad[..., start:stop] @ weight for start, stop, weight in ctx.linear.pieces())
         total = next(parts)
         for part in parts:
-            # more than one only for weights of many rows: summed in fp32, rounded once
+            # only large weights have several pieces: sum in fp32, round once
             total = total.float().add_(part)
         return total.to(grad.dtype), None
 
 
 class FrozenEmbedding(nn.Module):
-    """Rows of a table that is never trained, looked up and cast to the compute dtype.
+    """An embedding that is never trained. Rows are looked up and cast to the compute dtype.
 
     Attributes:
         weight: (tokens, hidden), in the storage dtype.
-        scale: what the rows are multiplied by, for architectures that do (Gemma 3), or None.
+        scale: factor on the rows, for architectures that have one (Gemma 3), or None.
     """
 
     def __init__(
@@ -242,7 +242,7 @@ class FrozenEmbedding(nn.Module):
         return F.embedding(ids, self.weight).to(self.compute)
 
     def scaled(self, rows: Tensor) -> Tensor:
-        """What the architecture makes of rows that were looked up."""
+        """The looked-up rows times `scale`, if the architecture has one."""
         return rows if self.scale is None else rows * self.scale.to(rows.dtype)
 
     def dense(self) -> Tensor:
@@ -250,7 +250,7 @@ class FrozenEmbedding(nn.Module):
         return self.weight.detach().to(self.compute, copy=True)
 
     def original(self) -> Tensor | None:
-        """The table as the checkpoint has it."""
+        """The table as in the checkpoint."""
         return None if self.source is None else self.source.rows(0, self.num_embeddings)
 
     @property

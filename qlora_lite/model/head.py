@@ -3,8 +3,8 @@
     logits = cap * tanh(s / cap),   s = head(hidden) * logit_scale / logits_scaling
 
 Which of the three a model has is read from its config: `logit_scale` (Cohere), `logits_scaling`
-(Granite), `final_logit_softcapping` (Gemma 2). The decoder and the head are called apart, so that
-logits need not exist for all tokens at once.
+(Granite), `final_logit_softcapping` (Gemma 2). The decoder and the head are called separately, so
+that logits need not be computed for all tokens at once.
 """
 
 from collections.abc import Iterator
@@ -32,12 +32,12 @@ class Head:
 
     @property
     def module(self) -> nn.Module:
-        """The head as it is now; attaching an adapter may have replaced it."""
+        """The current head: attaching an adapter may have replaced it."""
         module: nn.Module = self._model.get_output_embeddings()
         return module
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Those of the head."""
+        """The parameters of the head."""
         return self.module.parameters()
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -51,5 +51,5 @@ class Head:
 
 
 def soft_cap(logits: Tensor, cap: float) -> Tensor:
-    """Squeeze smoothly into (-cap, cap)."""
+    """Limit logits smoothly to (-cap, cap)."""
     return torch.tanh(logits / cap) * cap

@@ -1,11 +1,11 @@
-"""From a directory or hub id to a frozen model, tensor by tensor.
+"""Load a directory or hub id as a frozen model, tensor by tensor.
 
     loaded = load_base(Base(model="Qwen/Qwen3-8B"), device.choose())
     loaded.model(input_ids)
 
-The model is built from its config without weights. Then each stored tensor goes where it belongs,
-in the order of the files: linear layers are quantised in chunks of rows, the rest is cast. Above
-the finished model the host holds one chunk.
+The model is built from its config without weights. Then each stored tensor is put into it, in the
+order of the files: linear layers are quantised in chunks of rows, the rest is cast. Besides the
+finished model, host memory holds only one chunk.
 """
 
 import copy
@@ -37,14 +37,14 @@ from qlora_lite.model.shape import is_linear
 from qlora_lite.shards.reader import Checkpoint
 
 SplitOf = Callable[[str], Split | None]
-"""path -> what to quantise in place of that layer's weight; None: the weight itself."""
+"""path -> function whose result is quantised instead of that layer's weight; None: the weight."""
 
 Progress = Callable[[int, int], None]
 """(bytes read, bytes in all)"""
 
 
-RETURN_EVERY_BYTES = 2**26
-"""Bytes read between two times of giving freed memory back: each costs new page faults."""
+TRIM_EVERY_BYTES = 2**26
+"""Bytes to read before freed memory is returned to the system again: it costs page faults."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class LoadedBase:
     checkpoint: Checkpoint
     rule: DeviceRule
     quant: Quant
-    """What the linear layers really are; a checkpoint quantised before brings its own."""
+    """Quantisation of the linear layers; that of the checkpoint if it was already quantised."""
 
 
 def locate(base: Base) -> Path:
-    """The directory of the model; from the hub only config, tokenizer and safetensors are fetched.
+    """The directory of the model. From the hub, downloads only config, tokenizer and safetensors.
 
     Raises:
-        BaseModelError: if there is no such model, or it cannot be reached or opened.
+        BaseModelError: if there is no such model, or it cannot be downloaded.
     """
     if Path(base.model).is_dir():
         return Path(base.model)
@@ -84,7 +84,7 @@ def locate(base: Base) -> Path:
 
 
 def load_tokenizer(base: Base) -> PreTrainedTokenizerFast:
-    """The model's own tokenizer; no weights are fetched for it.
+    """Load the model's tokenizer, without downloading weights.
 
     Raises:
         BaseModelError: if there is none, or only a slow one.
@@ -97,13 +97,13 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerFast:
         if (problem := hub_error(error)) is not None:
             raise BaseModelError(unreachable(base.model, base.revision, problem)) from error
         raise BaseModelError(
-            f"base.model={base.model}: no tokenizer can be read from it "
-            f"({str(error).splitlines()[0]}). Needed is its tokenizer.json beside config.json"
+            f"base.model={base.model}: its tokenizer cannot be read "
+            f"({str(error).splitlines()[0]}). A tokenizer.json next to config.json is needed"
         ) from error
     if not tokenizer.is_fast:
         raise BaseModelError(
-            f"base.model={base.model}: its tokenizer is a slow one without tokenizer.json. Needed "
-            "is a fast one: convert it with transformers, or take another version of the model"
+            f"base.model={base.model}: it has a slow tokenizer without tokenizer.json, and a fast "
+            "one is needed. Convert it with transformers, or use another version of the model"
         )
     return tokenizer
 
@@ -120,11 +120,11 @@ def load_base(
 
     Args:
         facts: of this base; read here unless given.
-        split: what to quantise in place of a layer's weight (methods that start from the
-            quantisation error); such a weight is held whole, once, in fp32.
+        split: for methods that start from the quantisation error: what to quantise instead of a
+            layer's weight. It gets each weight as one fp32 tensor.
 
     Raises:
-        BaseModelError: if the model cannot be found, read, or used as asked.
+        BaseModelError: if the model cannot be found, read, or loaded with these settings.
     """
     facts = facts or read_facts(base)
     path = locate(base)
@@ -139,10 +139,10 @@ def load_base(
 
 
 def build_empty(config: PretrainedConfig, base: Base) -> PreTrainedModel:
-    """The model with its parameters on the meta device; buffers hold their true values.
+    """The model with its parameters on the meta device and its buffers initialised.
 
     Raises:
-        BaseModelError: if the architecture is unknown or lacks the attention asked for.
+        BaseModelError: if the architecture is unknown, or does not support `base.attention`.
     """
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
@@ -159,8 +159,8 @@ def build_empty(config: PretrainedConfig, base: Base) -> PreTrainedModel:
     except (ValueError, ImportError) as error:
         raise BaseModelError(
             f"base.model={base.model}, base.attention={base.attention}: transformers cannot build "
-            f"it: {str(error).splitlines()[0]} Needed is a causal language model; "
-            "base.attention=eager works for every one"
+            f"it: {str(error).splitlines()[0]} A causal language model is needed; "
+            "base.attention=eager works for all of them"
         ) from error
     return model.eval().requires_grad_(False)
 
@@ -190,17 +190,17 @@ class _Loading:
         self.stored_names = {ours: name for name, ours in self.names.items()}
 
     def run(self, progress: Progress | None) -> None:
-        total, done, returned = self.checkpoint.num_bytes, 0, 0
+        total, done, trimmed = self.checkpoint.num_bytes, 0, 0
         for name in self.checkpoint.names:
             if name in self.names:
                 self._install(name, self.names[name])
             done += self.checkpoint.info(name).num_bytes
-            if done - returned > RETURN_EVERY_BYTES:
-                _return_free_memory()
-                returned = done
+            if done - trimmed > TRIM_EVERY_BYTES:
+                _trim_free_memory()
+                trimmed = done
             if progress is not None:
                 progress(done, total)
-        _return_free_memory()
+        _trim_free_memory()
         for tied, source in self.facts.tied.items():
             self._tie(tied, source)
         for module in self.model.modules():
@@ -218,15 +218,15 @@ class _Loading:
             shape = self.checkpoint.info(name).shape
             if ours in shapes and shape != shapes[ours] and not is_packed(self.checkpoint, name):
                 raise BaseModelError(
-                    f"base.model={self.base.model}: {name} is {shape}, and its config.json says "
-                    f"{shapes[ours]}. They belong to different models: download both again"
+                    f"base.model={self.base.model}: {name} has shape {shape}, but {shapes[ours]} "
+                    "according to config.json. They belong to different models: download both again"
                 )
         for tied, source in self.facts.tied.items():
             self._check_tie(tied, next(name for name, ours in names.items() if ours == source))
         return names
 
     def _check_tie(self, tied: str, source: str) -> None:
-        """Where a checkpoint holds a tied tensor twice, both must agree."""
+        """Check that both tensors are equal if a checkpoint contains a tied tensor twice."""
         if tied == source or tied not in self.checkpoint:
             return
         if not torch.equal(self.checkpoint.read(tied), self.checkpoint.read(source)):
@@ -285,14 +285,14 @@ class _Loading:
         return FrozenEmbedding(weight, self.rule.compute, scale, source)
 
     def _tie(self, ours: str, source_name: str) -> None:
-        """Let a parameter share the storage of another, as the head does with the embedding."""
+        """Make a parameter share the storage of another, such as the head that of the embedding."""
         path, _, leaf = ours.rpartition(".")
         module, shared = self.model.get_submodule(path), self.model.get_parameter(source_name)
         if module is self.head:
             if self.base.head != "16bit":
                 raise BaseModelError(
-                    f"got base.head={self.base.head}, but the head of {self.base.model} is its "
-                    "embedding, which is needed in 16 bit anyway. Leave base.head=16bit"
+                    f"got base.head={self.base.head}, but the head of {self.base.model} is tied to "
+                    "its embedding, which stays in 16 bit. Use base.head=16bit"
                 )
             bias_name = self.stored_names.get(f"{path}.bias")
             bias = None if bias_name is None else self.checkpoint.read(bias_name)
@@ -302,11 +302,11 @@ class _Loading:
         setattr(module, leaf, shared)
 
 
-def _return_free_memory() -> None:
-    """Give freed scratch back to the system, where the C library can be told to (glibc).
+def _trim_free_memory() -> None:
+    """Return freed memory to the system, if the C library is glibc.
 
-    It would keep it, in holes between the codes of the layers: with chunks of 4 Mi weights that was
-    300 MiB above a model of 420 MiB.
+    Otherwise it stays allocated, in holes between the codes of the layers: with chunks of 4 Mi
+    weights that was 300 MiB on top of a model of 420 MiB.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -1,8 +1,8 @@
-"""Checkpoints that bitsandbytes has quantised already, as transformers saves them.
+"""Checkpoints that were quantised by bitsandbytes and saved by transformers.
 
-Beside `x.weight` (the codes) such a checkpoint holds `x.weight.absmax`, `x.weight.quant_map`,
-under double quantisation `x.weight.nested_absmax` and `x.weight.nested_quant_map`, and the rest as
-JSON in `x.weight.quant_state.bitsandbytes__nf4`; for int8 the row scales are `x.SCB`.
+Besides `x.weight` (the codes) they contain `x.weight.absmax`, `x.weight.quant_map`, under double
+quantisation `x.weight.nested_absmax` and `x.weight.nested_quant_map`, and the rest as JSON in
+`x.weight.quant_state.bitsandbytes__nf4`. For int8 the row scales are `x.SCB`.
 """
 
 import re
@@ -25,10 +25,10 @@ COMPANION = re.compile(
 
 
 def own_quant(config: Any) -> Quant | None:
-    """The quantisation of the checkpoint itself, or None if it has none.
+    """The quantisation of the checkpoint, or None if it is not quantised.
 
     Raises:
-        BaseModelError: if it is another library's.
+        BaseModelError: if another library quantised it.
     """
     settings = getattr(config, "quantization_config", None)
     if settings is None:
@@ -38,8 +38,8 @@ def own_quant(config: Any) -> Quant | None:
     method = settings.get("quant_method")
     if method not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
         raise BaseModelError(
-            f"the checkpoint is quantised with {method}; weights of bitsandbytes (nf4, fp4, int8) "
-            "and unquantised ones can be read. Take the model's original, which is quantised here"
+            f"the checkpoint is quantised with {method}; only weights of bitsandbytes (nf4, fp4, "
+            "int8) and unquantised ones can be read. Use the model's original: it is quantised here"
         )
     if settings.get("load_in_8bit"):
         return Int8()
@@ -47,23 +47,23 @@ def own_quant(config: Any) -> Quant | None:
     return kind(double_quant=bool(settings.get("bnb_4bit_use_double_quant")))
 
 
-def stored_quant(config: Any, asked: Quant) -> Quant | None:
-    """`own_quant` of a checkpoint that is to be held as `asked`.
+def stored_quant(config: Any, wanted: Quant) -> Quant | None:
+    """`own_quant` of a checkpoint, checked against `base.quant`.
 
     Raises:
-        BaseModelError: if it is another library's, or of another kind than `asked`.
+        BaseModelError: if another library quantised it, or to another kind than `wanted`.
     """
     quant = own_quant(config)
-    if quant is not None and asked.kind != quant.kind:
+    if quant is not None and wanted.kind != quant.kind:
         raise BaseModelError(
-            f"got base.quant={asked.kind}, but the checkpoint is quantised to {quant.kind} "
-            f"already. Take base.quant={quant.kind}, or the model's original"
+            f"got base.quant={wanted.kind}, but the checkpoint is already quantised to "
+            f"{quant.kind}. Use base.quant={quant.kind}, or the model's original"
         )
     return quant
 
 
 def is_packed(checkpoint: Checkpoint, name: str) -> bool:
-    """`name` is the codes of a weight, not a weight."""
+    """Whether the tensor `name` contains codes instead of weights."""
     return name.endswith(".weight") and (
         f"{name}.absmax" in checkpoint or f"{name.removesuffix('weight')}SCB" in checkpoint
     )
@@ -76,7 +76,7 @@ def read_packed(
     bias: Tensor | None,
     scratch: Scratch,
 ) -> FrozenLinear:
-    """The layer whose codes are stored as `name`."""
+    """Read the layer whose codes are stored as `name`."""
     codes = checkpoint.read(name).to(rule.device, copy=True)
     if bias is not None:
         bias = bias.to(rule.device, rule.norms, copy=True)
@@ -88,7 +88,7 @@ def read_packed(
         quant = Int8()
     else:
         state = _state(checkpoint, name, rule.device)
-        # codes may be stored under the disguise of a floating type
+        # codes may be stored as a floating dtype
         codes = codes.view(torch.uint8).view(-1, 1)
         scales = _scales(state)
         d_out, d_in = state.shape

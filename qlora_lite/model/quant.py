@@ -1,9 +1,9 @@
-"""How the frozen weights are held: NF4, FP4, int8, or unquantised, and their exact bits.
+"""How frozen weights are stored: NF4, FP4, int8, or unquantised.
 
-4-bit weights come in blocks along the flattened weight that share one scale, an fp32 number.
-Double quantisation holds these scales in 8 bits, in blocks of 256 that share one fp32 scale
-(Dettmers et al. 2023, arXiv:2305.14314, section 3). int8 has one fp32 scale per row and is
-weight-only: codes times scales, then an ordinary product.
+4-bit weights: blocks of the flattened weight share one fp32 scale. Double quantisation stores these
+scales in 8 bits, in blocks of 256 that share one fp32 scale (Dettmers et al. 2023,
+arXiv:2305.14314, section 3). int8: one fp32 scale per row, and weight-only: codes are multiplied by
+their scales, then by the input in the compute dtype.
 """
 
 from typing import Annotated, Literal

@@ -1,11 +1,12 @@
-"""One weight, from where it is stored into a `FrozenLinear`, a chunk of rows at a time.
+"""Quantise one weight into a `FrozenLinear`, a chunk of rows at a time.
 
-The quantiser is bitsandbytes' own. On CPU it is plain torch and takes 8.5 times the tensor it is
-given, so it is given chunks of whole blocks; the codes are the same. Double quantisation then sees
-the scales of all chunks together.
+The quantiser is that of bitsandbytes. On CPU it is plain torch and needs 8.5 times the memory of
+its input, so it gets chunks of whole blocks; the codes are the same. Double quantisation then runs
+on the scales of all chunks together.
 
-On CPU each thread works on a chunk of its own: a fifth less work than all threads on one tensor,
-since the scratch stays warm, and on a busy machine nobody waits for the slowest at each operation.
+On CPU each thread quantises a different chunk. This is a fifth less work than all threads on one
+tensor, because the temporary memory stays in cache, and on a busy machine threads do not wait for
+the slowest one after each operation.
 """
 
 import functools
@@ -24,16 +25,16 @@ from qlora_lite.model.quant import BF16, NESTED_BLOCK_SIZE, FourBit, Int8, Quant
 from qlora_lite.shards.reader import Checkpoint
 
 CHUNK_WEIGHTS = {"cpu": 2**18, "cuda": 2**24}
-"""Weights that are quantised at a time: on CPU by each thread, with some 4.5 MiB of scratch."""
+"""Weights per chunk. On CPU each thread needs about 4.5 MiB of temporary memory for one."""
 
 MAX_WORKERS = 16
-"""So that all scratch on CPU is 72 MiB at most."""
+"""Limits the temporary memory on CPU to 72 MiB."""
 
 RoundTrip = Callable[[Tensor], Tensor]
-"""What a weight becomes when it is quantised and dequantised, fp32."""
+"""Quantises and dequantises a weight; returns fp32."""
 
 Split = Callable[[Tensor, RoundTrip], Tensor]
-"""(dense fp32 weight, round trip) -> the weight to quantise in its place."""
+"""(dense fp32 weight, round trip) -> the weight to quantise instead."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,12 @@ def quantise(
     split: Split | None = None,
     scratch: Scratch | None = None,
 ) -> FrozenLinear:
-    """A frozen layer on the rule's device.
+    """Quantise a weight into a frozen layer on the rule's device.
 
     Args:
         source: the weight (d_out, d_in), stored or in memory.
-        bias: (d_out,), kept in the dtype of norms.
-        split: what to quantise in place of the weight; then the whole weight is held in fp32.
+        bias: (d_out,), stored in the dtype of norms.
+        split: returns what to quantise instead of the weight; it gets all of it in fp32.
         scratch: the dequantisation buffer to share with the other layers of a model.
     """
     source = DenseWeight(source) if isinstance(source, Tensor) else source
@@ -121,7 +122,7 @@ def _pack(source: Source, quant: Quant, rule: DeviceRule) -> tuple[Tensor, dict[
 def _pack_4bit(
     source: Source, quant: FourBit, device: torch.device
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Codes and scales, bit for bit those of the whole tensor quantised at once."""
+    """Codes and scales; chunks give the same bits as the whole tensor at once."""
     d_out, d_in = source.shape
     block, num_weights = quant.block_size, d_out * d_in
     codes = torch.empty((num_weights + 1) // 2, 1, dtype=torch.uint8, device=device)
@@ -152,7 +153,7 @@ def _pack_4bit(
 
 
 def _pack_int8(source: Source, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-    """Codes and row scales; bitsandbytes quantises what is left in fp16."""
+    """Codes and row scales; bitsandbytes quantises the weight in fp16."""
     d_out, d_in = source.shape
     codes = torch.empty(d_out, d_in, dtype=torch.int8, device=device)
     scales = torch.empty(d_out, dtype=torch.float32, device=device)
@@ -168,7 +169,7 @@ def _pack_int8(source: Source, device: torch.device) -> tuple[Tensor, dict[str, 
 
 
 def copy_weight(source: Source, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The weight itself in another dtype, without a second whole copy of it."""
+    """The weight in another dtype, without a second full copy in memory."""
     d_out, d_in = source.shape
     weight = torch.empty(d_out, d_in, dtype=dtype, device=device)
 
@@ -182,7 +183,7 @@ def copy_weight(source: Source, dtype: torch.dtype, device: torch.device) -> Ten
 def _for_each_chunk(
     work: Callable[[int, int], None], source: Source, device: torch.device, block_size: int = 1
 ) -> None:
-    """Call `work(start, stop)` for rows of whole blocks, on CPU in as many threads as torch has."""
+    """Call `work(start, stop)` for chunks of rows with whole blocks, on CPU in parallel threads."""
     d_out, d_in = source.shape
     aligned = block_size // math.gcd(d_in, block_size)
     rows = max(CHUNK_WEIGHTS[device.type] // d_in // aligned, 1) * aligned

@@ -16,16 +16,16 @@ class Base(Settings):
     """Branch, tag or commit on the hub."""
 
     quant: Quant = NF4()
-    """How the linear layers are held: nf4, fp4, int8, bf16 or fp32."""
+    """Quantisation of the linear layers: nf4, fp4, int8, bf16 or fp32."""
 
     head: Literal["16bit", "int8", "nf4"] = "16bit"
-    """How an untied output head is held."""
+    """Quantisation of an untied output head."""
 
     compute: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Dtype of activations; `auto` is fp32 on CPU, and bf16 or fp16 on CUDA."""
 
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Implementation of attention; `auto` is the fastest that the architecture has in torch."""
+    """Attention implementation; `auto` is the fastest one in torch for the architecture."""
 
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Read it first."""

@@ -1,8 +1,7 @@
 """Every parameter's name, shape and role, from `config.json` alone.
 
-The model is built on the meta device, where a tensor has a shape and no bytes: a 70B model takes
-a fraction of a second. What a planner needs to know is read off the modules, so a new architecture
-needs no line here.
+The model is built on the meta device, where tensors have no data: a 70B model takes a fraction of a
+second. The dimensions are read from its modules, so new architectures need no code here.
 
     shape = model_shape(read_config("Qwen/Qwen3-8B"))
 """
@@ -35,7 +34,7 @@ class ParameterShape:
     block: int | None = None
     """Index of its decoder layer."""
     tied_to: str | None = None
-    """The parameter whose storage it shares; that one is the one to count."""
+    """The parameter whose storage it shares; only that one is counted."""
     transposed: bool = False
     """Stored as (d_in, d_out), as GPT-2's Conv1D does."""
 
@@ -56,7 +55,7 @@ class ParameterShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder by its dimensions."""
+    """The dimensions of a decoder, and its parameters."""
 
     family: str
     hidden: int
@@ -65,9 +64,9 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     ff: int
-    """Width of the MLP: the inputs of its last linear layer."""
+    """Width of the MLP: the input size of its last linear layer."""
     gated: bool
-    """The MLP has a gate beside its up projection (SwiGLU and relatives)."""
+    """The MLP has a gate projection (SwiGLU and similar)."""
     qk_norm: bool
     """Queries and keys are normalised head by head."""
     layer_norm: bool
@@ -81,23 +80,23 @@ class ModelShape:
 
     @cached_property
     def stored(self) -> tuple[ParameterShape, ...]:
-        """The parameters with a storage of their own: tied ones once."""
+        """The parameters without the tied duplicates."""
         return tuple(p for p in self.parameters if p.tied_to is None)
 
     @property
     def num_parameters(self) -> int:
-        """As model cards count: tied weights once."""
+        """Number of parameters as in model cards: tied weights are counted once."""
         return sum(p.num_weights for p in self.stored)
 
     @cached_property
     def matrices(self) -> dict[str, ParameterShape]:
-        """The weights of all linear layers, the head among them, by path of their module."""
+        """The weights of all linear layers, including the head, by path of their module."""
         kinds = ("linear", "head")
         return {p.module: p for p in self.parameters if p.role in kinds and len(p.shape) == 2}
 
     @cached_property
     def linears(self) -> dict[str, ParameterShape]:
-        """Those inside the decoder."""
+        """The weights of the linear layers inside the decoder."""
         return {path: p for path, p in self.matrices.items() if p.role == "linear"}
 
     @cached_property
@@ -106,7 +105,7 @@ class ModelShape:
 
     @property
     def is_tied(self) -> bool:
-        """The head is the input embedding."""
+        """The head shares the storage of the input embedding."""
         return self.head.tied_to is not None
 
 
@@ -120,7 +119,7 @@ def model_shape(config: PretrainedConfig, trust_remote_code: bool = False) -> Mo
 
 
 def shape_of(model: nn.Module, config: PretrainedConfig) -> ModelShape:
-    """The same of a model that is built already; its parameters may be on the meta device."""
+    """`model_shape` of a model that is already built; its parameters may be on the meta device."""
     parameters = _parameter_shapes(model)
     text = config.get_text_config(decoder=True)
     heads = text.num_attention_heads
@@ -196,12 +195,12 @@ def _role(module: nn.Module, kind: str, parameter: nn.Parameter) -> Role:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A plain linear layer. Subclasses may do something of their own in forward; they stay."""
+    """Whether this is a plain linear layer. Subclasses are left alone: their forward may differ."""
     return type(module) in (nn.Linear, Conv1D)
 
 
 def is_norm(module: nn.Module) -> bool:
-    """A norm holds a vector or two of its own and no other module."""
+    """Whether this is a norm: a module without children whose parameters are all vectors."""
     own = list(module.parameters(recurse=False))
     return bool(own) and not list(module.children()) and all(p.dim() == 1 for p in own)
 
@@ -226,14 +225,14 @@ def block_of(path: str, blocks: str) -> int | None:
 
 
 def _mlp(parameters: list[ParameterShape], hidden: int, width: int | None) -> tuple[int, bool]:
-    """Width of the MLP, from its last linear layer where the config does not name it, and whether
-    it is gated.
+    """Width of the MLP (from its last linear layer if the config does not have it), and whether it
+    is gated.
 
-    The layers before the last lead from `hidden` to that width once, or twice with a gate (as one
-    matrix or two). A mixture of experts keeps them in fused parameters, and counts as not gated.
+    With a gate, the layers before the last map `hidden` to twice that width, in one matrix or two.
+    A mixture of experts has fused parameters, and counts as not gated.
     """
     last = max(p.block for p in parameters if p.block is not None)
-    # a linear layer that stays as it is (Falcon's) is not of the role, and shapes the MLP as well
+    # linear layers that are not quantised (Falcon's) have another role, and count here too
     roles = ("linear", "other")
     block = [p for p in parameters if p.role in roles and len(p.shape) == 2 and p.block == last]
     ff = width or max(p.d_in for p in block if p.d_out == hidden)

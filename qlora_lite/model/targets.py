@@ -1,10 +1,10 @@
-"""Which linear layers there are, and which of them a user means.
+"""The linear layers of a model, and which of them `targets` selects.
 
 | targets         | layers                                                      |
 |-----------------|-------------------------------------------------------------|
 | `all-linear`    | every linear layer of the decoder, not the head             |
-| `attention`     | those of the attention                                      |
-| `mlp`           | those of the feed-forward part                              |
+| `attention`     | the linear layers of the attention                          |
+| `mlp`           | the linear layers of the MLP                                |
 | a list          | of these words, last names (`q_proj`), paths, or path globs |
 """
 
@@ -26,7 +26,7 @@ _MLP = re.compile(r"mlp|ffn|feed_forward|experts?\b|^fc\d|dense_(h_to_4h|4h_to_h
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """One linear layer: where it is and what it is for."""
+    """One linear layer: its path, size and kind."""
 
     path: str
     d_in: int
@@ -43,7 +43,7 @@ class LinearSpec:
 
 
 def linear_specs(shape: ModelShape) -> list[LinearSpec]:
-    """Every linear layer, the head included, in the model's order."""
+    """Every linear layer, including the head, in the model's order."""
     specs = []
     for path, p in shape.matrices.items():
         kind: Kind = "head" if p.role == "head" else _kind(path, shape.blocks, p.block)
@@ -52,10 +52,10 @@ def linear_specs(shape: ModelShape) -> list[LinearSpec]:
 
 
 def select(specs: Sequence[LinearSpec], targets: str | Sequence[str]) -> list[LinearSpec]:
-    """The layers that `targets` means, in the model's order.
+    """The layers that `targets` selects, in the model's order.
 
     Raises:
-        AdapterError: naming the target that matches nothing, and what there is.
+        AdapterError: naming the target that matches nothing, and the available names.
     """
     wanted = [targets] if isinstance(targets, str) else list(targets)
     chosen: set[str] = set()
@@ -68,7 +68,7 @@ def select(specs: Sequence[LinearSpec], targets: str | Sequence[str]) -> list[Li
 
 
 def _kind(path: str, blocks: str, block: int | None) -> Kind:
-    """By the names inside the decoder layer."""
+    """The kind of a layer, from its path inside the decoder layer."""
     inside = "" if block is None else path.removeprefix(f"{blocks}.{block}.")
     if _ATTENTION.search(inside):
         return "attention"

@@ -1,4 +1,4 @@
-"""Checkpointing changes what is kept, and no number."""
+"""Checkpointing saves less for backward and changes no result."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.tiny import save_tiny
 
 
 class Shifted(nn.Module):
-    """A frozen layer with something trained behind it."""
+    """A frozen layer whose output is multiplied by a trained vector."""
 
     def __init__(self, base: FrozenLinear) -> None:
         super().__init__()
@@ -31,11 +31,11 @@ def step(directory, checkpointed: bool):
             model.set_submodule(path, Shifted(module))
     if checkpointed:
         enable_checkpointing(model)
-    kept = 0
+    num_saved = 0
 
     def count(tensor):
-        nonlocal kept
-        kept += tensor.numel()
+        nonlocal num_saved
+        num_saved += tensor.numel()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
@@ -43,18 +43,18 @@ def step(directory, checkpointed: bool):
         loss = model(ids, labels=ids, use_cache=False).loss
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
-    return loss.detach(), gradients, kept
+    return loss.detach(), gradients, num_saved
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_loss_and_gradients_are_equal_bit_for_bit_and_less_is_kept(tmp_path, family):
+def test_loss_and_gradients_are_equal_bit_for_bit_and_less_is_saved(tmp_path, family):
     settings = {"attn_pdrop": 0.5, "resid_pdrop": 0.5} if family == "gpt2" else {}
     directory = save_tiny(tmp_path / "m", family, **settings)
-    loss, gradients, kept = step(directory, checkpointed=False)
-    same_loss, same_gradients, kept_less = step(directory, checkpointed=True)
+    loss, gradients, num_saved = step(directory, checkpointed=False)
+    same_loss, same_gradients, num_saved_less = step(directory, checkpointed=True)
     assert torch.equal(loss, same_loss)
     assert len(gradients) == 2
     for expected, found in zip(gradients, same_gradients, strict=True):
         assert expected.any()
         assert torch.equal(found, expected)
-    assert kept_less < 0.7 * kept
+    assert num_saved_less < 0.7 * num_saved

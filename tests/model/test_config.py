@@ -1,4 +1,4 @@
-"""Where a config comes from, and clear words when there is none."""
+"""Where a config is found, and the errors if there is none."""
 
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -21,33 +21,35 @@ def test_the_config_of_a_directory_is_read_from_it(tmp_path):
     assert read_config(str(tmp_path), known=known).hidden_size == 16
 
 
-def test_known_facts_answer_without_the_hub(hub):
+def test_a_known_config_is_used_without_asking_the_hub(hub):
     config = read_config("some/model", known={"model_type": "gpt2", "n_embd": 48})
     assert (config.model_type, config.hidden_size) == ("gpt2", 48)
-    assert hub.asked == []
+    assert hub.requests == []
 
 
-def test_what_is_in_the_cache_is_preferred_to_known_facts(hub, tmp_path):
+def test_a_cached_config_is_preferred_to_a_known_one(hub, tmp_path):
     snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
     TINY_LLAMA.save_pretrained(snapshot)
     (tmp_path / "models--some--model" / "refs").mkdir()
     (tmp_path / "models--some--model" / "refs" / "main").write_text("abc")
     config = read_config("some/model", known={"model_type": "gpt2"})
     assert config.model_type == "llama"
-    assert hub.asked == []
+    assert hub.requests == []
 
 
-def test_an_address_or_a_file_is_told_apart_from_an_id(tmp_path):
-    with pytest.raises(BaseModelError, match=r"is an address\. Its id is Qwen/Qwen3-8B"):
+def test_an_address_or_a_file_is_not_a_hub_id(tmp_path):
+    with pytest.raises(
+        BaseModelError, match=r"is an address\. Give the model's id: Qwen/Qwen3-8B$"
+    ):
         read_config("https://huggingface.co/Qwen/Qwen3-8B/tree/main")
     (tmp_path / "recipe.py").write_text("")
     for model in (str(tmp_path / "recipe.py"), ""):
-        with pytest.raises(BaseModelError, match="that is no model"):
+        with pytest.raises(BaseModelError, match="this is not a model"):
             read_config(model)
 
 
 @pytest.mark.parametrize("model", ["./runs/nothing", "/no/such/directory", "a b"])
-def test_a_path_that_leads_nowhere_is_told_apart_from_the_hub(model):
+def test_a_path_that_does_not_exist_is_not_a_hub_id(model):
     with pytest.raises(BaseModelError, match="no such directory"):
         read_config(model)
 
@@ -58,38 +60,38 @@ def test_a_path_that_leads_nowhere_is_told_apart_from_the_hub(model):
         (403, "GatedRepo", "accept a licence"),
         (401, "RepoNotFound", "hf auth login"),
         (404, "RevisionNotFound", "not this revision"),
-        (404, "EntryNotFound", "without a config.json"),
+        (404, "EntryNotFound", "no config.json on the hub"),
     ],
 )
-def test_what_the_hub_refuses_gets_a_clear_message(hub, status, code, message):
+def test_each_refusal_of_the_hub_has_its_message(hub, status, code, message):
     hub.answer = (status, code)
     with pytest.raises(BaseModelError, match=message):
         read_config("some/model", revision="v9")
-    assert hub.asked
+    assert hub.requests
 
 
-def test_without_a_network_an_unknown_model_gets_a_clear_message(hub, monkeypatch):
+def test_without_a_network_the_message_says_so(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(BaseModelError, match="HF_HUB_OFFLINE is set"):
         read_config("some/model")
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 class Hub(HTTPServer):
-    """A hub on this machine that has one answer, in the hub's own error codes."""
+    """A local server that answers every request with one error of the hub."""
 
     answer: tuple[int, str] = (500, "")
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Refuse)
-        self.asked: list[str] = []
+        self.requests: list[str] = []
 
 
 class Refuse(BaseHTTPRequestHandler):
     server: Hub
 
     def do_HEAD(self) -> None:
-        self.server.asked.append(self.path)
+        self.server.requests.append(self.path)
         status, code = self.server.answer
         self.send_response(status)
         self.send_header("X-Error-Code", code)
@@ -102,7 +104,7 @@ class Refuse(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """The hub and its cache, both on this machine and empty."""
+    """A local server in place of the hub, and an empty cache."""
     server = Hub()
     Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     here = f"http://127.0.0.1:{server.server_port}"

@@ -1,4 +1,4 @@
-"""A frozen layer is the linear layer of its own dense weight, in both directions."""
+"""A frozen layer equals the linear layer of its dense weight, in forward and backward."""
 
 import gc
 
@@ -63,7 +63,7 @@ def test_dense_is_a_copy_that_outlives_the_scratch(quant):
     assert torch.equal(layer.dense(), dense_again)
 
 
-def test_layers_share_one_scratch_without_harm():
+def test_layers_can_share_one_scratch():
     scratch = Scratch()
     weights = [torch.randn(32, 64), torch.randn(96, 64)]
     small, large = (quantise(w, NF4(), CPU, scratch=scratch) for w in weights)
@@ -74,7 +74,7 @@ def test_layers_share_one_scratch_without_harm():
     assert_close(found, large.dense().sum(0).expand(5, -1), atol=1e-5, rtol=1e-5)
 
 
-def test_nothing_dequantised_is_kept_for_backward():
+def test_nothing_dequantised_is_saved_for_backward():
     layer, x = frozen_linear(NF4()), torch.randn(4, 100, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -82,8 +82,8 @@ def test_nothing_dequantised_is_kept_for_backward():
     assert kept == []
 
 
-def test_backward_reads_the_codes_where_they_are_then():
-    """Streaming and ZeRO-3 take the bytes away after forward and bring them back for backward."""
+def test_backward_reads_the_codes_from_their_current_storage():
+    """Streaming and ZeRO-3 release the codes after forward and restore them for backward."""
     layer, x = frozen_linear(NF4()), torch.randn(4, 100, requires_grad=True)
     y = layer.matmul(x)
     expected = torch.ones(4, 48) @ layer.dense()
@@ -108,7 +108,7 @@ def same(tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
     [
         # 256 x 256 weights: codes of 4 bits, and one scale for each block of 64
         (NF4(double_quant=False), 65_536 * 4 + 1024 * 32),
-        # the 1,024 scales as codes of 8 bits, 4 scales of theirs, and their mean
+        # the 1,024 scales as codes of 8 bits, 4 scales of these codes, and their mean
         (NF4(), 65_536 * 4 + 1024 * 8 + 4 * 32 + 32),
         (FP4(block_size=128, double_quant=False), 65_536 * 4 + 512 * 32),
         (Int8(), 65_536 * 8 + 256 * 32),
@@ -117,11 +117,11 @@ def same(tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
     ],
     ids=str,
 )
-def test_a_layer_holds_exactly_its_codes_and_scales(quant, num_bits):
+def test_a_layer_has_exactly_the_bits_of_its_codes_and_scales(quant, num_bits):
     assert quantise(torch.randn(256, 256), quant, CPU).num_bytes * 8 == num_bits
 
 
-def test_pieces_are_whole_rows_of_whole_blocks():
+def test_pieces_are_complete_rows_and_blocks():
     assert piece_rows(1000, 4096) == 1000
     assert piece_rows(128256, 4096, 64) == 2**26 // 4096
     rows = piece_rows(10**6, 1001, 64)
@@ -129,7 +129,7 @@ def test_pieces_are_whole_rows_of_whole_blocks():
     assert rows * 1001 <= 2**26
 
 
-def test_the_same_code_runs_on_fake_tensors():
+def test_forward_and_backward_run_on_fake_tensors():
     with FakeTensorMode():
         layer = FrozenLinear(
             96,
@@ -146,7 +146,7 @@ def test_the_same_code_runs_on_fake_tensors():
         assert x.grad.shape == (2, 64)
 
 
-def test_an_embedding_rests_in_bf16_and_comes_out_in_the_compute_dtype():
+def test_an_embedding_is_stored_in_bf16_and_returns_the_compute_dtype():
     table = torch.randn(10, 8).bfloat16()
     embedding = FrozenEmbedding(table, torch.float32, scale=torch.tensor(3.0))
     ids = torch.tensor([[1, 9], [0, 1]])

@@ -1,4 +1,4 @@
-"""Decoder and head apart give the logits of the model's own forward."""
+"""Decoder and head, called separately, give the logits of the model's own forward."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_a_soft_cap_keeps_small_values_and_bounds_large_ones():
     assert_close(soft_cap(torch.tensor([0.01, 1e6, -1e6]), 30.0), torch.tensor([0.01, 30.0, -30.0]))
 
 
-def test_the_head_is_looked_up_anew_because_an_adapter_may_replace_it():
+def test_the_head_is_looked_up_every_time_because_an_adapter_may_replace_it():
     model = tiny_model("llama")
     head = Head(model)
     model.lm_head = torch.nn.Linear(64, 7)

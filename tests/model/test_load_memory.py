@@ -1,4 +1,4 @@
-"""Loading a base of about 1 GB, measured in fresh processes by the benchmark itself."""
+"""Loading a base of about 1 GB, measured by the benchmark in fresh processes."""
 
 import json
 import os
@@ -14,7 +14,7 @@ CHUNK_SCRATCH_BYTES = 20 * 2**20
 
 
 @pytest.mark.slow
-def test_the_host_holds_the_model_and_at_most_one_tensor_more(tmp_path):
+def test_peak_memory_is_the_model_plus_at_most_one_tensor(tmp_path):
     results = tmp_path / "load.json"
     subprocess.run(
         [sys.executable, "tools/benchmark/load.py", "--repeats", "1", "--results", str(results)],

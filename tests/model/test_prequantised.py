@@ -1,4 +1,4 @@
-"""Checkpoints that bitsandbytes has quantised already, saved by transformers."""
+"""Checkpoints that were quantised by bitsandbytes and saved by transformers."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def bitsandbytes_config(quant) -> BitsAndBytesConfig:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("quant", [NF4(), NF4(double_quant=False), FP4(), Int8()], ids=str)
-def test_it_is_the_same_model_as_quantised_here(tmp_path, quant, family):
+def test_the_loaded_model_equals_one_quantised_here(tmp_path, quant, family):
     original = save_tiny(tmp_path / "original", family, num_shards=2)
     theirs = AutoModelForCausalLM.from_pretrained(
         original, quantization_config=bitsandbytes_config(quant)
@@ -39,13 +39,13 @@ def test_it_is_the_same_model_as_quantised_here(tmp_path, quant, family):
     here = load_base(Base(model=str(original), quant=quant), CPU).model
     stored = loaded.model.state_dict()
     for name, expected in here.state_dict().items():
-        # the quantiser's constants pass through JSON with all their digits
+        # the quantisation constants are stored as JSON with all their digits
         assert torch.equal(stored[name], expected), name
     ids = torch.arange(20)[None]
     assert_close(loaded.model(ids).logits, here(ids).logits, atol=0, rtol=0)
 
 
-def test_it_has_no_original(tmp_path, tiny_llama):
+def test_a_quantised_checkpoint_has_no_original_weight(tmp_path, tiny_llama):
     theirs = AutoModelForCausalLM.from_pretrained(
         tiny_llama, quantization_config=bitsandbytes_config(NF4())
     )
@@ -54,7 +54,7 @@ def test_it_has_no_original(tmp_path, tiny_llama):
     assert model.model.layers[0].mlp.up_proj.original() is None
 
 
-def test_another_kind_than_the_stored_one_is_refused(tmp_path, tiny_llama):
+def test_another_quantisation_than_the_stored_one_is_refused(tmp_path, tiny_llama):
     theirs = AutoModelForCausalLM.from_pretrained(
         tiny_llama, quantization_config=bitsandbytes_config(NF4())
     )

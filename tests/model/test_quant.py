@@ -1,4 +1,4 @@
-"""The exact bits of each precision, and how a recipe spells it."""
+"""The settings of quantisation."""
 
 import pytest
 from pydantic import TypeAdapter, ValidationError

@@ -1,4 +1,4 @@
-"""Quantising in chunks gives the codes of the whole tensor quantised at once by bitsandbytes."""
+"""Quantising in chunks gives the codes that bitsandbytes gives for the whole tensor."""
 
 import bitsandbytes.functional
 import pytest
@@ -16,7 +16,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def random_weight(d_out=48, d_in=100, dtype=torch.bfloat16):
-    """Rows of 100 do not end where blocks do."""
+    """A weight with rows of 100, which do not end at block borders."""
     generator = torch.Generator().manual_seed(0)
     return (torch.randn(d_out, d_in, generator=generator) * 0.02).to(dtype)
 
@@ -53,7 +53,7 @@ def test_4bit_codes_and_scales_are_those_of_bitsandbytes(kind, block_size, doubl
 
 @pytest.mark.parametrize("shape", [(3, 5), (1, 64), (7, 33)])
 @pytest.mark.parametrize("quant", [NF4(), FP4(double_quant=False), Int8()])
-def test_small_and_odd_weights_come_back_close(shape, quant):
+def test_the_error_of_small_and_odd_weights_is_bounded(shape, quant):
     weight = random_weight(*shape, dtype=torch.float32)
     error = (quantise(weight, quant, CPU).dense() - weight).abs().max()
     # half the widest gap between values: 0.15 of a block's maximum for nf4, 1/6 for fp4
@@ -70,7 +70,7 @@ def test_int8_codes_and_scales_are_those_of_bitsandbytes(dtype):
 
 
 @pytest.mark.parametrize("quant", [NF4(), Int8(), BF16(), FP32()])
-def test_a_transposed_weight_is_the_weight(tmp_path, quant):
+def test_a_weight_stored_transposed_gives_the_same_codes(tmp_path, quant):
     weight = random_weight()
     save_file({"w": weight, "t": weight.T.contiguous()}, tmp_path / "model.safetensors")
     checkpoint = Checkpoint.open(tmp_path)
@@ -81,14 +81,14 @@ def test_a_transposed_weight_is_the_weight(tmp_path, quant):
     assert torch.equal(transposed.original(), weight)
 
 
-def test_the_number_of_threads_is_what_it_was():
+def test_the_number_of_threads_is_restored():
     before = torch.get_num_threads()
     quantise(random_weight(), NF4(), CPU)
     assert torch.get_num_threads() == before
 
 
-def test_a_split_is_quantised_in_place_of_the_weight():
-    """As LoftQ does: the weight less a low-rank part, seen as the quantiser will leave it."""
+def test_the_result_of_split_is_quantised_instead_of_the_weight():
+    """As LoftQ does: quantise the weight minus a low-rank part."""
     weight, part = random_weight(), torch.full((48, 100), 0.01)
     seen = []
 

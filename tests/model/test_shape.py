@@ -1,4 +1,4 @@
-"""A model's dimensions and parameters from its config alone."""
+"""A model's dimensions and parameters, from its config only."""
 
 import json
 
@@ -28,7 +28,7 @@ TINY_LLAMA = LlamaConfig(
 GPT2 = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=32)
 
 
-def test_a_llama_is_described_parameter_by_parameter():
+def test_the_parameters_of_a_llama():
     found = {p.name: (p.shape, p.role, p.block) for p in model_shape(TINY_LLAMA).parameters}
     first_layer = {name: value for name, value in found.items() if ".1." not in name}
     assert first_layer == {
@@ -73,7 +73,7 @@ def test_gpt2_is_tied_transposed_and_has_biases():
     ],
     ids=lambda value: value.model_type if hasattr(value, "model_type") else None,
 )
-def test_widths_are_read_off_the_modules(config, kv_heads, head_dim, ff, gated):
+def test_dimensions_are_read_from_the_modules(config, kv_heads, head_dim, ff, gated):
     shape = model_shape(config)
     assert (shape.kv_heads, shape.head_dim, shape.ff, shape.gated) == (
         kv_heads,
@@ -90,8 +90,8 @@ def test_tied_weights_are_counted_once():
     assert model_shape(TINY_LLAMA).num_parameters - model_shape(tied).num_parameters == 50 * 16
 
 
-def test_a_norm_is_known_by_its_vectors_not_by_its_name():
-    """Cohere's norm of queries has a row for each head; it is trained and held as other weights."""
+def test_a_norm_is_recognised_by_its_vectors_not_by_its_name():
+    """Cohere's norm of queries has a row per head, so it is loaded like other weights."""
     sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     config = CohereConfig(**sizes, num_attention_heads=4, use_qk_norm=True)
     roles = {p.module: p.role for p in model_shape(config).parameters}

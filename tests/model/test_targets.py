@@ -1,4 +1,4 @@
-"""Which layers `targets` means, on real architectures."""
+"""Which layers `targets` selects, on real architectures."""
 
 from collections import Counter
 
@@ -27,14 +27,14 @@ def names(specs: list[LinearSpec]) -> list[str]:
     return [spec.name for spec in specs if spec.block in (0, None)]
 
 
-def test_a_llama_layer_by_layer(llama):
+def test_the_linear_layers_of_a_llama(llama):
     assert len(llama) == 2 * 7 + 1
     assert llama[1] == LinearSpec("model.layers.0.self_attn.k_proj", 64, 32, 0, 2, "attention")
     assert llama[13] == LinearSpec("model.layers.1.mlp.down_proj", 128, 64, 1, 2, "mlp")
     assert llama[14] == LinearSpec("lm_head", 64, 400, None, 2, "head")
 
 
-def test_words_mean_their_part(llama):
+def test_keywords_select_their_layers(llama):
     assert names(select(llama, "all-linear")) == ATTENTION + MLP
     assert names(select(llama, "attention")) == ATTENTION
     assert names(select(llama, "mlp")) == MLP
@@ -51,16 +51,16 @@ def test_words_mean_their_part(llama):
         (["all-linear", "lm_head"], [*ATTENTION, *MLP, "lm_head"]),
     ],
 )
-def test_lists_may_mix_words_names_paths_and_globs(llama, targets, expected):
+def test_lists_may_mix_keywords_names_paths_and_globs(llama, targets, expected):
     assert names(select(llama, targets)) == expected
 
 
-def test_a_target_that_matches_nothing_names_what_there_is(llama):
+def test_a_target_that_matches_nothing_is_an_error_with_the_available_names(llama):
     with pytest.raises(AdapterError, match=r"'q_prj' matches no.*down_proj.*mean 'q_proj'"):
         select(llama, ["v_proj", "q_prj"])
 
 
-def test_a_transposed_layer_has_its_inputs_and_outputs_the_right_way_round():
+def test_inputs_and_outputs_of_a_transposed_layer():
     specs = linear_specs(model_shape(tiny_model("gpt2").config))
     assert specs[0] == LinearSpec("transformer.h.0.attn.c_attn", 64, 192, 0, 2, "attention")
 
@@ -107,11 +107,11 @@ def sizes_of_linear_layers(model):
     ("family", "settings", "kinds"),
     [
         ("opt", {"word_embed_proj_dim": 64, "ffn_dim": 128}, {"attention": 8, "mlp": 4, "head": 1}),
-        # its linear layers are of a class of their own and stay as they are
+        # Falcon's linear layers are a subclass, so they are left alone
         ("falcon", {}, {"head": 1}),
     ],
 )
-def test_the_config_alone_is_enough_for_other_paths_and_classes(family, settings, kinds):
+def test_the_config_alone_gives_the_linear_layers_of_unusual_models(family, settings, kinds):
     size = {"vocab_size": 400, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = CONFIG_MAPPING[family](**size, **settings)
     with torch.device("meta"):

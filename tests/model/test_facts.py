@@ -1,0 +1,51 @@
+"""What the config of a base determines."""
+
+import pytest
+
+from qlora_lite.foundation.errors import BaseModelError
+from qlora_lite.model.facts import facts_of, read_facts
+from qlora_lite.model.settings import Base
+from tests.tiny import tiny_model
+
+
+def test_the_facts_of_a_tied_gpt2(tiny_gpt2):
+    facts = read_facts(Base(model=str(tiny_gpt2)))
+    assert (facts.vocabulary, facts.context, facts.prefix) == (400, 512, "transformer")
+    assert facts.tied == {"lm_head.weight": "transformer.wte.weight"}
+    assert [spec.path for spec in facts.specs if spec.block != 1] == [
+        "transformer.h.0.attn.c_attn",
+        "transformer.h.0.attn.c_proj",
+        "transformer.h.0.mlp.c_fc",
+        "transformer.h.0.mlp.c_proj",
+        "lm_head",
+    ]
+
+
+def test_an_untied_llama_has_a_buffer_and_no_ties():
+    facts = facts_of(tiny_model("llama").config)
+    assert facts.tied == {}
+    assert "model.rotary_emb.inv_freq" in facts.buffers
+    assert facts.prefix == "model"
+
+
+def test_stored_names_are_mapped_to_those_of_the_model(tiny_gpt2):
+    facts = read_facts(Base(model=str(tiny_gpt2)))
+    names = [p.name for p in facts.shape.parameters if p.tied_to is None]
+    without_prefix = [name.removeprefix("transformer.") for name in names]
+    assert facts.match_names(without_prefix) == dict(zip(without_prefix, names, strict=True))
+
+
+def test_companions_of_quantised_weights_are_not_parameters():
+    facts = facts_of(tiny_model("llama").config)
+    names = [p.name for p in facts.shape.parameters]
+    companions = ["lm_head.weight.absmax", "lm_head.weight.quant_map", "lm_head.SCB"]
+    assert facts.match_names([*names, *companions]) == {name: name for name in names}
+    with pytest.raises(BaseModelError, match=r"lm_head\.unknown"):
+        facts.match_names([*names, "lm_head.unknown"])
+
+
+def test_building_the_facts_does_not_change_the_config():
+    config = tiny_model("llama").config
+    before = config.to_dict()
+    facts_of(config)
+    assert config.to_dict() == before
