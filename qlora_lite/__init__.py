@@ -12,17 +12,17 @@
     merge(recipe.output, "merged")
 
 The functions take and return plain values, raise the errors of `qlora_lite.foundation.errors` and
-print nothing. A name is imported when it is first used, so `import qlora_lite` costs nothing. The
-settings of every other adapter method are names of this package too: `from qlora_lite import DoRA`.
+print nothing. Names are imported lazily, so `import qlora_lite` is fast. The settings of every
+adapter method can be imported from here too: `from qlora_lite import DoRA`.
 """
 
 import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-# Threads that wait sleep instead of spinning. Small products on 2 cores, 3 pairs of runs: 0.86
-# times as fast on an idle machine, 1.6 times (0.8 to 5.6) beside two busy processes. OpenMP reads
-# this once, when torch is first imported; OMP_WAIT_POLICY=ACTIVE suits a machine of your own.
+# Waiting threads sleep instead of spinning. Small products on 2 cores, 3 pairs of runs: 0.86 times
+# as fast on an idle machine, 1.6 times (0.8 to 5.6) next to two busy processes. OpenMP reads this
+# once, when torch is first imported. On an idle machine, OMP_WAIT_POLICY=ACTIVE is faster.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_HOMES = {
+_MODULES = {
     "NF4": "qlora_lite.model.quant:NF4",
     "FP4": "qlora_lite.model.quant:FP4",
     "Int8": "qlora_lite.model.quant:Int8",
@@ -93,8 +93,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("qlora-lite")
-    if name in _HOMES:
-        module, _, attribute = _HOMES[name].partition(":")
+    if name in _MODULES:
+        module, _, attribute = _MODULES[name].partition(":")
         value = getattr(importlib.import_module(module), attribute)
     else:
         value = _adapter(name)
@@ -103,7 +103,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _adapter(name: str) -> Any:
-    """The settings of any method, by the name of their class."""
+    """The settings class of a method, by its name."""
     if name[0].isupper():
         from qlora_lite.methods.catalogue import METHODS
 

@@ -1,4 +1,4 @@
-"""How a recipe is read: from a Python file, a `recipe.json`, a run's folder, or by its name."""
+"""Load a recipe: from a Python file, a `recipe.json`, a run's folder, or by a shipped name."""
 
 import importlib.util
 import json
@@ -18,15 +18,15 @@ from qlora_lite.shipped_recipes import find_recipe, near_names, shipped_recipes
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """A recipe from a Python file, a `recipe.json` or a run's folder, or a shipped one by its name.
+    """Load a Python file, a `recipe.json` or that of a run's folder, or a shipped recipe by name.
 
     `load_recipe("qwen3_8b")` is the recipe of that name that comes with the package, unless the
     working directory has a `qwen3_8b` or a `qwen3_8b.py`.
-    The folder of a Python recipe is importable while it loads, so recipes may build on neighbours.
-    A run's recipe has the run's folder as its output, wherever that was moved to.
+    The folder of a Python recipe is importable while it loads, so recipes may import each other.
+    The output of a run's recipe is the run's folder, even if that was moved.
 
     Raises:
-        RecipeError: if there is none, or it does not say what a recipe must say.
+        RecipeError: if there is no such recipe, or it is not valid.
     """
     path = find_recipe(Path(path))
     run = path if path.is_dir() else path.parent if is_run(path.parent) else None
@@ -44,23 +44,24 @@ def load_recipe(path: str | Path) -> Recipe:
         recipe = _from_json(path)
         return recipe if run is None else recipe.model_copy(update={"output": str(run)})
     if path.suffix != ".py":
-        raise RecipeError(f"{path}: a recipe is a .py file or a run's recipe.json")
+        raise RecipeError(f"{path}: a recipe must be a .py file or a run's recipe.json")
     return _from_python(path)
 
 
 def _refuse_other_folders(path: Path) -> None:
     if (path / "config.json").is_file():
         raise RecipeError(
-            f"{path} is a model, and a recipe is needed. `qlora-lite init {path}` writes one"
+            f"{path} is a model, and a recipe is needed. Write one with `qlora-lite init {path}`"
         )
     if (path / "adapter_config.json").is_file() or (path / "native.safetensors").is_file():
         raise RecipeError(
-            f"{path} is an adapter, and a recipe is needed. adapter.start={path} begins from it"
+            f"{path} is an adapter, and a recipe is needed. To start from it, set "
+            f"adapter.start={path} in a recipe"
         )
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a recipe was begun in this folder, not only copied to it."""
+    """Whether a run was started in this folder, not only a recipe.json copied to it."""
     return any((folder / name).exists() for name in ("checkpoints", "adapter", "metrics.jsonl"))
 
 
@@ -70,7 +71,7 @@ def _from_json(path: Path) -> Recipe:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not readable JSON ({error}). Give another recipe") from None
     if not isinstance(values, dict):
-        raise RecipeError(f"{path} holds a {type(values).__name__}; a recipe is an object")
+        raise RecipeError(f"{path} contains a {type(values).__name__}, and a recipe is an object")
     if "model_type" in values or "peft_type" in values:
         raise RecipeError(f"{path} describes a model or an adapter, and a recipe is needed")
     return validate(Recipe, values.get("recipe", values))
@@ -93,11 +94,11 @@ def _from_python(path: Path) -> Recipe:
         raise RecipeError(f"{path}: {error}") from None
     except SystemExit as error:
         raise RecipeError(
-            f"{path}{_line_in(path, error)} ends the program while it is read. Take that line out, "
+            f"{path}{_line_in(path, error)} ends the program while it is read. Remove that line, "
             'or put it under `if __name__ == "__main__":`'
         ) from None
     except Exception as error:
-        # whatever a recipe raises is in the user's file, so its place is told instead of ours
+        # whatever a recipe raises is in the user's file, so report its line
         raise RecipeError(
             f"{path}{_line_in(path, error)}: {type(error).__name__}: {error}"
         ) from error
@@ -106,7 +107,7 @@ def _from_python(path: Path) -> Recipe:
     recipe = getattr(module, "recipe", None)
     if not isinstance(recipe, Recipe):
         raise RecipeError(
-            f"{path} defines no `recipe = Recipe(...)`. See recipes/demo.py for the shape of one"
+            f"{path} defines no `recipe = Recipe(...)`. See recipes/demo.py for an example"
         )
     return recipe
 
@@ -118,7 +119,7 @@ def _all_settings(parent: type[Settings]) -> Iterator[type[Settings]]:
 
 
 def _line_in(path: Path, error: BaseException) -> str:
-    """The line of the recipe that raised."""
+    """The line of the recipe file in which `error` was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if Path(frame.filename) == path.resolve()]
     if isinstance(error, SyntaxError):
@@ -127,7 +128,7 @@ def _line_in(path: Path, error: BaseException) -> str:
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """The recipe with absolute paths where they exist, so that it can be read from anywhere."""
+    """The recipe with existing paths made absolute, so that it works from any directory."""
 
     def absolute(name: str | None) -> str | None:
         return str(Path(name).resolve()) if name and Path(name).exists() else name

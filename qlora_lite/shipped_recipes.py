@@ -1,7 +1,7 @@
 """The recipes that are part of the package, found by name.
 
-`recipes/` at the top of the repository is where to read them. `qlora_lite/recipes` is a link to it,
-so that they are in the wheel too.
+`qlora_lite/recipes` is a link to `recipes/` at the top of the repository, so that the wheel has the
+recipes too.
 """
 
 import ast
@@ -25,7 +25,7 @@ def summary(file: Path) -> str:
 
 
 def find_recipe(path: Path) -> Path:
-    """The file that a bare name stands for; any other path, and an unknown name, as it is.
+    """The file of a recipe given by name. Other paths and unknown names are returned unchanged.
 
     The user's files come first: `path` itself, then `path.py` in the working directory, where
     `qlora-lite init` writes it, then the recipe that comes with the package.
@@ -37,6 +37,6 @@ def find_recipe(path: Path) -> Path:
 
 
 def near_names(path: Path) -> str:
-    """A question with the names that are close to that of `path`, which does not exist."""
+    """A question with shipped names that are close to `path`, for an error message."""
     near = difflib.get_close_matches(path.stem, list(shipped_recipes()), n=2)
     return f"Did you mean {' or '.join(near)}? " if near else ""

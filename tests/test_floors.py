@@ -1,4 +1,4 @@
-"""Imports go to a lower floor, or stay inside their own package (architecture of the house)."""
+"""Imports go to a lower floor, or stay inside their own package."""
 
 import ast
 from pathlib import Path
@@ -29,10 +29,10 @@ FLOORS = {
 }
 
 ONE_ROOM = {"recipe_files": "recipe", "shipped_recipes": "recipe"}
-"""Modules at the top that belong together."""
+"""Top-level modules that count as one room."""
 
 FILES = sorted(file for file in ROOT.rglob("*.py") if not file.is_relative_to(ROOT / "recipes"))
-"""Recipes import the package as users do, so they are on no floor."""
+"""Without the recipes, which import the package as users do."""
 
 
 def _imports(file: Path) -> list[tuple[int, str]]:
@@ -68,14 +68,14 @@ def test_imports_go_down_or_stay_in_their_room():
     for file in FILES:
         room = _room(file)
         if room in ("__init__", "__main__"):
-            continue  # the front door names everything, lazily
+            continue  # they import lazily, from every floor
         for line, other in _imports(file):
             if other != room and FLOORS.get(other, 99) >= FLOORS[room]:
                 wrong.append(f"{file.relative_to(ROOT)}:{line}: {room} imports {other}")
     assert not wrong, "\n".join(wrong)
 
 
-def test_only_asked_for_runs_import_deepspeed():
+def test_no_module_imports_deepspeed_at_its_top():
     wrong = [
         f"{file.relative_to(ROOT)}"
         for file in FILES

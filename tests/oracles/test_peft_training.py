@@ -1,9 +1,8 @@
-"""PEFT trains the same: same start, same data, same optimizer, twenty steps.
+"""PEFT has the same losses with the same initial values, data and optimizer, for twenty steps.
 
-The base of PEFT's model holds the weights that ours dequantises to. PEFT's PiSSA and OLoRA take
-their start out of an unquantised weight, so there the base is fp32. LoftQ's start is what PEFT's
-own decomposition makes of the error of a 4-bit base, ours with one iteration and alpha = r. For
-AdaLoRA see test_peft_adalora.py.
+The base of PEFT's model has the weights that ours dequantises to. PEFT's PiSSA and OLoRA decompose
+an unquantised weight, so there the base is fp32. For LoftQ, PEFT's decomposition of the error of a
+4-bit base equals ours with one iteration and alpha = r. For AdaLoRA see test_peft_adalora.py.
 """
 
 from typing import Any
@@ -34,7 +33,7 @@ from tests.workbench import CPU, Bench, batches_of
 STEPS = 20
 LR = 2e-3
 TRAINED_IN_FP32 = {"rtol": 2e-5, "atol": 0.0}
-"""Twenty steps of fp32 sums in another order; Adam's first steps divide by their own size."""
+"""After twenty steps of fp32 sums in another order, which Adam's normalisation enlarges."""
 
 CASES: dict[str, tuple[AdapterSettings, Quant, dict[str, Any]]] = {
     "lora": (LoRA(rank=4, alpha=8), NF4(), {"lora_alpha": 8}),
@@ -58,7 +57,7 @@ def test_peft_has_the_same_losses(tmp_path, name):
     ours = Bench(directory, settings, quant, total=STEPS, lr=LR)
     theirs = peft_model(directory, quant, config)
     if "init_lora_weights" not in config:
-        give_start(theirs, ours)
+        copy_start(theirs, ours)
     optimizer = peft_optimizer(theirs, settings)
     for number in range(STEPS):
         expected = peft_step(theirs, optimizer, number)
@@ -73,8 +72,8 @@ def peft_model(directory, quant: Quant, config: dict[str, Any]) -> peft.PeftMode
     )
 
 
-def give_start(theirs: peft.PeftModel, ours: Bench) -> None:
-    """B is zero in both and A is drawn; of LoftQ both are PEFT's own."""
+def copy_start(theirs: peft.PeftModel, ours: Bench) -> None:
+    """Copy our A to PEFT (B is zero in both); for LoftQ, use PEFT's own decomposition."""
     state = theirs.state_dict()
     for path, layer in ours.attached.layers.items():
         a, b = (state[f"base_model.model.{path}.lora_{name}.default.weight"] for name in "AB")
@@ -97,7 +96,7 @@ def peft_optimizer(model: peft.PeftModel, settings: AdapterSettings) -> torch.op
 
 
 def peft_step(model: peft.PeftModel, optimizer: torch.optim.Optimizer, number: int) -> float:
-    """One step over the same two micro-batches, written as anybody would."""
+    """One step over the same two micro-batches, in plain PyTorch."""
     batches = list(batches_of(number, rows=2))
     num_targets = sum(batch.num_targets for batch in batches)
     total = 0.0

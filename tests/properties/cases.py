@@ -1,4 +1,4 @@
-"""Every method in small, and what may be expected of it: a new method is one line here."""
+"""Every method with small settings, and its expected properties: a new method is one line here."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -29,12 +29,12 @@ class Case:
     """A method with settings that fit weights of a few dozen rows."""
 
     settings: AdapterSettings
-    start: Literal["base", "near base", "own base"] = "base"
-    """The first output: the base's to the bit, to rounding, or that of a base of its own."""
+    start: Literal["base", "near base", "changed base"] = "base"
+    """Output before training: the base's bit for bit, up to rounding, or that of a changed base."""
     peft: bool = True
-    """Leaves without loss as a PEFT adapter."""
+    """Whether it can be saved as a PEFT adapter without loss."""
     on_model: AdapterSettings | None = None
-    """Settings for the tiny model, where its widths of 64 and 128 ask for others."""
+    """Settings for the tiny model, if its widths of 64 and 128 need others."""
 
     @property
     def model_settings(self) -> AdapterSettings:
@@ -49,13 +49,13 @@ CASES = {
     "pissa": Case(PiSSA(rank=4, alpha=6)),
     "pissa, randomised": Case(PiSSA(rank=4, alpha=6, svd_iterations=4)),
     "pissa, requantised": Case(
-        PiSSA(rank=4, alpha=6, mode="requantise"), start="own base", peft=False
+        PiSSA(rank=4, alpha=6, mode="requantise"), start="changed base", peft=False
     ),
     "olora": Case(OLoRA(rank=4, alpha=6, dropout=0.0)),
     "olora, requantised": Case(
-        OLoRA(rank=4, alpha=6, dropout=0.0, mode="requantise"), start="own base", peft=False
+        OLoRA(rank=4, alpha=6, dropout=0.0, mode="requantise"), start="changed base", peft=False
     ),
-    "loftq": Case(LoftQ(rank=4, alpha=6, iterations=2), start="own base", peft=False),
+    "loftq": Case(LoftQ(rank=4, alpha=6, iterations=2), start="changed base", peft=False),
     "dylora": Case(DyLoRA(rank=4, alpha=6)),
     "dylora, frozen": Case(DyLoRA(rank=4, alpha=6, variant="frozen", eval_rank=3)),
     "adalora": Case(AdaLoRA(rank=4, target_rank=2, alpha=8, warmup=2, final=3, every=1)),

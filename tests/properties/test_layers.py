@@ -1,6 +1,6 @@
-"""What every method promises of one layer, on every base precision and shape.
+"""Properties of one layer of every method, on every base precision and shape.
 
-Every method on NF4 and one odd shape is in the ordinary suite, the whole grid among the slow tests.
+By default every method runs on NF4 and one odd shape; the rest of the grid are slow tests.
 """
 
 import pytest
@@ -20,14 +20,14 @@ FP32_SUMS = {"rtol": 1e-5, "atol": 1e-5}
 
 QUANTS = {"nf4": NF4(), "fp4": FP4(), "int8": Int8(), "bf16": BF16(), "fp32": FP32()}
 SHAPES = {"square": (66, 66), "wide": (42, 129), "tall": (129, 42), "odd": (33, 57)}
-HARDLY_QUANTISED = ("bf16", "fp32")
+UNQUANTISED = ("bf16", "fp32")
 
 
 def grid():
     for name, case in CASES.items():
         for quant in QUANTS:
             for shape in SHAPES:
-                if isinstance(case.settings, LoftQ) and quant in HARDLY_QUANTISED:
+                if isinstance(case.settings, LoftQ) and quant in UNQUANTISED:
                     continue  # refused: there is no error to start from (see test_loftq.py)
                 quick = (quant, shape) == ("nf4", "odd")
                 marks = () if quick else (pytest.mark.slow,)
@@ -49,7 +49,7 @@ def inputs(layer: AdapterLayer) -> torch.Tensor:
 
 
 @every
-def test_it_starts_at_the_base(name, quant, shape):
+def test_before_training_the_output_is_that_of_the_base(name, quant, shape):
     layer = made(name, quant, shape)
     x = inputs(layer)
     expected, found = layer.base(x), layer(x)
@@ -58,16 +58,16 @@ def test_it_starts_at_the_base(name, quant, shape):
             assert torch.equal(found, expected)
         case "near base":
             torch.testing.assert_close(found, expected, **FP32_SUMS)
-        case "own base":
+        case "changed base":
             weight = original(layer.base)
             plain = one_layer(CASES["lora"].settings, *SHAPES[shape], QUANTS[quant]).base.dense()
             error = (layer.merged(layer.base.dense()) - weight).norm()
-            # statistical, not per layer: at most as far from the weight as its own quantisation
+            # not farther from the weight than its plain quantisation
             assert error <= 1.1 * (plain - weight).norm() + 1e-3 * weight.norm()
 
 
 @every
-def test_it_starts_at_the_base_in_bf16_as_well(name, quant, shape):
+def test_before_training_in_bf16_the_output_is_that_of_the_base(name, quant, shape):
     layer = made(name, quant, shape, torch.bfloat16)
     x = inputs(layer)
     if CASES[name].start == "base":
@@ -93,10 +93,10 @@ def test_output_and_input_gradient_are_those_of_the_merged_weight(name, quant, s
 
 @every
 def test_parameter_gradients_are_those_of_the_delta(name, quant, shape):
-    """Where the update is a pair: the gradient of <G, x delta^T> through autograd's own product."""
+    """For methods with a pair: the gradient of <G, x delta^T>, by plain autograd."""
     layer = perturb(made(name, quant, shape))
     if layer.live_factors() is None:
-        return  # DoRA holds its norm constant, MoRA has no pair: formulas in their own tests
+        return  # DoRA's norm is constant in backward, MoRA has no pair: see their own tests
     x = inputs(layer)
     weights = torch.randn(
         *x.shape[:-1], layer.base.d_out, generator=torch.Generator().manual_seed(2)
@@ -111,13 +111,13 @@ def test_parameter_gradients_are_those_of_the_delta(name, quant, shape):
 
 
 @every
-def test_dropout_acts_in_training_and_on_the_adapter_alone(name, quant, shape):
+def test_dropout_applies_in_training_and_only_to_the_adapter(name, quant, shape):
     layer = one_layer(
         CASES[name].settings.model_copy(update={"dropout": 0.5}), *SHAPES[shape], QUANTS[quant]
     )
     x = inputs(layer)
     torch.manual_seed(0)
-    if CASES[name].start != "own base":
+    if CASES[name].start != "changed base":
         torch.testing.assert_close(layer.train()(x), layer.base(x), **FP32_SUMS)
     perturb(layer)
     first, second = layer(x), layer(x)
@@ -136,7 +136,7 @@ def test_without_dropout_training_and_evaluation_agree(name, quant, shape):
 
 
 @every
-def test_the_pair_for_export_is_the_delta(name, quant, shape):
+def test_the_exported_pair_equals_the_delta(name, quant, shape):
     layer = perturb(made(name, quant, shape))
     pair = layer.factors()
     if pair is None:
@@ -156,7 +156,7 @@ def test_the_pair_for_export_is_the_delta(name, quant, shape):
 
 
 @every
-def test_what_is_trained_is_counted_by_the_formula_and_nothing_else_is(name, quant, shape):
+def test_the_number_of_trained_parameters_is_that_of_the_formula(name, quant, shape):
     layer = made(name, quant, shape)
     trained = layer.trained()
     count = sum(p.numel() for p in trained.values())
@@ -168,7 +168,7 @@ def test_what_is_trained_is_counted_by_the_formula_and_nothing_else_is(name, qua
 
 
 @every
-def test_switched_off_it_is_the_bare_base(name, quant, shape):
+def test_disabled_it_is_the_base(name, quant, shape):
     layer = perturb(made(name, quant, shape))
     x = inputs(layer)
     expected = layer.base(x)
@@ -177,7 +177,7 @@ def test_switched_off_it_is_the_bare_base(name, quant, shape):
 
 
 @every
-def test_its_state_comes_back_to_the_bit(name, quant, shape):
+def test_its_state_is_restored_bit_for_bit(name, quant, shape):
     layer = perturb(made(name, quant, shape))
     other = made(name, quant, shape)
     saved = {key: value.clone() for key, value in layer.state().items()}

@@ -1,4 +1,4 @@
-"""With the setting that switches its idea off, a method is the one that it grew from."""
+"""With its special part turned off, a method equals the one that it extends."""
 
 import pytest
 
@@ -18,7 +18,7 @@ from tests.workbench import Bench
 
 STEPS = 6
 BITS, SUMS = 0.0, 1e-6
-"""Where the same kernels run, and where a product is made another way."""
+"""Tolerances: the same kernels run, or a product is computed in another way."""
 
 NEUTRAL = {
     "rslora": (RsLoRA(rank=4, alpha=3.0), LoRA(rank=4, alpha=6.0), BITS),
@@ -50,10 +50,10 @@ NEUTRAL = {
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
-def test_switched_off_it_follows_the_plainer_method(tmp_path, name):
-    settings, plainer, tolerance = NEUTRAL[name]
+def test_turned_off_it_equals_the_plain_method(tmp_path, name):
+    settings, plain, tolerance = NEUTRAL[name]
     directory = save_tiny(tmp_path / "base")
-    found, expected = Bench(directory, settings), Bench(directory, plainer)
+    found, expected = Bench(directory, settings), Bench(directory, plain)
     losses = [(found.step(), expected.step()) for _ in range(STEPS)]
     assert all(abs(a - b) <= tolerance * b for a, b in losses), losses
     assert losses[-1][0] != losses[0][0]

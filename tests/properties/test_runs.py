@@ -1,6 +1,6 @@
-"""What every method promises of a model in training: the real loader, step, checkpoint and merge.
+"""Properties of every method in training, with the real loader, step, checkpoint and merge.
 
-Every method on NF4 is in the ordinary suite, all base precisions among the slow tests.
+By default every method runs on NF4; other base precisions are slow tests.
 """
 
 import copy
@@ -21,7 +21,7 @@ from qlora_lite.training import checkpoint
 from qlora_lite.training.engine import TorchEngine
 from tests.dense_twin import dense_twin
 from tests.properties.cases import CASES
-from tests.properties.test_layers import FP32_SUMS, HARDLY_QUANTISED, QUANTS
+from tests.properties.test_layers import FP32_SUMS, QUANTS, UNQUANTISED
 from tests.tiny import save_tiny
 from tests.workbench import CPU, Bench
 
@@ -32,7 +32,7 @@ STEPS = 12
 def grid():
     for name, case in CASES.items():
         for quant in QUANTS:
-            if isinstance(case.settings, LoftQ) and quant in HARDLY_QUANTISED:
+            if isinstance(case.settings, LoftQ) and quant in UNQUANTISED:
                 continue
             marks = () if quant == "nf4" else (pytest.mark.slow,)
             yield pytest.param(name, quant, id=f"{name}-{quant}", marks=marks)
@@ -54,19 +54,19 @@ def bench(directory, name, quant, **changed):
 
 
 @every
-def test_it_learns_with_every_trained_tensor_and_the_base_stays(directory, name, quant):
+def test_every_trained_tensor_learns_and_the_base_does_not_change(directory, name, quant):
     it = bench(directory, name, quant, repeats_data=True)
     before = copy.deepcopy(it.attached.state())
     frozen = {n: p.clone() for n, p in it.base.model.named_parameters() if ".base." in n}
-    touched: set[str] = set()
+    changed: set[str] = set()
     losses = []
     for _ in range(STEPS):
         losses.append(it.step())
         after = it.attached.state()
         parameters = it.attached.parameters()
-        touched |= {n for n in parameters if not torch.equal(after[n], before[n])}
+        changed |= {n for n in parameters if not torch.equal(after[n], before[n])}
     assert losses[-1] < losses[0] - 0.02
-    assert touched == set(parameters)
+    assert changed == set(parameters)
     for path, base in it.base.model.named_parameters():
         if ".base." in path:
             assert torch.equal(base, frozen[path])
@@ -74,9 +74,9 @@ def test_it_learns_with_every_trained_tensor_and_the_base_stays(directory, name,
 
 
 @every
-def test_a_run_that_was_interrupted_ends_in_the_same_bits(directory, tmp_path, name, quant):
-    whole = bench(directory, name, quant, dropout=0.1)
-    losses = [whole.step() for _ in range(STEPS)]
+def test_an_interrupted_run_ends_with_the_same_bits(directory, tmp_path, name, quant):
+    uninterrupted = bench(directory, name, quant, dropout=0.1)
+    losses = [uninterrupted.step() for _ in range(STEPS)]
     first = bench(directory, name, quant, dropout=0.1)
     for _ in range(STEPS // 2):
         first.step()
@@ -90,10 +90,10 @@ def test_a_run_that_was_interrupted_ends_in_the_same_bits(directory, tmp_path, n
     second.method.load_state_dict(saved.method)
     second.number = first.number
     assert [second.step() for _ in range(STEPS // 2)] == losses[STEPS // 2 :]
-    expected, found = whole.attached.state(), second.attached.state()
+    expected, found = uninterrupted.attached.state(), second.attached.state()
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
-    moments, others = whole.optimizer.state_dict(), second.optimizer.state_dict()
+    moments, others = uninterrupted.optimizer.state_dict(), second.optimizer.state_dict()
     assert all(
         torch.equal(torch.as_tensor(others[k]), torch.as_tensor(moments[k])) for k in moments
     )
@@ -107,9 +107,7 @@ def test_a_run_that_was_interrupted_ends_in_the_same_bits(directory, tmp_path, n
         pytest.param(1, id="odd steps", marks=pytest.mark.slow),
     ],
 )
-def test_a_step_that_overflowed_changes_nothing_wherever_it_falls(
-    directory, name, quant, overflows
-):
+def test_a_step_that_overflowed_changes_nothing(directory, name, quant, overflows):
     it = bench(directory, name, quant, engine=partial(Overflowing, overflows))
     for number in range(STEPS):
         before = copy.deepcopy(it.attached.state())
@@ -123,10 +121,10 @@ def test_a_step_that_overflowed_changes_nothing_wherever_it_falls(
 
 @every
 def test_checkpointing_changes_no_bit(directory, name, quant):
-    half = STEPS // 2  # a run of this length, so that every event of a schedule is in it
+    half = STEPS // 2  # also the run's length, so that every event of a schedule occurs
     plain = bench(directory, name, quant, total=half)
-    lean = bench(directory, name, quant, total=half, checkpointing=True)
-    assert [plain.step() for _ in range(half)] == [lean.step() for _ in range(half)]
+    checkpointed = bench(directory, name, quant, total=half, checkpointing=True)
+    assert [plain.step() for _ in range(half)] == [checkpointed.step() for _ in range(half)]
 
 
 @every
@@ -158,12 +156,12 @@ def test_plain_peft_gives_the_same_logits(directory, tmp_path, name, quant):
     if not CASES[name].peft:
         return
     with it.attached.disabled():
-        bare = it.logits()
+        base_logits = it.logits()
     twin = dense_twin(load_base(Base(model=str(directory), quant=QUANTS[quant]), CPU).model)
     model = peft.PeftModel.from_pretrained(twin, folder).eval()
     with torch.no_grad():
         found = model(IDS).logits
-    assert not torch.allclose(it.logits(), bare, **FP32_SUMS)
+    assert not torch.allclose(it.logits(), base_logits, **FP32_SUMS)
     assert_same_logits(found, it.logits())
 
 
@@ -197,14 +195,14 @@ def assert_same_logits(found, expected):
 
 @cache
 def trained(directory, name, quant):
-    """A bench that has learned, for tests that only look at it."""
+    """A trained bench, for tests that do not change it."""
     it = bench(directory, name, quant, lr=3e-2 / CASES[name].settings.lr_ratio)
     for _ in range(STEPS - 1):
         it.step()
     draw = torch.Generator().manual_seed(1)
     for layer in it.attached.layers.values():
         for parameter in layer.trained().values():
-            live = parameter.data != 0  # what a method pruned stays pruned
+            live = parameter.data != 0  # pruned weights stay zero
             noise = 0.02 * torch.randn(parameter.shape, generator=draw)
             parameter.data += torch.where(live, noise, 0.0)
     it.attached.train(False)
