@@ -7,11 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_lite.foundation.errors import AdapterError, BudgetError, RecipeError, TrainingError
+from qlora_lite.foundation.errors import AdapterError, BudgetError, TrainingError
 from qlora_lite.foundation.watcher import Watcher
-from qlora_lite.model.facts import read_facts
-from qlora_lite.model.load import build_empty
-from qlora_lite.model.settings import Base
 from qlora_lite.report.page import read as read_report
 from qlora_lite.run import planning
 from qlora_lite.run.loading import load_run
