@@ -13,12 +13,22 @@ from typing import Any
 from torch import nn
 from transformers.configuration_utils import PretrainedConfig
 
+from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.model.config import read_config
 from qlora_lite.model.prequantised import COMPANION
+from qlora_lite.model.probes import UNPACKED
 from qlora_lite.model.settings import Base
 from qlora_lite.model.shape import ModelShape, build_on_meta, shape_of
 from qlora_lite.model.targets import LinearSpec, linear_specs
 from qlora_lite.shards.names import match
+
+NOT_CAUSAL = (
+    "ForMaskedLM",
+    "ForPreTraining",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+)
+"""Ends of the class names of models that were not trained to predict the next token."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,11 @@ class BaseFacts:
 
     ignored: tuple[str, ...]
     """Patterns of stored tensors that the model's own code does not load."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether packed rows are known to be separate; the loaded model is probed as well."""
+        return self.config.get_text_config().model_type not in UNPACKED
 
     @property
     def vocabulary(self) -> int:
@@ -91,6 +106,7 @@ def facts_of(config: PretrainedConfig, trust_remote_code: bool = False) -> BaseF
     Raises:
         BaseModelError: if transformers has no causal language model for it.
     """
+    _require_causal(config)
     model = build_on_meta(config, trust_remote_code)
     shape = shape_of(model, config)
     return BaseFacts(
@@ -102,6 +118,23 @@ def facts_of(config: PretrainedConfig, trust_remote_code: bool = False) -> BaseF
         prefix=str(model.base_model_prefix),
         ignored=tuple(model._keys_to_ignore_on_load_unexpected or ()),  # type: ignore[arg-type]
     )
+
+
+def _require_causal(config: PretrainedConfig) -> None:
+    """Refuse what the config itself calls something else than a causal language model.
+
+    Raises:
+        BaseModelError: for encoders and for encoder-decoder models.
+    """
+    classes = config.architectures or []
+    is_encoder = any(name.endswith(NOT_CAUSAL) for name in classes)
+    if config.is_encoder_decoder or (is_encoder and not getattr(config, "is_decoder", False)):
+        kind = "an encoder-decoder model" if config.is_encoder_decoder else "an encoder"
+        name = config.name_or_path or config.model_type
+        raise BaseModelError(
+            f"base.model={name} is {kind} ({', '.join(classes) or config.model_type}). A causal "
+            "language model is needed, such as Llama, Qwen or GPT-2"
+        )
 
 
 def _tied(model: nn.Module) -> dict[str, str]:

@@ -1,17 +1,24 @@
 """From hidden states to logits, as each architecture does it.
 
-    logits = cap * tanh(s / cap),   s = head(hidden) * logit_scale / logits_scaling
+    logits = cap * tanh(s / cap),   s = head(hidden) * multiplier / divisor
 
-Which of the three a model has is read from its config: `logit_scale` (Cohere), `logits_scaling`
-(Granite), `final_logit_softcapping` (Gemma 2). The decoder and the head are called separately, so
-that logits need not be computed for all tokens at once.
+Which of the three a model has is read from its config (`MULTIPLIERS`, `DIVISORS`, `CAPS`), and
+every loaded model is checked (`probes.py`). The decoder and the head are called separately, so that
+logits need not be computed for all tokens at once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
+"""Cohere, Falcon-H1."""
+DIVISORS = ("logits_scaling",)
+"""Granite."""
+CAPS = ("final_logit_softcapping", "logits_soft_cap")
+"""Gemma 2, RecurrentGemma."""
 
 
 def decoder(model: nn.Module) -> nn.Module:
@@ -26,9 +33,9 @@ class Head:
     def __init__(self, model: Any) -> None:
         config = model.config.get_text_config(decoder=True)
         self._model = model
-        self.multiplier = getattr(config, "logit_scale", None)
-        self.divisor = getattr(config, "logits_scaling", None)
-        self.cap = getattr(config, "final_logit_softcapping", None)
+        self.multiplier = _first(config, MULTIPLIERS)
+        self.divisor = _first(config, DIVISORS)
+        self.cap = _first(config, CAPS)
 
     @property
     def module(self) -> nn.Module:
@@ -48,6 +55,11 @@ class Head:
         if self.divisor is not None:
             logits = logits / self.divisor
         return logits if self.cap is None else soft_cap(logits, self.cap)
+
+
+def _first(config: Any, names: Sequence[str]) -> float | None:
+    """The first of these settings that the config has."""
+    return next((v for name in names if (v := getattr(config, name, None)) is not None), None)
 
 
 def soft_cap(logits: Tensor, cap: float) -> Tensor:

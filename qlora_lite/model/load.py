@@ -26,10 +26,12 @@ from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import BaseModelError
+from qlora_lite.model.causal import CausalModel
 from qlora_lite.model.config import hub_error, require_hub_id, unreachable
 from qlora_lite.model.facts import BaseFacts, read_facts
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear, Scratch, Source
 from qlora_lite.model.prequantised import is_packed, read_packed, stored_quant
+from qlora_lite.model.probes import probe
 from qlora_lite.model.quant import BF16, FP32, NF4, Int8, Quant
 from qlora_lite.model.quantise import Split, StoredWeight, copy_weight, quantise
 from qlora_lite.model.settings import Base
@@ -59,6 +61,8 @@ class LoadedBase:
     rule: DeviceRule
     quant: Quant
     """Quantisation of the linear layers; that of the checkpoint if it was already quantised."""
+    packs: bool
+    """Packed rows do not see each other (`probes.py`)."""
 
 
 def locate(base: Base) -> Path:
@@ -135,7 +139,10 @@ def load_base(
     if (path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
     checkpoint.close()
-    return LoadedBase(model, model.config, path, checkpoint, rule, stored or base.quant)
+    behaviour = probe(CausalModel(model), facts.vocabulary, base.model)
+    return LoadedBase(
+        model, model.config, path, checkpoint, rule, stored or base.quant, behaviour.packs
+    )
 
 
 def build_empty(config: PretrainedConfig, base: Base) -> PreTrainedModel:

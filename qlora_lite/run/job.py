@@ -27,28 +27,34 @@ ROWS_SHOWN = 3
 """Rows of a batch that an error message shows."""
 
 
-def training_batches(recipe: Recipe, data: PreparedData, micro_batch_tokens: int) -> Batches:
-    """The batches of every step."""
+def training_batches(
+    recipe: Recipe, data: PreparedData, micro_batch_tokens: int, packs: bool
+) -> Batches:
+    """The batches of every step.
+
+    Args:
+        packs: rows that share a bin do not see each other in this model.
+    """
     return Batches(
         data.train,
         max_tokens=recipe.data.max_tokens,
         tokens_per_step=recipe.optim.tokens_per_step,
         micro_batch_tokens=micro_batch_tokens,
         seed=recipe.seed,
-        packing=recipe.data.packing,
+        packing=recipe.data.packing and packs,
         shuffle=recipe.data.shuffle,
         epochs=recipe.optim.epochs,
         steps=recipe.optim.steps,
     )
 
 
-def held_out_batches(recipe: Recipe, data: PreparedData) -> Iterator[Batch]:
-    """Every held-out row once."""
+def held_out_batches(recipe: Recipe, data: PreparedData, packs: bool) -> Iterator[Batch]:
+    """Every held-out row once; `packs` as for `training_batches`."""
     return evaluation_batches(
         data.heldout,
         max_tokens=recipe.data.max_tokens,
         micro_batch_tokens=recipe.optim.micro_batch_tokens or recipe.data.max_tokens,
-        packing=recipe.data.packing,
+        packing=recipe.data.packing and packs,
     )
 
 
@@ -95,7 +101,7 @@ def make_job(
 
     def score_heldout() -> dict[str, float]:
         attached.train(False)
-        result = score(model, held_out_batches(recipe, data))
+        result = score(model, held_out_batches(recipe, data, loaded.base.packs))
         attached.train()
         return {"loss": result.loss, "accuracy": result.accuracy, "perplexity": result.perplexity}
 

@@ -104,8 +104,8 @@ class MergeCheck:
                 f"trained in {devices.NAMES[self.source.rule.compute]} and scored here in "
                 f"{devices.NAMES[self.rule.compute]}: scores differ slightly from those of the run"
             )
-        batches, is_heldout = self._rows()
         trained = load_run(self.folder.path, str(self.rule.device), self.watcher)
+        batches, is_heldout = self._rows(trained.base.packs)
         logits = sample_logits(trained.causal, batches)
         self._measured = _Reference(batches, is_heldout, logits, score(trained.causal, batches))
         del trained
@@ -171,7 +171,7 @@ class MergeCheck:
         _release_memory()
         return found
 
-    def _rows(self) -> tuple[list[Batch], bool]:
+    def _rows(self, packs: bool) -> tuple[list[Batch], bool]:
         """Held-out rows, or a few of the trained ones; and whether they are held out."""
         data = load_data(self.recipe.data, self.tokenizer, self.recipe.seed)
         if data.fingerprint != self.folder.read_sidecar()["data_fingerprint"]:
@@ -180,10 +180,16 @@ class MergeCheck:
                 "trained on"
             )
         if len(data.heldout):
-            return list(held_out_batches(self.recipe, data)), True
+            return list(held_out_batches(self.recipe, data, packs)), True
         few = data.train.select(range(min(CHECKED_ROWS, len(data.train))))
         longest = self.recipe.data.max_tokens
-        return list(evaluation_batches(few, max_tokens=longest, micro_batch_tokens=longest)), False
+        batches = evaluation_batches(
+            few,
+            max_tokens=longest,
+            micro_batch_tokens=longest,
+            packing=self.recipe.data.packing and packs,
+        )
+        return list(batches), False
 
     @property
     def _is_fp32(self) -> bool:

@@ -69,6 +69,8 @@ def check_settings(setup: RunSetup) -> list[str]:
     if recipe.adapter.start:
         require_adapter(Path(recipe.adapter.start))
     notes = [*_check_context(setup), *_check_ranks(setup)]
+    if not setup.facts.packs and recipe.data.packing:
+        notes.append(not_packed(recipe))
     if Requirement.ORIGINAL_WEIGHTS in setup.method.requires:
         notes.append(
             f"adapter={recipe.adapter.kind} with these settings changes the base weights: the "
@@ -77,6 +79,15 @@ def check_settings(setup: RunSetup) -> list[str]:
     if recipe.evaluation.patience and not recipe.data.heldout and not recipe.data.heldout_share:
         notes.append("evaluation.patience has no effect: no rows are held out to score")
     return notes
+
+
+def not_packed(recipe: Recipe) -> str:
+    """The note about a model whose packed rows would see each other."""
+    return (
+        f"rows are not packed: in {recipe.base.model} packed rows would see each other, because "
+        "its architecture does not use transformers' mask. A step has about as many tokens, and "
+        "more padding"
+    )
 
 
 def _check_context(setup: RunSetup) -> list[str]:

@@ -120,7 +120,7 @@ def _held_out(target: str, loaded: LoadedModel, watcher: Watcher) -> Iterator[Ba
             f"the data of {target} changed since it was trained: rows that are held out now may "
             "have been trained on"
         )
-    return held_out_batches(loaded.recipe, prepared)
+    return held_out_batches(loaded.recipe, prepared, loaded.base.packs)
 
 
 def _of_file(loaded: LoadedModel, file: str, assignments: Sequence[str]) -> Iterator[Batch]:
@@ -136,7 +136,7 @@ def _of_file(loaded: LoadedModel, file: str, assignments: Sequence[str]) -> Iter
         rows.examples,
         max_tokens=data.max_tokens,
         micro_batch_tokens=data.max_tokens,
-        packing=data.packing,
+        packing=data.packing and loaded.base.packs,
     )
 
 

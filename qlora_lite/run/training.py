@@ -27,7 +27,7 @@ from qlora_lite.run.finishing import FinishedTraining, finish
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.job import make_job, require_known_tokens, training_batches
 from qlora_lite.run.loading import load_adapted
-from qlora_lite.run.planning import NO_BUDGET, check_settings, plan_memory, plan_recipe
+from qlora_lite.run.planning import NO_BUDGET, check_settings, not_packed, plan_memory, plan_recipe
 from qlora_lite.run.setup import RunSetup, set_up
 from qlora_lite.run.tracking import require_trackers, tracking
 from qlora_lite.training import checkpoint
@@ -90,15 +90,17 @@ def _train(
     data = load_data(recipe.data, load_tokenizer(recipe.base), recipe.seed)
     require_known_tokens(data, setup)
     watcher.prepared(data)
-    micro_batch_tokens = recipe.optim.micro_batch_tokens or plan.micro_batch_tokens
-    batches = training_batches(recipe, data, micro_batch_tokens)
-    folder.require_not_shorter(batches.steps)
     stop_request.raise_if_requested("before anything was trained")
 
     try:
         resume_from = checkpoint.find_newest(folder.checkpoints, watcher.note)
         loaded = load_adapted(setup, watcher, _saved_adapter(recipe, resume_from))
         stop_request.raise_if_requested("before anything was trained")
+        if setup.facts.packs and not loaded.base.packs:
+            watcher.note(not_packed(recipe))
+        micro_batch_tokens = recipe.optim.micro_batch_tokens or plan.micro_batch_tokens
+        batches = training_batches(recipe, data, micro_batch_tokens, loaded.base.packs)
+        folder.require_not_shorter(batches.steps)
         with tracking(recipe, folder.path) as track:
             job = make_job(
                 setup, folder.path, loaded, data, batches, resume_from, stop_request, watcher, track

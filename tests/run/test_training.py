@@ -88,7 +88,7 @@ def test_the_loss_is_the_mean_over_the_trained_tokens_of_a_step(folder, plain):
     from qlora_lite.run.job import training_batches
 
     data = load_data(run.recipe.data, run.tokenizer, run.recipe.seed)
-    batches = training_batches(run.recipe, data, 128).step(0)
+    batches = training_batches(run.recipe, data, 128, packs=True).step(0)
     total, count = 0.0, 0
     with torch.no_grad(), run.attached.disabled():
         for batch in batches:

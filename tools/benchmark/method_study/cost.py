@@ -48,7 +48,9 @@ class Stepper:
             rounding=optim.rounding,
         )
         self.engine = TorchEngine(optimizer, rule.compute)
-        self.batches = training_batches(recipe, data, optim.micro_batch_tokens or 0)
+        self.batches = training_batches(
+            recipe, data, optim.micro_batch_tokens or 0, loaded.base.packs
+        )
         self.number = 0
 
     def step(self) -> float:

@@ -1,0 +1,111 @@
+"""Does this model behave as training assumes? A few tiny forwards on the loaded weights tell.
+
+    behaviour = probe(CausalModel(model), facts.vocabulary, name)
+
+| assumption                                       | if it does not hold                          |
+|--------------------------------------------------|----------------------------------------------|
+| a later token does not change an earlier output  | refused: not a causal language model         |
+| a padded row gives what the row alone gives      | refused                                      |
+| decoder and head give the model's own logits     | refused                                      |
+| packed rows do not see each other                | rows are not packed (`Behaviour.packs`)      |
+
+Packing relies on transformers' own mask, which separates rows whose position ids start again at 0.
+Architectures that build another mask (OPT, Bloom, Falcon) or carry a state from token to token
+(Mamba, LFM2, Qwen3-Next) do not use it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlora_lite.foundation.errors import BaseModelError
+from qlora_lite.foundation.seeds import generator
+from qlora_lite.model.causal import CausalModel
+
+ROW, NEXT = 6, 7
+"""Tokens of the first packed row and of the second one."""
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest difference, relative to the largest value, that is rounding: sums may be made in another
+order. Dependence on another row was 0.06 and more in every architecture that has it."""
+
+
+UNPACKED = frozenset(
+    {
+        "bloom",
+    }
+)
+"""Architectures (`model_type`) whose packed rows see each other, so that a plan knows it too."""
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What a model can do with rows."""
+
+    packs: bool
+    """Rows that share a bin do not see each other."""
+
+
+@torch.no_grad()
+def probe(model: CausalModel, vocabulary: int, name: str) -> Behaviour:
+    """Run the probes: three forwards of at most 4 x 13 tokens.
+
+    Args:
+        name: of the model, for messages.
+
+    Raises:
+        BaseModelError: if the model is not causal, padding changes its outputs, or its own logits
+            are not those of decoder and head.
+    """
+    first, other, second = _rows(vocabulary)
+    changed = torch.cat([second[:-1], second[-1:] + 1]) % vocabulary
+    padding = torch.zeros(ROW, dtype=torch.int64)
+    bins = [(first, second), (other, second), (second, padding), (changed, padding)]
+    ids = torch.stack([torch.cat(pair) for pair in bins]).to(model.device)
+    positions = torch.stack([_positions(pair) for pair in bins]).to(model.device)
+    packed, beside_other, padded, last_changed = model.hidden(ids, positions).float()
+    row, alone = second[None].to(model.device), _positions((second,))[None].to(model.device)
+    hidden = model.hidden(row, alone)
+    if not _agree(padded[: NEXT - 1], last_changed[: NEXT - 1], hidden.dtype):
+        raise BaseModelError(
+            f"{name} is not a causal language model: a later token changes what it computes for "
+            "earlier ones. Use a decoder such as Llama, Qwen or GPT-2"
+        )
+    if not _agree(padded[:NEXT], hidden[0].float(), hidden.dtype):
+        raise BaseModelError(
+            f"{name} computes something else for a row with padding after it than for the row "
+            "alone, so rows of different lengths cannot share a batch. This architecture is not "
+            "supported"
+        )
+    _require_own_logits(model, row, alone, hidden, name)
+    return Behaviour(packs=_agree(packed[ROW:], beside_other[ROW:], hidden.dtype))
+
+
+def _require_own_logits(
+    model: CausalModel, row: Tensor, positions: Tensor, hidden: Tensor, name: str
+) -> None:
+    own = model.module(input_ids=row, position_ids=positions, use_cache=False).logits.float()
+    if not _agree(model.logits(hidden).float(), own, hidden.dtype):
+        raise BaseModelError(
+            f"{name} computes its logits in a way that is not known here: its own differ from "
+            "those of its decoder and head, so the loss would be wrong. This architecture is not "
+            "supported"
+        )
+
+
+def _rows(vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Two different first rows, and the row after them."""
+    draws = generator(0, "probe")
+    first = torch.randint(vocabulary, (ROW,), generator=draws)
+    other = (first + torch.randint(1, vocabulary, (ROW,), generator=draws)) % vocabulary
+    return first, other, torch.randint(vocabulary, (NEXT,), generator=draws)
+
+
+def _positions(rows: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([torch.arange(len(row)) for row in rows])
+
+
+def _agree(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    largest = torch.maximum(a.abs().max(), b.abs().max())
+    return bool((a - b).abs().max() <= TOLERANCE[dtype] * largest)
