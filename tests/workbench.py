@@ -61,11 +61,13 @@ def one_layer(
     dense = torch.randn(d_out, d_in, generator=draw) / d_in**0.5
     spec = LinearSpec("blocks.0.linear", d_in, d_out, 0, 1, "other")
     made = (method or METHODS[type(settings)])(settings)
-    splits = SplitState(made, plan_layers(made, [spec]), seed)
+    plan = plan_layers(made, [spec])
+    splits = SplitState(made, plan, seed)
     base = quantise(dense, quant or NF4(), CPU, split=splits.split(spec.path))
     layer = build_layer(base, spec, splits, dtype)
     made.set_layers({spec.path: layer})
     object.__setattr__(layer, "method", made)
+    object.__setattr__(layer, "plan", plan.layers[spec.path])
     return layer
 
 
@@ -108,10 +110,10 @@ class Bench:
         self.method = (method or METHODS[type(settings)])(settings)
         base = Base(model=str(directory), quant=quant or NF4())
         facts = _facts_of(str(directory))
-        plan = plan_adapter(self.method, facts)
-        splits = SplitState(self.method, plan.specs, seed, saved)
+        self.plan = plan_adapter(self.method, facts)
+        splits = SplitState(self.method, self.plan, seed, saved)
         self.base = load_base(base, CPU, facts=facts, split=splits.split)
-        self.attached = attach(self.base.model, self.method, plan, seed, dtype, splits)
+        self.attached = attach(self.base.model, self.method, self.plan, seed, dtype, splits)
         if saved is not None:
             self.attached.load_state(saved)
         if checkpointing:

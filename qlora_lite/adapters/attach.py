@@ -171,7 +171,7 @@ def attach(
         AdapterError: if the input embedding gets a LoRA and is not a plain embedding.
     """
     attached = AttachedAdapter(model, method)
-    split_state = split_state or SplitState(method, plan.specs, seed)
+    split_state = split_state or SplitState(method, plan, seed)
     for spec in plan.specs:
         base = model.get_submodule(spec.path)
         assert isinstance(base, FrozenLinear), spec.path
@@ -194,7 +194,9 @@ def build_layer(
     a resumed run would differ in its last bits.
     """
     draws = generator(split_state.seed, "adapter", spec.path)
-    layer = split_state.method.build(base, spec, split_state.build_state(spec.path), draws)
+    layer = split_state.method.build(
+        base, spec, split_state.layers[spec.path], split_state.build_state(spec.path), draws
+    )
     own = layer.state().keys()  # a parameter or buffer is saved once
     layer.start = {n: t for n, t in split_state.start_of(spec.path).items() if n not in own}
     device = base.weight.device

@@ -191,7 +191,6 @@ class Method(Generic[L]):
 
     def __init__(self, settings: AdapterSettings) -> None:
         self.settings = settings
-        self.plans: dict[str, LayerPlan] = {}
         self.layers: dict[str, L] = {}
 
     logit_copies: ClassVar[int] = 3
@@ -212,13 +211,14 @@ class Method(Generic[L]):
             if rank > 0
         }
 
-    def footprint(self, spec: LinearSpec) -> Footprint:
+    def footprint(self, spec: LinearSpec, plan: LayerPlan) -> Footprint:
         """What a planned layer's adapter holds: LoRA's two factors unless a method says else."""
-        return lora_footprint(spec.d_in, spec.d_out, self.plans[spec.path].rank)
+        return lora_footprint(spec.d_in, spec.d_out, plan.rank)
 
     def split(
         self,
         spec: LinearSpec,
+        plan: LayerPlan,
         dense: Tensor,
         round_trip: Callable[[Tensor], Tensor],
         generator: torch.Generator,
@@ -239,6 +239,7 @@ class Method(Generic[L]):
         self,
         base: FrozenLinear,
         spec: LinearSpec,
+        plan: LayerPlan,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
     ) -> L:

@@ -8,7 +8,7 @@ The memory plan, the checks, loading, attaching and merging all use this one val
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora_lite.adapters.method import Method, Requirement
 from qlora_lite.adapters.ranks import LayerPlan, check_ranks
@@ -47,7 +47,7 @@ def plan_adapter(method: Method, facts: BaseFacts) -> AdapterPlan:
     """
     settings = method.settings
     full_modules = match_modules(facts.shape, settings.train_modules)
-    specs = plan_layers(method, facts.specs, full_modules)
+    layers = plan_layers(method, facts.specs, full_modules)
     embedding = facts.shape.embedding if settings.embedding_rank else None
     if embedding in full_modules:
         raise AdapterError(
@@ -56,18 +56,13 @@ def plan_adapter(method: Method, facts: BaseFacts) -> AdapterPlan:
         )
     norms = [p.module for p in facts.shape.parameters if p.role == "norm"]
     full_modules += norms if settings.train_norms else []
-    return AdapterPlan(
-        specs=specs,
-        layers=method.plans,
-        embedding=embedding,
-        full_modules=tuple(dict.fromkeys(full_modules)),
-    )
+    return replace(layers, embedding=embedding, full_modules=tuple(dict.fromkeys(full_modules)))
 
 
 def plan_layers(
     method: Method, specs: Sequence[LinearSpec], full_modules: Sequence[str] = ()
-) -> tuple[LinearSpec, ...]:
-    """The linear layers that `method` adapts.
+) -> AdapterPlan:
+    """The plan of the linear layers alone.
 
     Raises:
         AdapterError: as `plan_adapter`.
@@ -80,8 +75,8 @@ def plan_layers(
         )
     targets = [s for s in select(specs, settings.targets) if s.path not in full_modules]
     check_ranks(targets, settings.ranks)
-    method.plans = method.plan(targets)
-    planned = tuple(s for s in targets if s.path in method.plans)
+    layers = method.plan(targets)
+    planned = tuple(s for s in targets if s.path in layers)
     if not planned:
         raise AdapterError(
             f"adapter.ranks={settings.ranks} gives every target rank 0, so nothing would be "
@@ -94,7 +89,7 @@ def plan_layers(
             f"the head ({heads[0]}) is not quantised like the other layers. Remove it from "
             "adapter.targets"
         )
-    return planned
+    return AdapterPlan(planned, layers)
 
 
 def match_modules(shape: ModelShape, names: Iterable[str]) -> list[str]:

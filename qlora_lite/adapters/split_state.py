@@ -5,12 +5,13 @@ and start from what they took out. That must be the same whenever the base is lo
 last bit. So it is computed once, saved with the adapter, and reused on resume, load and merge.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
 from qlora_lite.adapters.layer import START
 from qlora_lite.adapters.method import Method, Requirement
+from qlora_lite.adapters.plan import AdapterPlan
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.foundation.seeds import generator
 from qlora_lite.model.quantise import RoundTrip, Split
@@ -21,7 +22,7 @@ class SplitState:
     """The split results of all adapted layers, found now or saved earlier.
 
     Args:
-        specs: the adapted layers.
+        plan: the adapted layers.
         seed: of the run; every layer draws from its own stream.
         saved: the adapter's whole state by `path.name`, on resume, load and merge.
     """
@@ -29,12 +30,13 @@ class SplitState:
     def __init__(
         self,
         method: Method,
-        specs: Sequence[LinearSpec],
+        plan: AdapterPlan,
         seed: int,
         saved: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.method = method
-        self.specs = {spec.path: spec for spec in specs}
+        self.layers = plan.layers
+        self.specs = {spec.path: spec for spec in plan.specs}
         self.seed = seed
         self._saved = by_layer(saved or {}, self.specs)
         self._found: dict[str, dict[str, Tensor]] = {}
@@ -47,7 +49,9 @@ class SplitState:
         def split(dense: Tensor, round_trip: RoundTrip) -> Tensor:
             draws = generator(self.seed, "split", path)
             saved = self.start_of(path) if path in self._saved else None
-            remainder, start = self.method.split(self.specs[path], dense, round_trip, draws, saved)
+            remainder, start = self.method.split(
+                self.specs[path], self.layers[path], dense, round_trip, draws, saved
+            )
             if saved is None:
                 self._found[path] = {n: t.detach().cpu() for n, t in (start or {}).items()}
             return remainder

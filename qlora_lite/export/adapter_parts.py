@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from qlora_lite.adapters.method import Method
-from qlora_lite.adapters.plan import plan_layers
+from qlora_lite.adapters.plan import AdapterPlan, plan_layers
 from qlora_lite.adapters.split_state import by_layer
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.model.facts import BaseFacts
-from qlora_lite.model.targets import LinearSpec
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,8 @@ class AdapterParts:
     """Tensors of each adapted linear layer, by path."""
     embeddings: dict[str, dict[str, Tensor]]
     """Tensors of an adapted embedding, by path."""
-    specs: dict[str, LinearSpec]
-    """The adapted linear layers, by path."""
+    plan: AdapterPlan
+    """The adapted linear layers."""
 
     @property
     def changed_modules(self) -> set[str]:
@@ -49,20 +48,20 @@ def sort_by_module(state: Mapping[str, Tensor], method: Method, facts: BaseFacts
     _check_full_modules(full, method, facts)
     rest = {name: tensor for name, tensor in state.items() if name not in full}
     modules = [name.rpartition(".")[0] for name in full]
-    specs = {spec.path: spec for spec in plan_layers(method, facts.specs, modules)}
+    plan = plan_layers(method, facts.specs, modules)
     embeddings: dict[str, dict[str, Tensor]] = {}
     if settings.embedding_rank:
         path = facts.shape.embedding
         embeddings[path] = by_layer(rest, [path]).get(path, {})
         if embeddings[path].keys() != {"a", "b"}:
             raise AdapterError(mismatch(f"{path}.a", settings.kind))
-    layers = by_layer(rest, specs)
-    if missing := specs.keys() - layers.keys():
+    layers = by_layer(rest, plan.layers)
+    if missing := plan.layers.keys() - layers.keys():
         raise AdapterError(mismatch(f"{min(missing)}.*", settings.kind))
     placed = {f"{path}.{name}" for path, own in (layers | embeddings).items() for name in own}
     if odd := rest.keys() - placed:
         raise AdapterError(mismatch(min(odd), settings.kind))
-    return AdapterParts(full, layers, embeddings, specs)
+    return AdapterParts(full, layers, embeddings, plan)
 
 
 def _check_full_modules(full: Mapping[str, Tensor], method: Method, facts: BaseFacts) -> None:

@@ -111,14 +111,12 @@ class TrainedLayers:
             ours: stored for stored, ours in source.facts.match_names(self.checkpoint.names).items()
         }
         """The checkpoint's name of every tensor of the model, in the order of its files."""
-        self._split_state = SplitState(
-            self.method, list(self.parts.specs.values()), source.seed, source.state
-        )
+        self._split_state = SplitState(self.method, self.parts.plan, source.seed, source.state)
         self._scratch = Scratch()
 
     def layer(self, path: str) -> AdapterLayer:
         """The trained layer at `path`, with its frozen weight and without a bias."""
-        spec, saved = self.parts.specs[path], self.parts.layers[path]
+        spec, saved = self._split_state.specs[path], self.parts.layers[path]
         layer = build_layer(self.frozen(f"{path}.weight"), spec, self._split_state, torch.float32)
         if odd := saved.keys() ^ layer.state().keys():
             raise AdapterError(mismatch(f"{path}.{min(odd)}", self.source.adapter.kind))

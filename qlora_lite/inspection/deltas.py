@@ -142,7 +142,7 @@ def _shapes(trained: TrainedLayers) -> dict[str, Shape]:
         path: (len(saved["b"]), saved["a"].shape[1])
         for path, saved in trained.parts.embeddings.items()
     }
-    return tables | {path: (s.d_out, s.d_in) for path, s in trained.parts.specs.items()}
+    return tables | {s.path: (s.d_out, s.d_in) for s in trained.parts.plan.specs}
 
 
 def _notes(trained: TrainedLayers) -> list[str]:
@@ -163,7 +163,7 @@ def _layer_delta(trained: TrainedLayers, path: str) -> Delta:
     is_complete = pair is not None and pair.magnitude is None and pair.relative_error == 0
     return Delta(
         shape=(layer.base.d_out, layer.base.d_in),
-        rank=trained.method.plans[path].rank,
+        rank=trained.parts.plan.layers[path].rank,
         pair=pair,
         dense=None if is_complete else layer.delta().detach(),
         weight=layer.base.dense().float(),

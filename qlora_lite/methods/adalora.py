@@ -30,6 +30,7 @@ from torch import Tensor
 
 from qlora_lite.adapters.layer import Role
 from qlora_lite.adapters.method import AdapterSettings, Footprint, Method, ParameterAccess, StepInfo
+from qlora_lite.adapters.ranks import LayerPlan
 from qlora_lite.methods.gated import GatedLayer, gated_footprint
 from qlora_lite.methods.lora import LoRALayer
 from qlora_lite.methods.rm_lora import distance_from_orthonormal
@@ -99,18 +100,18 @@ class AdaLoRAMethod(Method[AdaLoRALayer]):
         self._kept: dict[str, Tensor] = {}
         """Masks of the triplets of the final budget, by path; empty until then."""
 
-    def footprint(self, spec: LinearSpec) -> Footprint:
-        gated = gated_footprint(spec.d_in, spec.d_out, self.plans[spec.path].rank)
+    def footprint(self, spec: LinearSpec, plan: LayerPlan) -> Footprint:
+        gated = gated_footprint(spec.d_in, spec.d_out, plan.rank)
         return replace(gated, statistics=3 * gated.trained)
 
     def build(
         self,
         base: FrozenLinear,
         spec: LinearSpec,
+        plan: LayerPlan,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
     ) -> AdaLoRALayer:
-        plan = self.plans[spec.path]
         a = START_STD * torch.randn(plan.rank, spec.d_in, generator=generator)
         b = START_STD * torch.randn(spec.d_out, plan.rank, generator=generator)
         scale = plan.scale
@@ -182,7 +183,7 @@ class AdaLoRAMethod(Method[AdaLoRALayer]):
 
     def _budgets(self) -> tuple[int, int]:
         """Number of triplets of all layers at the start and at the end."""
-        ranks = [plan.rank for path, plan in self.plans.items() if path in self.layers]
+        ranks = [layer.rank for layer in self.layers.values()]
         return sum(ranks), min(self.settings.target_rank * len(ranks), sum(ranks))
 
     def _observe(self, access: ParameterAccess, gradients: Mapping[str, Tensor]) -> None:

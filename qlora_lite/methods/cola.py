@@ -122,8 +122,8 @@ class COLAMethod(Method[COLALayer]):
             plans[path] = LayerPlan(rank, scale_of(settings.alpha, rank, settings.scaling))
         return plans
 
-    def footprint(self, spec: LinearSpec) -> Footprint:
-        rank = self.plans[spec.path].rank
+    def footprint(self, spec: LinearSpec, plan: LayerPlan) -> Footprint:
+        rank = plan.rank
         links = range(self.settings.num_links - 1)
         finished = sum(self.settings.rank_of_link(link, rank) for link in links)
         size = spec.d_in + spec.d_out
@@ -133,10 +133,11 @@ class COLAMethod(Method[COLALayer]):
         self,
         base: FrozenLinear,
         spec: LinearSpec,
+        plan: LayerPlan,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
     ) -> COLALayer:
-        a, b = fresh_factors(spec, self.plans[spec.path].rank, generator)
+        a, b = fresh_factors(spec, plan.rank, generator)
         return COLALayer(base, a, b, self.settings)
 
     def schedule_position(self, step: int, total: int) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from qlora_lite.adapters.layer import Factors, Role
 from qlora_lite.adapters.method import AdapterSettings, Footprint, Method
+from qlora_lite.adapters.ranks import LayerPlan
 from qlora_lite.methods.lora import LoRALayer, fresh_factors
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
@@ -127,8 +128,8 @@ class DoRALayer(LoRALayer):
 class DoRAMethod(Method[DoRALayer]):
     """Nothing happens around a step."""
 
-    def footprint(self, spec: LinearSpec) -> Footprint:
-        lora = super().footprint(spec)
+    def footprint(self, spec: LinearSpec, plan: LayerPlan) -> Footprint:
+        lora = super().footprint(spec, plan)
         # backward also needs the output before the gain
         width = lora.width + spec.d_out
         return Footprint(width, lora.trained + spec.d_out, statistics=spec.d_out)
@@ -137,9 +138,9 @@ class DoRAMethod(Method[DoRALayer]):
         self,
         base: FrozenLinear,
         spec: LinearSpec,
+        plan: LayerPlan,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
     ) -> DoRALayer:
-        plan = self.plans[spec.path]
         a, b = fresh_factors(spec, plan.rank, generator)
         return DoRALayer(base, a, b, plan.scale, self.settings.dropout)

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 
 from qlora_lite.adapters.layer import Factors
 from qlora_lite.adapters.method import AdapterSettings, Method, ParameterAccess, StepInfo
-from qlora_lite.adapters.ranks import scale_of
+from qlora_lite.adapters.ranks import LayerPlan, scale_of
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.methods.lora import LoRALayer, fresh_factors
 from qlora_lite.model.frozen import FrozenLinear
@@ -174,10 +174,11 @@ class DyLoRAMethod(Method[DyLoRALayer]):
         self,
         base: FrozenLinear,
         spec: LinearSpec,
+        plan: LayerPlan,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
     ) -> DyLoRALayer:
-        settings, rank = self.settings, self.plans[spec.path].rank
+        settings, rank = self.settings, plan.rank
         a, b = fresh_factors(spec, rank, generator)
         return DyLoRALayer(
             base,

@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qlora_lite.adapters.method import AdapterSettings, Method, Requirement
+from qlora_lite.adapters.ranks import LayerPlan
 from qlora_lite.adapters.split_state import require_fit
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.methods.lora import LoRALayer
@@ -62,26 +63,27 @@ class LoftQMethod(Method[LoRALayer]):
     def split(
         self,
         spec: LinearSpec,
+        plan: LayerPlan,
         dense: Tensor,
         round_trip: Callable[[Tensor], Tensor],
         generator: torch.Generator,
         saved: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        scale = self.plans[spec.path].scale
-        start = dict(saved or self._alternate(spec, dense, round_trip, generator))
+        start = dict(saved or self._alternate(spec, plan, dense, round_trip, generator))
         down, up = (start[name].to(dense.device) for name in ("taken_a", "taken_b"))
         require_fit(spec, down, up)
-        return dense - scale * (up @ down), start
+        return dense - plan.scale * (up @ down), start
 
     def _alternate(
         self,
         spec: LinearSpec,
+        plan: LayerPlan,
         dense: Tensor,
         round_trip: Callable[[Tensor], Tensor],
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
         """The factors, and those subtracted from the weight before the last quantisation."""
-        rank, scale = self.plans[spec.path].rank, self.plans[spec.path].scale
+        rank, scale = plan.rank, plan.scale
         a = dense.new_zeros(rank, spec.d_in)
         b = dense.new_zeros(spec.d_out, rank)
         for _ in range(self.settings.iterations):
@@ -96,13 +98,13 @@ class LoftQMethod(Method[LoRALayer]):
         self,
         base: FrozenLinear,
         spec: LinearSpec,
+        plan: LayerPlan,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
     ) -> LoRALayer:
         assert start is not None, f"{spec.path} was loaded without its start"
-        scale = self.plans[spec.path].scale
         a, b = start["a"].clone(), start["b"].clone()
-        return LoRALayer(base, a, b, scale, self.settings.dropout)
+        return LoRALayer(base, a, b, plan.scale, self.settings.dropout)
 
 
 def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:

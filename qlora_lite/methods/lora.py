@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from qlora_lite.adapters.layer import AdapterLayer, Factors, Role
 from qlora_lite.adapters.method import AdapterSettings, Method
+from qlora_lite.adapters.ranks import LayerPlan
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
@@ -83,9 +84,9 @@ class LoRAMethod(Method[LoRALayer]):
         self,
         base: FrozenLinear,
         spec: LinearSpec,
+        plan: LayerPlan,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
     ) -> LoRALayer:
-        plan = self.plans[spec.path]
         a, b = fresh_factors(spec, plan.rank, generator)
         return LoRALayer(base, a, b, plan.scale, self.settings.dropout)

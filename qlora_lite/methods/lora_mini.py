@@ -147,21 +147,21 @@ class LoRAMiniMethod(Method[LoRAMiniLayer]):
                     )
         return plans
 
-    def footprint(self, spec: LinearSpec) -> Footprint:
+    def footprint(self, spec: LinearSpec, plan: LayerPlan) -> Footprint:
         """Backward keeps only the inputs of A_in and B_in: the outer matrices are frozen."""
-        rank = self.plans[spec.path].rank
-        a, b = self._inner_sizes(spec)
+        rank = plan.rank
+        a, b = self._inner_sizes(spec, plan)
         return Footprint(a + rank, rank * (a + b), frozen=a * spec.d_in + b * spec.d_out)
 
     def build(
         self,
         base: FrozenLinear,
         spec: LinearSpec,
+        plan: LayerPlan,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
     ) -> LoRAMiniLayer:
-        plan = self.plans[spec.path]
-        a, b = self._inner_sizes(spec)
+        a, b = self._inner_sizes(spec, plan)
         if start is None:
             aux = self.settings.aux
             a_aux, b_aux = outer_matrices(spec.d_in, spec.d_out, a, b, aux, generator)
@@ -170,6 +170,6 @@ class LoRAMiniMethod(Method[LoRAMiniLayer]):
         a_in = kaiming_uniform(plan.rank, a, generator)
         return LoRAMiniLayer(base, a_aux, a_in, b_aux, plan.scale, self.settings.dropout)
 
-    def _inner_sizes(self, spec: LinearSpec) -> tuple[int, int]:
-        rank, settings = self.plans[spec.path].rank, self.settings
-        return inner_sizes(rank, spec.d_in, spec.d_out, settings.inner_down, settings.inner_up)
+    def _inner_sizes(self, spec: LinearSpec, plan: LayerPlan) -> tuple[int, int]:
+        down, up = self.settings.inner_down, self.settings.inner_up
+        return inner_sizes(plan.rank, spec.d_in, spec.d_out, down, up)

@@ -120,18 +120,19 @@ class MELoRAMethod(Method[MELoRALayer]):
                 )
         return plans
 
-    def footprint(self, spec: LinearSpec) -> Footprint:
-        rank = self.plans[spec.path].rank
+    def footprint(self, spec: LinearSpec, plan: LayerPlan) -> Footprint:
+        rank = plan.rank
         return Footprint(self.settings.num_blocks * rank, rank * (spec.d_in + spec.d_out))
 
     def build(
         self,
         base: FrozenLinear,
         spec: LinearSpec,
+        plan: LayerPlan,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
     ) -> MELoRALayer:
-        plan, num = self.plans[spec.path], self.settings.num_blocks
+        num = self.settings.num_blocks
         minis = [kaiming_uniform(plan.rank, spec.d_in // num, generator) for _ in range(num)]
         b = torch.zeros(num, spec.d_out // num, plan.rank)
         return MELoRALayer(base, torch.stack(minis), b, plan.scale, self.settings.dropout)

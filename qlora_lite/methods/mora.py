@@ -355,8 +355,8 @@ class MoRAMethod(Method[MoRALayer]):
                 plans[spec.path] = LayerPlan(r_hat, 1.0)
         return plans
 
-    def footprint(self, spec: LinearSpec) -> Footprint:
-        r_hat, settings = self.plans[spec.path].rank, self.settings
+    def footprint(self, spec: LinearSpec, plan: LayerPlan) -> Footprint:
+        r_hat, settings = plan.rank, self.settings
         blocks = num_blocks(spec.d_in, spec.d_out, r_hat) if settings.type == 6 else 1
         sums = 0 if settings.restart_every is None else 2 * r_hat**2
         return Footprint(blocks * r_hat, r_hat**2, statistics=sums)
@@ -365,12 +365,13 @@ class MoRAMethod(Method[MoRALayer]):
         self,
         base: FrozenLinear,
         spec: LinearSpec,
+        plan: LayerPlan,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
     ) -> MoRALayer:
         settings = self.settings
         layer = MoRALayer if settings.restart_every is None else ReMoRALayer
-        return layer(base, self.plans[spec.path].rank, settings.type, settings.dropout)
+        return layer(base, plan.rank, settings.type, settings.dropout)
 
     def lr_scale(self, step: int, total: int) -> float:
         """Warms up to 1 after every restart."""

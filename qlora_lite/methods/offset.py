@@ -94,8 +94,8 @@ class OffsetMethod(Method[LoRALayer | OffsetLayer]):
         """Ranks are at most the full rank of the weight."""
         return cut_to_weight(super().plan(specs), specs, self.settings.alpha, self.settings.scaling)
 
-    def footprint(self, spec: LinearSpec) -> Footprint:
-        rank = self.plans[spec.path].rank
+    def footprint(self, spec: LinearSpec, plan: LayerPlan) -> Footprint:
+        rank = plan.rank
         size = rank * (spec.d_in + spec.d_out)
         if self.settings.mode == "requantise":
             return Footprint(rank, size)
@@ -104,12 +104,12 @@ class OffsetMethod(Method[LoRALayer | OffsetLayer]):
     def split(
         self,
         spec: LinearSpec,
+        plan: LayerPlan,
         dense: Tensor,
         round_trip: Callable[[Tensor], Tensor],
         generator: torch.Generator,
         saved: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        plan = self.plans[spec.path]
         if saved is None:
             factors = self.factorise(dense, plan.rank, plan.scale, generator)
             # rounded before the subtraction, so that bf16 parameters can store them exactly
@@ -123,10 +123,10 @@ class OffsetMethod(Method[LoRALayer | OffsetLayer]):
         self,
         base: FrozenLinear,
         spec: LinearSpec,
+        plan: LayerPlan,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
     ) -> LoRALayer | OffsetLayer:
-        plan = self.plans[spec.path]
         if start is None:
             assert self.settings.mode == "offset", f"{spec.path} was loaded without its start"
             dense = original(base)

@@ -207,19 +207,19 @@ class PRILoRAMethod(Method[PRILoRALayer]):
                 plans[spec.path] = LayerPlan(rank, scale)
         return plans
 
-    def footprint(self, spec: LinearSpec) -> Footprint:
+    def footprint(self, spec: LinearSpec, plan: LayerPlan) -> Footprint:
         """LoRA's, plus v and the sums of squares of a step."""
-        lora = lora_footprint(spec.d_in, spec.d_out, self.plans[spec.path].rank)
+        lora = lora_footprint(spec.d_in, spec.d_out, plan.rank)
         return Footprint(lora.width, lora.trained, statistics=2 * spec.d_in)
 
     def build(
         self,
         base: FrozenLinear,
         spec: LinearSpec,
+        plan: LayerPlan,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
     ) -> PRILoRALayer:
-        plan = self.plans[spec.path]
         a, b = fresh_factors(spec, plan.rank, generator)
         return PRILoRALayer(base, a, b, plan.scale, self.settings.dropout)
 

@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from qlora_lite.adapters.method import AdapterSettings, Footprint, Method, ParameterAccess, StepInfo
+from qlora_lite.adapters.ranks import LayerPlan
 from qlora_lite.methods.gated import GatedLayer, gated_footprint
 from qlora_lite.methods.lora import fresh_factors
 from qlora_lite.model.frozen import FrozenLinear
@@ -80,17 +81,17 @@ class SoRAMethod(Method[GatedLayer]):
 
     settings: SoRA
 
-    def footprint(self, spec: LinearSpec) -> Footprint:
-        return gated_footprint(spec.d_in, spec.d_out, self.plans[spec.path].rank)
+    def footprint(self, spec: LinearSpec, plan: LayerPlan) -> Footprint:
+        return gated_footprint(spec.d_in, spec.d_out, plan.rank)
 
     def build(
         self,
         base: FrozenLinear,
         spec: LinearSpec,
+        plan: LayerPlan,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
     ) -> GatedLayer:
-        plan = self.plans[spec.path]
         a, b = fresh_factors(spec, plan.rank, generator)
         gate = torch.randn(plan.rank, generator=generator)
         return GatedLayer(base, a, b, gate, plan.scale, self.settings.dropout)

@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qlora_lite.adapters.method import AdapterSettings, Footprint, Method, ParameterAccess, StepInfo
+from qlora_lite.adapters.ranks import LayerPlan
 from qlora_lite.methods.bank import BankedLayer
 from qlora_lite.methods.lora import fresh_factors
 from qlora_lite.model.frozen import FrozenLinear
@@ -71,8 +72,8 @@ class XGBLoRAMethod(Method[BankedLayer]):
         """Finished steps at which the current booster ends; 0 between boosters."""
         self._block_of: dict[str, int] = {}
 
-    def footprint(self, spec: LinearSpec) -> Footprint:
-        rank, cap = self.plans[spec.path].rank, self.settings.max_bank_rank
+    def footprint(self, spec: LinearSpec, plan: LayerPlan) -> Footprint:
+        rank, cap = plan.rank, self.settings.max_bank_rank
         size = spec.d_in + spec.d_out
         return Footprint(rank + cap, rank * size, frozen=cap * size)
 
@@ -80,10 +81,10 @@ class XGBLoRAMethod(Method[BankedLayer]):
         self,
         base: FrozenLinear,
         spec: LinearSpec,
+        plan: LayerPlan,
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
     ) -> BankedLayer:
-        plan = self.plans[spec.path]
         a, b = fresh_factors(spec, plan.rank, generator)
         self._block_of[spec.path] = -1 if spec.block is None else spec.block
         return BankedLayer(base, a, b, plan.scale, self.settings.dropout)

@@ -81,7 +81,7 @@ def load_adapted(
             taken from it, so that the base is quantised as it was in training.
     """
     recipe = setup.recipe
-    split_state = SplitState(setup.method, setup.adapter.specs, recipe.seed, saved)
+    split_state = SplitState(setup.method, setup.adapter, recipe.seed, saved)
     tokenizer = load_tokenizer(recipe.base)
     base = load_base(
         recipe.base,

@@ -133,6 +133,7 @@ def run_shape(setup: RunSetup, micro_batch_tokens: int | None = None) -> RunShap
     recipe, rule, method = setup.recipe, setup.rule, setup.method
     adapter, quant, optim = recipe.adapter, recipe.base.quant, recipe.optim
     four_bit = quant if isinstance(quant, FourBit) else NF4()
+    layers = setup.adapter.layers
     full_modules = set(setup.adapter.full_modules)
     full_parameters = [p for p in setup.facts.shape.parameters if p.module in full_modules]
     return RunShape(
@@ -140,7 +141,9 @@ def run_shape(setup: RunSetup, micro_batch_tokens: int | None = None) -> RunShap
         quant=quant.kind,
         double_quant=four_bit.double_quant,
         block_size=four_bit.block_size,
-        adapters={spec.path: method.footprint(spec) for spec in setup.adapter.specs},
+        adapters={
+            spec.path: method.footprint(spec, layers[spec.path]) for spec in setup.adapter.specs
+        },
         rank=adapter.rank,
         logit_copies=method.logit_copies,
         has_teacher=Requirement.TEACHER_OUTPUT in method.requires,

@@ -286,8 +286,8 @@ def test_a_method_that_overrides_merged_is_merged_with_it(tmp_path, monkeypatch)
             return 2 * super().merged(dense)
 
     class DoubledMethod(LoRAMethod):
-        def build(self, base, spec, start, generator):
-            layer = super().build(base, spec, start, generator)
+        def build(self, base, spec, plan, start, generator):
+            layer = super().build(base, spec, plan, start, generator)
             return Doubled(base, layer.a.data, layer.b.data, layer.scale)
 
     monkeypatch.setitem(METHODS, LoRA, DoubledMethod)

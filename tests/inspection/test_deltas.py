@@ -53,7 +53,7 @@ def test_every_method_has_the_deltas_and_weights_of_the_trained_model(bench, tin
             dense = (svd.left * svd.values @ svd.right.T).float()
         assert delta.shape == dense.shape == found.shapes[path]
         assert_close(dense, layer.delta().detach(), **FP32)
-        assert delta.rank == bench.method.plans[path].rank
+        assert delta.rank == bench.plan.layers[path].rank
         assert found.num_bytes(path) == 4 * dense.numel()
 
 
@@ -78,8 +78,8 @@ class GatedLayer(LoRALayer):
 class GatedMethod(LoRAMethod):
     """Builds `GatedLayer`s."""
 
-    def build(self, base, spec, start, generator):
-        lora = super().build(base, spec, start, generator)
+    def build(self, base, spec, plan, start, generator):
+        lora = super().build(base, spec, plan, start, generator)
         return GatedLayer(base, lora.a.data, lora.b.data, lora.scale)
 
 

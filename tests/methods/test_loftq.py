@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft.utils.loftq_utils import _low_rank_decomposition
 
+from qlora_lite.adapters.plan import plan_layers
 from qlora_lite.adapters.split_state import SplitState
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.methods.loftq import LoftQ, LoftQMethod
@@ -87,7 +88,7 @@ def test_the_model_starts_closer_to_the_unquantised_model(tmp_path):
 class _PlainQuantisation(LoftQMethod):
     """The plain quantised base, with factors of zero."""
 
-    def split(self, spec, dense, round_trip, generator, saved=None):
+    def split(self, spec, plan, dense, round_trip, generator, saved=None):
         a, b = dense.new_zeros(1, spec.d_in), dense.new_zeros(spec.d_out, 1)
         return dense, {"a": a, "b": b, "taken_a": a, "taken_b": b}
 
@@ -97,7 +98,7 @@ def test_a_saved_start_gives_the_same_quantised_weight():
     layer = one_layer(settings, 33, 57)
     saved = {f"blocks.0.linear.{name}": tensor for name, tensor in layer.state().items()}
     spec = LinearSpec("blocks.0.linear", 57, 33, 0, 1, "other")
-    starts = SplitState(layer.method, [spec], 0, saved)
+    starts = SplitState(layer.method, plan_layers(layer.method, [spec]), 0, saved)
     layer.method._alternate = None  # recomputing the start would fail
     again = quantise(original(layer.base), NF4(), CPU, split=starts.split(spec.path))
     assert torch.equal(again.weight, layer.base.weight)

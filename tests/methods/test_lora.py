@@ -25,8 +25,8 @@ def build(settings=None, d_in=48, d_out=32, quant=None, bias=True):
     )
     method = LoRAMethod(settings or LoRA(rank=4, alpha=8))
     spec = LinearSpec("block.0.q_proj", d_in, d_out, 0, 1, "attention")
-    method.plans = method.plan([spec])
-    return method.build(base, spec, None, generator(0, spec.path)).train(False)
+    plan = method.plan([spec])[spec.path]
+    return method.build(base, spec, plan, None, generator(0, spec.path)).train(False)
 
 
 def randomise(layer):

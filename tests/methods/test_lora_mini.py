@@ -116,7 +116,9 @@ def test_the_count_and_the_memory_plan_match_the_tensors():
         id(layer.a_in),
         id(layer.b_in),
     }
-    footprint = layer.method.footprint(LinearSpec("blocks.0.linear", 57, 33, 0, 1, "other"))
+    footprint = layer.method.footprint(
+        LinearSpec("blocks.0.linear", 57, 33, 0, 1, "other"), layer.plan
+    )
     assert footprint.trained == sum(p.numel() for p in layer.trained().values())
     assert footprint.frozen == layer.a_aux.numel() + layer.b_aux.numel()
     assert footprint.width == 7 + 3  # the inputs of A_in and B_in
@@ -211,7 +213,7 @@ def test_a_reload_uses_the_saved_outer_matrices(directory):
 def test_building_from_a_saved_state_draws_no_outer_matrix():
     layer = made()
     spec = LinearSpec("blocks.0.linear", 57, 33, 0, 1, "other")
-    again = layer.method.build(layer.base, spec, layer.state(), generator(1))
+    again = layer.method.build(layer.base, spec, layer.plan, layer.state(), generator(1))
     assert torch.equal(again.a_aux, layer.a_aux)
     assert torch.equal(again.b_aux, layer.b_aux)
     assert again.a_aux is not layer.a_aux

@@ -97,7 +97,9 @@ def test_it_has_the_count_of_one_lora_of_the_rank_of_a_mini():
     assert layer.trainable_count() == sum(p.numel() for p in layer.trained().values())
     same_rank = one_layer(LoRA(rank=3 * 2), 33, 57, method=LoRAMethod)
     assert same_rank.trainable_count() == 3 * layer.trainable_count()
-    footprint = layer.method.footprint(LinearSpec("blocks.0.linear", 57, 33, 0, 1, "other"))
+    footprint = layer.method.footprint(
+        LinearSpec("blocks.0.linear", 57, 33, 0, 1, "other"), layer.plan
+    )
     assert (footprint.width, footprint.trained, footprint.frozen) == (6, 180, 0)
 
 

@@ -173,7 +173,9 @@ def test_the_count_and_the_memory_plan_match_the_tensors(kind, restart_every, wi
     r_hat = 8 if kind == 6 else 9
     assert {name: tuple(p.shape) for name, p in layer.trained().items()} == {"m": (r_hat, r_hat)}
     assert layer.trainable_count() == r_hat**2
-    footprint = layer.method.footprint(LinearSpec("blocks.0.linear", 57, 33, 0, 1, "other"))
+    footprint = layer.method.footprint(
+        LinearSpec("blocks.0.linear", 57, 33, 0, 1, "other"), layer.plan
+    )
     assert footprint.trained == r_hat**2
     assert footprint.statistics == (2 * r_hat**2 if restart_every else 0)
     assert footprint.width == wide == layer.compress(torch.zeros(57), kind).numel()

@@ -12,6 +12,7 @@ from qlora_lite.methods.dylora import DyLoRALayer
 from qlora_lite.methods.loftq import LoftQ
 from qlora_lite.methods.offset import original
 from qlora_lite.model.quant import BF16, FP4, FP32, NF4, Int8
+from qlora_lite.model.targets import LinearSpec
 from tests.properties.cases import CASES
 from tests.workbench import one_layer, perturb
 
@@ -161,8 +162,7 @@ def test_the_number_of_trained_parameters_is_that_of_the_formula(name, quant, sh
     trained = layer.trained()
     count = sum(p.numel() for p in trained.values())
     assert layer.trainable_count() == count
-    spec = layer.method.plans and next(iter(layer.method.plans))
-    assert layer.method.footprint(_spec(layer, spec)).trained == count
+    assert layer.method.footprint(_spec(layer), layer.plan).trained == count
     needing = {id(p) for p in layer.parameters() if p.requires_grad}
     assert needing == {id(p) for p in trained.values()}
 
@@ -188,7 +188,5 @@ def test_its_state_is_restored_bit_for_bit(name, quant, shape):
     assert torch.equal(other(x), layer(x))
 
 
-def _spec(layer, path):
-    from qlora_lite.model.targets import LinearSpec
-
-    return LinearSpec(path, layer.base.d_in, layer.base.d_out, 0, 1, "other")
+def _spec(layer):
+    return LinearSpec("blocks.0.linear", layer.base.d_in, layer.base.d_out, 0, 1, "other")
