@@ -33,7 +33,7 @@ def sort(state, facts, settings=SETTINGS):
 
 def test_every_tensor_is_in_one_part(facts):
     parts = sort(state_of(facts), facts)
-    assert set(parts.layers) == set(parts.specs) == {"model.layers.0.mlp.up_proj", UP}
+    assert set(parts.layers) == set(parts.plan.layers) == {"model.layers.0.mlp.up_proj", UP}
     assert all(set(tensors) == {"a", "b"} for tensors in parts.layers.values())
     assert {path: set(tensors) for path, tensors in parts.embeddings.items()} == {
         "model.embed_tokens": {"a", "b"}

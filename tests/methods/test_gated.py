@@ -94,6 +94,8 @@ def test_gates_are_stored_in_fp32_and_do_not_decay(tmp_path, settings):
 @each
 def test_the_memory_plan_counts_the_trained_tensors(settings):
     layer = one_layer(settings, 33, 57)
-    footprint = layer.method.footprint(LinearSpec("blocks.0.linear", 57, 33, 0, 1, "other"))
+    footprint = layer.method.footprint(
+        LinearSpec("blocks.0.linear", 57, 33, 0, 1, "other"), layer.plan
+    )
     count = sum(p.numel() for p in layer.trained().values())
     assert footprint.trained == layer.trainable_count() == count

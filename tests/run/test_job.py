@@ -14,9 +14,9 @@ from tests.tiny import save_tiny
 def test_held_out_rows_are_each_scored_once_and_never_trained_on(folder):
     recipe = recipe_in(folder, "run", "data.heldout_share=0.2")
     data = load_data(recipe.data, load_tokenizer(recipe.base), recipe.seed)
-    heldout = [row for batch in held_out_batches(recipe, data) for row in batch.rows]
+    heldout = [row for batch in held_out_batches(recipe, data, packs=True) for row in batch.rows]
     assert sorted(heldout) == sorted(example.row for example in data.heldout)
-    batches = training_batches(recipe, data, 128)
+    batches = training_batches(recipe, data, 128, packs=True)
     trained = {row for n in range(batches.steps) for b in batches.step(n) for row in b.rows}
     assert trained
     assert not trained & set(heldout)
