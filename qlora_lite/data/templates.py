@@ -1,9 +1,9 @@
 """Render a conversation with the tokenizer's chat template, and find the assistant's text in it.
 
-The whole conversation is rendered at once, so training sees the same text as a prompt has. The
-spans of text to train are found in one of two ways:
+The whole conversation is rendered at once, so that training sees the same text as inference. The
+trained spans of the text are found in one of two ways:
 
-- if the template marks them with {% generation %}, they are these;
+- if the template marks them with {% generation %}, the marks are used;
 - otherwise each span starts where the previous messages end, rendered with the generation prompt,
   and ends with the next end-of-turn token. That rendering must be a prefix of the whole text.
 
