@@ -19,12 +19,12 @@ from qlora_lite.model.targets import LinearSpec
 
 
 class SplitState:
-    """The split results of all adapted layers, found now or saved earlier.
+    """The split results of all adapted layers, computed now or saved earlier.
 
     Args:
         plan: the adapted layers.
         seed: of the run; every layer draws from its own stream.
-        saved: the adapter's whole state by `path.name`, on resume, load and merge.
+        saved: all tensors of the adapter by `path.name`, on resume, load and merge.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class SplitState:
         return self._found.get(path)
 
     def start_of(self, path: str) -> dict[str, Tensor]:
-        """What `split` returned for a layer, now or when it was first loaded."""
+        """The result of `Method.split` for a layer, computed now or saved earlier."""
         if path not in self._saved:
             return self._found.get(path, {})
         saved = self._saved[path]
@@ -90,7 +90,7 @@ def require_fit(spec: LinearSpec, down: Tensor, up: Tensor) -> None:
     """Check that a saved pair has the shape of this layer.
 
     Raises:
-        AdapterError: if it has not.
+        AdapterError: if the shapes differ.
     """
     got = (down.shape[1], up.shape[0])
     if got != (spec.d_in, spec.d_out):

@@ -1,1 +1,1 @@
-"""Write weights that every other tool loads, and prove that they are the trained ones."""
+"""Write merged models that any tool can load, and compare them with the trained ones."""

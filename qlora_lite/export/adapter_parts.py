@@ -59,8 +59,8 @@ def sort_by_module(state: Mapping[str, Tensor], method: Method, facts: BaseFacts
     if missing := plan.layers.keys() - layers.keys():
         raise AdapterError(mismatch(f"{min(missing)}.*", settings.kind))
     placed = {f"{path}.{name}" for path, own in (layers | embeddings).items() for name in own}
-    if odd := rest.keys() - placed:
-        raise AdapterError(mismatch(min(odd), settings.kind))
+    if extra := rest.keys() - placed:
+        raise AdapterError(mismatch(min(extra), settings.kind))
     return AdapterParts(full, layers, embeddings, plan)
 
 

@@ -118,8 +118,8 @@ class TrainedLayers:
         """The trained layer at `path`, with its frozen weight and without a bias."""
         spec, saved = self._split_state.specs[path], self.parts.layers[path]
         layer = build_layer(self.frozen(f"{path}.weight"), spec, self._split_state, torch.float32)
-        if odd := saved.keys() ^ layer.state().keys():
-            raise AdapterError(mismatch(f"{path}.{min(odd)}", self.source.adapter.kind))
+        if unmatched := saved.keys() ^ layer.state().keys():
+            raise AdapterError(mismatch(f"{path}.{min(unmatched)}", self.source.adapter.kind))
         for name, parameter in layer.trained().items():
             if saved[name].shape != parameter.shape:
                 raise AdapterError(

@@ -27,7 +27,7 @@ from qlora_lite.model.load import build_empty
 from qlora_lite.model.settings import Base
 
 SAMPLED_TOKENS = 256
-"""Tokens whose logits are kept: 128 MB for a vocabulary of 128k."""
+"""Tokens whose logits are compared: 128 MB for a vocabulary of 128k."""
 
 EXACT = 1e-4
 """Largest difference relative to the largest logit when everything is in fp32."""

@@ -81,7 +81,7 @@ def merge(
     device: str | None = None,
     watcher: Watcher | None = None,
 ) -> MergeResult:
-    """Add a run's adapter to its base and write the whole model to `out`.
+    """Add a run's adapter to its base and write the merged model to `out`.
 
     If it is killed, the same call continues from there.
 

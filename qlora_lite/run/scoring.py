@@ -1,4 +1,4 @@
-"""Score runs and models on rows: for a run both the adapter and its bare base."""
+"""Score runs and models on rows: for a run, with the adapter and without it."""
 
 import gc
 from collections.abc import Iterator, Sequence

@@ -27,7 +27,7 @@ from qlora_lite.training.settings import Checkpoints, Evaluation, Optim
 from qlora_lite.training.step import StepResult, optimizer_step, prepare_step, summed_loss
 
 
-class Steps(Protocol):
+class StepBatches(Protocol):
     """The batches of every optimizer step, as a pure function of the step's number."""
 
     @property
@@ -65,7 +65,7 @@ class TrainingJob:
     model: CausalModel
     attached: AttachedAdapter
     engine: Engine
-    batches: Steps
+    batches: StepBatches
     optim: Optim
     seed: int
     directory: Path

@@ -1,4 +1,4 @@
-"""The card of a merged model: a head for tools, whatever the strings, and a body for people."""
+"""The card of a merged model: a YAML head, valid for any strings, and a readable body."""
 
 from dataclasses import replace
 

@@ -27,10 +27,10 @@ print(anonymous_mebibytes() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is the allocator of Linux")
 def test_memory_below_a_block_in_use_is_returned():
-    held = {}
+    growth = {}
     for mode in ("default", "fixed"):
         command = [sys.executable, "-c", STEP, mode]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
-        held[mode] = int(result.stdout)
-    assert held["fixed"] == pytest.approx(8, abs=2)
-    assert held["default"] > 100
+        growth[mode] = int(result.stdout)
+    assert growth["fixed"] == pytest.approx(8, abs=2)
+    assert growth["default"] > 100

@@ -30,7 +30,7 @@ def reference(layer: FrozenLinear) -> nn.Linear:
     return plain
 
 
-@pytest.mark.parametrize("pieces", ["whole", "pieces"])
+@pytest.mark.parametrize("pieces", ["one piece", "pieces"])
 @pytest.mark.parametrize("quant", QUANTS, ids=str)
 def test_forward_and_gradient_are_those_of_the_dense_weight(quant, pieces, monkeypatch):
     if pieces == "pieces":
@@ -76,10 +76,10 @@ def test_layers_can_share_one_scratch():
 
 def test_nothing_dequantised_is_saved_for_backward():
     layer, x = frozen_linear(NF4()), torch.randn(4, 100, requires_grad=True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer.matmul(x)
-    assert kept == []
+    assert saved == []
 
 
 def test_backward_reads_the_codes_from_their_current_storage():
