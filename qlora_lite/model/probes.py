@@ -108,4 +108,5 @@ def _positions(rows: tuple[Tensor, ...]) -> Tensor:
 
 def _agree(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     largest = torch.maximum(a.abs().max(), b.abs().max())
-    return bool((a - b).abs().max() <= TOLERANCE[dtype] * largest)
+    # NaN counts as equal: damaged weights are for the checks of the loss, which name them
+    return not bool((a - b).abs().max() > TOLERANCE[dtype] * largest)
