@@ -10,7 +10,7 @@ from qlora_lite.data.batches import (
     evaluation_batches,
     split_micro_batches,
 )
-from qlora_lite.data.examples import Examples
+from qlora_lite.data.examples import Examples, ExamplesBuilder
 from qlora_lite.foundation.errors import DataError
 from tests.data.random_rows import random_examples
 
