@@ -2,13 +2,13 @@
 
     y = combine(x, W x) + bias          combine defaults to  W x + update(x)
 
-A method from a paper subclasses `AdapterLayer` and says what `update` is, and which low-rank pair
-(`live_factors`) or dense matrix (`delta`) it amounts to. The base is asked for `matmul(x)` and
-`dense()`; how it is stored is its own business, so every method works on every precision.
+A method from a paper subclasses `AdapterLayer` and defines `update`, and the low-rank pair
+(`live_factors`) or the dense matrix (`delta`) that it equals. It uses the base through `matmul(x)`
+and `dense()` only, so every method works on every precision.
 
-Whatever changes what a layer computes is its own: a trained parameter or a buffer. Both are saved
-with it (`state`), in checkpoints and in the adapter's files. What only a schedule remembers is the
-method's (`Method.state_dict`).
+Everything that changes what a layer computes is one of its trained parameters or buffers. Both are
+saved with it (`state`), in checkpoints and in the adapter's files. The state of a schedule belongs
+to the method (`Method.state_dict`).
 """
 
 from collections.abc import Mapping
@@ -23,11 +23,11 @@ from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.model.frozen import FrozenLinear
 
 START = "start/"
-"""Prefix, in a layer's state, of what `Method.split` found."""
+"""Prefix of the tensors that `Method.split` returned, in a layer's state."""
 
 
 class Role(StrEnum):
-    """What a parameter is to its layer: optimizer groups are made by role."""
+    """What a parameter does in its layer. Optimizer groups are made by role."""
 
     DOWN = "down"
     """(rank, d_in): from the input into the low-rank space (LoRA's A)."""
@@ -60,23 +60,23 @@ class Factors:
 
 
 class AdapterLayer(nn.Module):
-    """A frozen linear layer and what is trained on top of it. Takes the place of the layer.
+    """A frozen linear layer with trained parameters on top. It replaces the layer in the model.
 
-    With `enabled = False` it is the bare base, bit for bit.
+    With `enabled = False` it computes exactly what the base computes.
     """
 
     roles: ClassVar[dict[str, Role]] = {}
     """Every trained parameter's name and role."""
 
     frozen: ClassVar[tuple[str, ...]] = ()
-    """Buffers that rest in the dtype of the parameters; all others keep their own."""
+    """Buffers stored in the dtype of the parameters; all others keep their own."""
 
     def __init__(self, base: FrozenLinear) -> None:
         super().__init__()
         self.base = base
         self.enabled = True
         self.start: Mapping[str, Tensor] = {}
-        """What `Method.split` found for this layer, on the CPU; replayed whenever it is loaded."""
+        """What `Method.split` returned for this layer, on the CPU; reused whenever it is loaded."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) -> (..., d_out)"""
@@ -100,7 +100,7 @@ class AdapterLayer(nn.Module):
     def delta(self) -> Tensor:
         """What merging adds to the dense weight, (d_out, d_in) in fp32."""
         pair = self.live_factors()
-        assert pair is not None, f"{type(self).__name__} says neither delta nor live_factors"
+        assert pair is not None, f"{type(self).__name__} defines neither delta nor live_factors"
         down, up = pair
         return up.detach() @ down.detach()
 
@@ -109,26 +109,29 @@ class AdapterLayer(nn.Module):
         return dense.float() + self.delta()
 
     def factors(self, rank: int | None = None) -> Factors | None:
-        """The folded pair for export, cut to `rank` on request; None if there is none there."""
+        """The folded pair for export, cut to `rank` if given; None if there is no such pair."""
         pair = self.live_factors()
         if pair is None or (rank is not None and rank < pair[0].shape[0]):
             return None
         return Factors(pair[0].detach(), pair[1].detach())
 
     def restart_chain(self, fresh: Mapping[str, Tensor]) -> None:
-        """A run begins at what another one of the same method came to, which is in place.
+        """Called after the state of another run of the same method was loaded to start from.
 
-        Nothing to do but for chains: `fresh` is the state of a start of their own.
+        Only chains override it.
+
+        Args:
+            fresh: the state of this layer's own initialisation.
         """
 
     def warm_start(self, factors: Factors) -> None:
-        """Start at a trained LoRA pair instead of at the base.
+        """Start from a trained LoRA pair.
 
         Raises:
             AdapterError: if this method has no such start, or the pair's rank is larger.
         """
         raise AdapterError(
-            f"{type(self).__name__} cannot begin from a plain LoRA adapter. Leave out "
+            f"{type(self).__name__} cannot start from a plain LoRA adapter. Leave out "
             "adapter.start, or give a run of the same method"
         )
 
@@ -137,18 +140,20 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by name, without the base's."""
+        """The trained parameters by name."""
         return {name: getattr(self, name) for name in self.roles}
 
     def state(self) -> dict[str, Tensor]:
-        """All that this layer is beside its base: parameters, buffers and `start/` tensors."""
+        """Everything but the base: parameters, buffers and `start/` tensors."""
         own = {n: t for n, t in self.state_dict().items() if not n.startswith("base.")}
         return own | {f"{START}{name}": tensor for name, tensor in self.start.items()}
 
     @torch.no_grad()
     def load_state(self, saved: Mapping[str, Tensor]) -> None:
-        """Set what `state` gave, but for the start, which `Method.build` has had. A buffer may
-        have another size: banks grow."""
+        """Load what `state` returned, except the `start/` tensors, which `Method.build` has used.
+
+        A buffer may have another size, because banks grow.
+        """
         for name, tensor in saved.items():
             if name.startswith(START):
                 continue

@@ -24,8 +24,8 @@ from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
 
 FAST = (Role.UP, Role.GATE, Role.MAGNITUDE)
-"""Roles that move at `lr_ratio` times the rate: up factors, and what is one-dimensional, as PEFT
-groups them for LoRA+."""
+"""Roles trained at `lr_ratio` times the learning rate: up factors and one-dimensional parameters,
+as PEFT groups them for LoRA+."""
 
 UNDECAYED = (Role.GATE, Role.MAGNITUDE)
 """Roles without weight decay."""
@@ -59,7 +59,7 @@ class AdapterSettings(Settings):
     """Dropout on the adapter's input."""
 
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Precision of the trained parameters at rest; auto is the device rule's (bf16 as a rule)."""
+    """Storage dtype of the trained parameters; `auto` follows the device (bf16 on most)."""
 
     embedding_rank: int = Field(default=0, ge=0)
     """Rank of a LoRA on the input embedding; 0 is none."""
@@ -68,11 +68,11 @@ class AdapterSettings(Settings):
     """Train the norms (scale and bias) as well."""
 
     train_modules: list[str] = Field(default_factory=list)
-    """Modules trained whole, by path or last name: `["lm_head"]`. Linear layers and embeddings
-    are kept in fp32, norms in the dtype that they have."""
+    """Fully trained modules, by path or last name: `["lm_head"]`. Linear layers and embeddings are
+    stored in fp32, norms in the dtype of the base."""
 
     start: str | None = None
-    """A PEFT adapter directory, or a run's `adapter/`, to begin from."""
+    """A PEFT adapter directory, or a run's `adapter/`, to start from."""
 
     @field_validator("ranks")
     @classmethod
@@ -84,32 +84,32 @@ class AdapterSettings(Settings):
 
 
 class Requirement(Flag):
-    """What a method needs from those who carry it out, beyond what every method gets."""
+    """What a method needs beyond what every method gets."""
 
     NONE = 0
     TEACHER_OUTPUT = auto()
-    """The bare base's logits beside the adapted ones: a second forward of every batch."""
+    """The base's own logits: a second forward of every batch, without the adapter."""
     ORIGINAL_WEIGHTS = auto()
-    """The weights before quantisation. `split` decides what is quantised in their place, so the
-    adapter is right on that base only: it leaves as merged weights, not as a PEFT adapter."""
+    """The weights before quantisation. `split` decides what is quantised in their place. Such an
+    adapter fits that base only, so it is exported as merged weights, not as a PEFT adapter."""
     QUANTISATION_ERROR = auto()
-    """A base that loses something when it is quantised: 16 and 32 bit do not."""
+    """A base with a quantisation error: 16 and 32 bit have none."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Numbers that one layer's adapter holds, for the memory plan."""
+    """How many numbers one layer's adapter stores, for the memory plan."""
 
     width: int
-    """Of what is kept for the backward between the factors: a LoRA's rank."""
+    """Features per token saved for backward between the factors: the rank of a LoRA."""
     trained: int
     frozen: int = 0
-    """In the dtype of the parameters, at the end of the run."""
+    """Buffers in the dtype of the parameters, counted at the end of the run."""
     statistics: int = 0
-    """In fp32, beside the optimizer's own."""
+    """Numbers in fp32 besides the optimizer's state."""
 
     def scaled(self, share: float) -> "Footprint":
-        """About what it would be at another rank: everything in proportion."""
+        """The footprint at another rank, assuming that everything is proportional to it."""
         sizes = (self.width, self.trained, self.frozen, self.statistics)
         return Footprint(*(round(size * share) for size in sizes))
 
@@ -121,16 +121,16 @@ def lora_footprint(d_in: int, d_out: int, rank: int) -> Footprint:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """Where training stands."""
+    """The current optimizer step."""
 
     step: int
-    """Of this optimizer step, from 0."""
+    """Counted from 0."""
     total: int
     lr: float
     generator: torch.Generator
-    """Seeded by run and step: the same draws after a resume, and on every process."""
+    """Seeded by run and step: the same draws after a resume and in every process."""
     skipped: bool = False
-    """The optimizer did not move, because a scaled gradient overflowed."""
+    """No parameter changed, because a scaled gradient overflowed."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class ParameterGroup:
 
 
 class ParameterAccess(Protocol):
-    """How a method reads and writes what is trained: the same under every engine."""
+    """How a method reads and writes trained parameters, under any engine."""
 
     def read(self, parameter: nn.Parameter) -> Tensor:
         """The value that the optimizer keeps (its fp32 master where there is one)."""
@@ -170,7 +170,10 @@ class ParameterAccess(Protocol):
         """Clear the optimizer's state of a parameter, or of the part where a mask is true."""
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all processes; the tensor itself in one process."""
+        """The sum of a tensor over all processes; the tensor itself in one process.
+
+        A collective operation: every process calls it in the same order, with equal shapes.
+        """
 
 
 def read_rounded(access: ParameterAccess, parameter: nn.Parameter) -> Tensor:
@@ -194,7 +197,7 @@ class Method(Generic[L]):
         self.layers: dict[str, L] = {}
 
     logit_copies: ClassVar[int] = 3
-    """Chunks of fp32 logits that the loss of this method holds at a time, for the memory plan."""
+    """Chunks of fp32 logits that this method's loss holds at the same time, for the memory plan."""
 
     @property
     def requires(self) -> Requirement:
@@ -202,7 +205,7 @@ class Method(Generic[L]):
         return Requirement.NONE
 
     def plan(self, specs: Sequence[LinearSpec]) -> dict[str, LayerPlan]:
-        """Rank and scale of every layer, before anything is built; rank 0 is left out."""
+        """Rank and scale of every adapted layer, before anything is built. Rank 0 is left out."""
         ranks = {s.path: rank_of(s, self.settings.rank, self.settings.ranks) for s in specs}
         alpha, scaling = self.settings.alpha, self.settings.scaling
         return {
@@ -212,7 +215,7 @@ class Method(Generic[L]):
         }
 
     def footprint(self, spec: LinearSpec, plan: LayerPlan) -> Footprint:
-        """What a planned layer's adapter holds: LoRA's two factors unless a method says else."""
+        """The memory of one layer's adapter: LoRA's two factors unless a method overrides this."""
         return lora_footprint(spec.d_in, spec.d_out, plan.rank)
 
     def split(
@@ -224,14 +227,15 @@ class Method(Generic[L]):
         generator: torch.Generator,
         saved: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Before quantisation: the weight to quantise, and where the layer starts.
+        """Split a weight before quantisation: (what to quantise, tensors for `build`).
 
-        Called for the planned layers of a method that needs the original weights.
+        Called for the adapted layers of a method that requires the original weights.
 
         Args:
-            dense: the weight (d_out, d_in) in fp32; `round_trip` is what quantising makes of one.
-            saved: what an earlier call returned. On resume, load and merge it is replayed to the
-                bit, and nothing is computed anew.
+            dense: the weight (d_out, d_in) in fp32.
+            round_trip: quantises and dequantises a weight.
+            saved: the tensors that an earlier call returned, on resume, load and merge. They must
+                give the same result to the last bit, so nothing is computed again.
         """
         raise NotImplementedError
 
@@ -243,22 +247,22 @@ class Method(Generic[L]):
         start: Mapping[str, Tensor] | None,
         generator: torch.Generator,
     ) -> L:
-        """The layer at its start.
+        """The initialised layer.
 
         Args:
-            start: None at first, or what `split` found. On resume, load and merge all that the
-                layer had saved (`AdapterLayer.state`, and the start under its plain names).
+            start: what `split` returned, or None. On resume, load and merge the saved state of the
+                layer (`AdapterLayer.state`), and the split result under its plain names.
             generator: seeded by run and path.
         """
         raise NotImplementedError
 
     def set_layers(self, layers: Mapping[str, L]) -> None:
-        """All layers are built and in place."""
+        """Called once, when all layers are built and attached."""
         self.layers = dict(layers)
 
     def groups(self) -> list[ParameterGroup]:
-        """Groups by role: up factors, gates and magnitudes at `lr_ratio` times the rate; gates and
-        magnitudes without decay."""
+        """Optimizer groups by role: up factors, gates and magnitudes at `lr_ratio` times the
+        learning rate; gates and magnitudes without weight decay."""
         by_kind: dict[tuple[float, bool], dict[str, nn.Parameter]] = {}
         for path, layer in self.layers.items():
             for name, parameter in layer.trained().items():
@@ -275,8 +279,10 @@ class Method(Generic[L]):
         """Once per optimizer step, before the first forward (DyLoRA draws a rank)."""
 
     def is_settled(self, done: int, total: int) -> bool:
-        """Whether the adapter has the form that was asked for (AdaLoRA's final budget) after `done`
-        steps: early stopping neither keeps nor ends at one that has not."""
+        """Whether the adapter has its final form (AdaLoRA: the final budget) after `done` steps.
+
+        Early stopping waits for it.
+        """
         return True
 
     def penalty(self) -> Tensor | None:
@@ -292,14 +298,16 @@ class Method(Generic[L]):
         return self.layers
 
     def before_step(self, access: ParameterAccess, step: StepInfo) -> None:
-        """Gradients exist and are not clipped yet: read them, or set them."""
+        """After backward, before clipping: gradients can be read and set."""
 
     def after_step(self, access: ParameterAccess, step: StepInfo) -> None:
-        """The optimizer has moved, the gradients still exist (prox, pruning, budgets, restarts)."""
+        """After the optimizer step; gradients still exist (prox, pruning, budgets, restarts)."""
 
     def schedule_position(self, step: int, total: int) -> tuple[int, int]:
-        """Where the learning rate's schedule stands, and its length: a chain of adapters begins it
-        anew with every link. A pure function of the step."""
+        """Position in the learning rate schedule, and its length, as a pure function of the step.
+
+        A chain of adapters starts the schedule again with every link.
+        """
         return step, total
 
     def lr_scale(self, step: int, total: int) -> float:

@@ -263,7 +263,7 @@ def test_an_update_of_zero_has_no_relative_error():
 
 
 def test_a_warm_start_from_a_lora_is_an_error():
-    with pytest.raises(AdapterError, match="cannot begin from a plain LoRA"):
+    with pytest.raises(AdapterError, match="cannot start from a plain LoRA"):
         made(1).warm_start(Factors(torch.zeros(2, 57), torch.zeros(33, 2)))
 
 

@@ -73,5 +73,5 @@ def test_a_saved_start_is_loaded_to_the_bit_and_not_recomputed(tmp_path, monkeyp
 def test_a_warm_start_from_a_lora_is_an_error():
     layer = one_layer(PiSSA(**SMALL), 33, 57)
     pair = one_layer(PiSSA(**SMALL), 33, 57).factors()
-    with pytest.raises(AdapterError, match="cannot begin from a plain LoRA"):
+    with pytest.raises(AdapterError, match="cannot start from a plain LoRA"):
         layer.warm_start(pair)
