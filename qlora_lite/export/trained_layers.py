@@ -161,7 +161,7 @@ class TrainedLayers:
         if parameter is None or not name.endswith(".weight"):
             return None
         if parameter.role == "linear":
-            return base.quant
+            return None if self._is_skipped(name) else base.quant
         if parameter.role == "head":
             return {"16bit": None, "int8": Int8(), "nf4": NF4()}[base.head]
         return None
@@ -191,6 +191,11 @@ class TrainedLayers:
         """Stored bytes of a tensor."""
         return self.checkpoint.info(self.stored_names[self._origin(name)]).num_bytes
 
+    def _is_skipped(self, name: str) -> bool:
+        """Whether a quantised checkpoint left this weight unquantised."""
+        is_quantised = stored_quant(self.source.facts.config, self.source.base.quant) is not None
+        return is_quantised and not is_packed(self.checkpoint, self.stored_names[name])
+
     def _origin(self, name: str) -> str:
         """Of tied parameters, the one that is stored; otherwise the parameter itself."""
         return self.source.facts.tied.get(name, name)
@@ -200,6 +205,8 @@ class TrainedLayers:
         rule = self.source.rule
         if len(parameter.shape) == 1:
             return rule.norms
+        if parameter.role == "linear":  # skipped: it stays as it is stored
+            return self.checkpoint.info(self.stored_names[parameter.name]).dtype
         if parameter.role in ("embedding", "head"):
             return torch.float32 if isinstance(self.source.base.quant, FP32) else rule.storage
         return rule.compute

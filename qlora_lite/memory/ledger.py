@@ -71,6 +71,10 @@ class RunShape:
     attention: Attention = "sdpa"
     micro_batch_tokens: int | None = None
     """Tokens per forward; chosen by the plan unless given."""
+    unquantised: frozenset[str] = frozenset()
+    """Paths of linear layers that a quantised checkpoint stores unquantised."""
+    unquantised_bytes: int = 2
+    """Bytes per element of these."""
 
 
 @dataclass(frozen=True)
@@ -126,13 +130,19 @@ def num_trained(model: ModelShape, run: RunShape) -> int:
 
 
 def _weights(model: ModelShape, run: RunShape) -> Iterator[Term]:
-    linears = model.linears.values()
+    linears = [p for path, p in model.linears.items() if path not in run.unquantised]
     num_weights = sum(p.num_weights for p in linears)
     packed = sum(_packed(p, run) for p in linears)
+    skipped = sum(model.linears[path].num_weights for path in run.unquantised)
+    yield Term(
+        "linear layers that stay unquantised",
+        skipped * run.unquantised_bytes,
+        f"{skipped:,} x {run.unquantised_bytes} B",
+    )
     yield Term(
         f"linear layers in {run.quant}",
         packed,
-        f"{num_weights:,} weights x {8 * packed / num_weights:.4g} bits",
+        f"{num_weights:,} weights x {8 * packed / max(num_weights, 1):.4g} bits",
     )
     embedding = sum(p.num_weights for p in model.stored if p.role == "embedding")
     yield Term("embedding", embedding * run.storage_bytes, f"{embedding:,} x {run.storage_bytes} B")

@@ -135,7 +135,7 @@ def load_base(
     stored = stored_quant(facts.config, base.quant)
     checkpoint = Checkpoint.open(path)
     model = build_empty(facts.config, base)
-    _Loading(model, checkpoint, facts, base, rule, split).run(progress)
+    _Loading(model, checkpoint, facts, base, rule, split, stored is not None).run(progress)
     if (path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
     checkpoint.close()
@@ -183,8 +183,10 @@ class _Loading:
         base: Base,
         rule: DeviceRule,
         split: SplitOf | None,
+        is_quantised: bool,
     ) -> None:
         self.model = model
+        self.is_quantised = is_quantised
         self.checkpoint = checkpoint
         self.facts = facts
         self.base = base
@@ -265,17 +267,21 @@ class _Loading:
         if is_packed(self.checkpoint, name):
             return read_packed(self.checkpoint, name, self.rule, bias, self.scratch)
         source = StoredWeight(self.checkpoint, name, transposed=isinstance(module, Conv1D))
+        if self.is_quantised and module is not self.head:
+            # the checkpoint's own skip list, whatever it says, left this layer as it is
+            weight = copy_weight(source, source.dtype, self.rule.device)
+            return self._unquantised(weight, bias, source)
         if module is not self.head:
             hook = None if self.split is None else self.split(path)
             return quantise(source, self.base.quant, self.rule, bias, hook, self.scratch)
         if self.base.head == "16bit":
             weight = copy_weight(source, self.storage, self.rule.device)
-            return self._plain_head(weight, bias, source)
+            return self._unquantised(weight, bias, source)
         quant = Int8() if self.base.head == "int8" else NF4()
         return quantise(source, quant, self.rule, bias, scratch=self.scratch)
 
-    def _plain_head(self, weight: Tensor, bias: Tensor | None, source: Source) -> FrozenLinear:
-        quant = FP32() if self.storage == torch.float32 else BF16()
+    def _unquantised(self, weight: Tensor, bias: Tensor | None, source: Source) -> FrozenLinear:
+        quant = FP32() if weight.dtype == torch.float32 else BF16()
         if bias is not None:
             bias = bias.to(self.rule.device, self.rule.norms, copy=True)
         d_out, d_in = source.shape
@@ -304,7 +310,7 @@ class _Loading:
             bias_name = self.stored_names.get(f"{path}.bias")
             bias = None if bias_name is None else self.checkpoint.read(bias_name)
             source = StoredWeight(self.checkpoint, self.stored_names[source_name])
-            module = self._plain_head(shared.data, bias, source)
+            module = self._unquantised(shared.data, bias, source)
             self.model.set_submodule(path, module)
         setattr(module, leaf, shared)
 

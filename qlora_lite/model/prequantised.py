@@ -6,6 +6,7 @@ quantisation `x.weight.nested_absmax` and `x.weight.nested_quant_map`, and the r
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,6 +46,24 @@ def own_quant(config: Any) -> Quant | None:
         return Int8()
     kind = NF4 if settings.get("bnb_4bit_quant_type") == "nf4" else FP4
     return kind(double_quant=bool(settings.get("bnb_4bit_use_double_quant")))
+
+
+def skipped_layers(config: Any) -> tuple[str, ...]:
+    """Modules that a quantised checkpoint left unquantised: paths, or parts of them."""
+    settings = getattr(config, "quantization_config", None) or {}
+    if not isinstance(settings, dict):
+        settings = settings.to_dict()
+    return tuple(settings.get("llm_int8_skip_modules") or ())
+
+
+def is_skipped(path: str, skipped: Sequence[str]) -> bool:
+    """Whether the module at `path` is one of `skipped`, or inside one."""
+    parts = path.split(".")
+    return any(
+        name.split(".") == parts[i : i + name.count(".") + 1]
+        for name in skipped
+        for i in range(len(parts))
+    )
 
 
 def stored_quant(config: Any, wanted: Quant) -> Quant | None:

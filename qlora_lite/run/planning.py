@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from qlora_lite.adapters.method import Requirement
 from qlora_lite.adapters.ranks import beyond_the_last, last_block
 from qlora_lite.adapters.warm_start import require_adapter
@@ -12,6 +14,7 @@ from qlora_lite.foundation.units import parse_bytes
 from qlora_lite.memory.ledger import RunShape
 from qlora_lite.memory.measure import available_bytes
 from qlora_lite.memory.plan import Plan, make_plan
+from qlora_lite.model.prequantised import is_skipped, skipped_layers
 from qlora_lite.model.quant import NF4, FourBit
 from qlora_lite.recipe import Recipe
 from qlora_lite.run.savings import alternatives
@@ -133,7 +136,7 @@ def run_shape(setup: RunSetup, micro_batch_tokens: int | None = None) -> RunShap
     recipe, rule, method = setup.recipe, setup.rule, setup.method
     adapter, quant, optim = recipe.adapter, recipe.base.quant, recipe.optim
     four_bit = quant if isinstance(quant, FourBit) else NF4()
-    layers = setup.adapter.layers
+    layers, skipped = setup.adapter.layers, skipped_layers(setup.facts.config)
     full_modules = set(setup.adapter.full_modules)
     full_parameters = [p for p in setup.facts.shape.parameters if p.module in full_modules]
     return RunShape(
@@ -161,4 +164,8 @@ def run_shape(setup: RunSetup, micro_batch_tokens: int | None = None) -> RunShap
         checkpointing=optim.checkpointing,
         attention="sdpa" if recipe.base.attention == "auto" else recipe.base.attention,
         micro_batch_tokens=optim.micro_batch_tokens or micro_batch_tokens,
+        unquantised=frozenset(
+            path for path in setup.facts.shape.linears if is_skipped(path, skipped)
+        ),
+        unquantised_bytes=(setup.facts.config.dtype or torch.bfloat16).itemsize,
     )
