@@ -93,7 +93,7 @@ def test_adapter_bytes_are_those_of_attached_ones(tmp_path):
     method = method_for(LoRA(rank=4, ranks={"0": 12}, embedding_rank=3, targets="attention"))
     plan = plan_adapter(method, facts_of(loaded.config))
     attached = attach(loaded.model, method, plan, 0, torch.bfloat16)
-    adapters = {spec.path: method.footprint(spec) for spec in plan.specs}
+    adapters = {s.path: method.footprint(s, plan.layers[s.path]) for s in plan.specs}
     run = run_shape(shape, {"kind": "nf4"}, adapters=adapters, embedding_rank=3)
     assert num_trained(shape, run) == attached.num_parameters
     held = sum(p.nbytes for p in attached.parameters().values())
