@@ -7,11 +7,16 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import defaultdict
 
 import pytest
+import torch
+from torch.nn import functional as F
 
 from qlora_lite.foundation.errors import RunError
 from qlora_lite.run.training import run_recipe
+from qlora_lite.training import loop
+from qlora_lite.training.engine import TorchEngine
 from tests.end_to_end.small_run import (
     finish_in_child,
     recipe_in,
@@ -47,6 +52,55 @@ def test_a_killed_and_continued_run_ends_with_the_same_bits(folder, uninterrupte
     result = result_of(folder / name)
     assert result["metrics"] == uninterrupted["metrics"]
     assert result == uninterrupted
+
+
+@pytest.fixture
+def masks(monkeypatch):
+    """The dropout masks of every step by its number, while a run trains in this process."""
+    drawn, dropout, prepare_step = defaultdict(list), F.dropout, loop.prepare_step
+    step = -1  # the dry run before the first step
+
+    def recording(x, p, training):
+        mask = dropout(torch.ones_like(x), p, training)
+        if training:
+            drawn[step].append(mask.detach().clone())
+        return x * mask
+
+    def numbered(method, optim, seed, number, total):
+        nonlocal step
+        step = number
+        return prepare_step(method, optim, seed, number, total)
+
+    monkeypatch.setattr(F, "dropout", recording)
+    monkeypatch.setattr(loop, "prepare_step", numbered)
+    return drawn
+
+
+def test_a_resumed_run_draws_the_dropout_masks_of_one_that_ran_through(folder, masks, monkeypatch):
+    short = ("optim.steps=4", "checkpoints.every=2", "evaluation.samples=0")
+    run_recipe(recipe_in(folder, "ran-through", *short))
+    expected = dict(masks)
+    masks.clear()
+
+    step = TorchEngine.step
+
+    def interrupted(engine, max_norm, info):
+        if info.step == 3:
+            raise KeyboardInterrupt
+        return step(engine, max_norm, info)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchEngine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(recipe_in(folder, "resumed", *short))
+    masks.clear()
+    run_recipe(recipe_in(folder, "resumed", *short))
+    assert sorted(masks) == [2, 3]
+    for number, found in masks.items():
+        assert len(found) == len(expected[number])
+        assert all(map(torch.equal, found, expected[number]))
+        other = expected[number - 1][0]  # batches differ in length
+        assert not torch.equal(found[0].flatten()[:512], other.flatten()[:512])
 
 
 @pytest.mark.slow

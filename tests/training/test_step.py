@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from qlora_lite.adapters.attach import attach
 from qlora_lite.adapters.method import StepInfo
@@ -16,7 +17,8 @@ from qlora_lite.model.load import load_base
 from qlora_lite.model.settings import Base
 from qlora_lite.training.engine import TorchEngine
 from qlora_lite.training.optimizer import AdamW
-from qlora_lite.training.step import optimizer_step
+from qlora_lite.training.settings import Optim
+from qlora_lite.training.step import optimizer_step, prepare_step
 from tests.tiny import save_tiny
 
 
@@ -155,3 +157,22 @@ def test_a_loss_on_outputs_is_a_mean_over_the_trained_tokens_of_the_step(directo
             expected += 0.1 * logits.sum().item()
             count += len(logits)
     assert with_loss.added == pytest.approx(expected / count, rel=1e-3)
+
+
+def drawn(seed, number):
+    """What step `number` draws: a dropout mask, and numbers of the method's own stream."""
+    step = prepare_step(LoRAMethod(LoRA()), Optim(), seed, number, total=10)
+    return F.dropout(torch.ones(64)), torch.rand(64, generator=step.generator)
+
+
+@pytest.mark.parametrize("stream", [0, 1], ids=["dropout", "method"])
+def test_every_step_and_every_seed_draws_its_own_numbers(stream):
+    draws = [drawn(seed, number)[stream] for seed in (0, 1) for number in (0, 1, 2)]
+    assert len({tuple(draw.tolist()) for draw in draws}) == len(draws)
+
+
+def test_a_step_draws_the_same_numbers_whatever_was_drawn_before():
+    first = drawn(seed=3, number=7)
+    torch.rand(5)
+    for found, expected in zip(drawn(seed=3, number=7), first, strict=True):
+        assert torch.equal(found, expected)
