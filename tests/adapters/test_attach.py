@@ -62,13 +62,39 @@ def test_disabled_it_is_the_base_whatever_was_trained(directory):
         embedding_rank=3,
         train_modules=["lm_head", "*.0.*.c_fc"][: _num(directory)],
     )
+    train_everything(attached)
+    adapted = logits(model)
+    assert not torch.equal(adapted, base_logits)
+    with attached.disabled():
+        assert torch.equal(logits(model), base_logits)
+    assert torch.equal(logits(model), adapted)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"train_norms": True}, {"train_modules": ["*.1.*"]}, {"embedding_rank": 3}, {}],
+    ids=["norms", "full modules", "embedding", "adapters"],
+)
+def test_after_an_error_inside_disabled_everything_trained_is_in_use_again(directory, settings):
+    """Each kind alone, so that one that stays switched off is not hidden by the others."""
+    targets = ["*.0.*"]  # of the first block; the second may be fully trained
+    model, attached, base_logits = attached_to(directory, targets=targets, **settings)
+    train_everything(attached)
+    adapted, modules = logits(model), dict(model.module.named_modules())
+    with pytest.raises(KeyboardInterrupt), attached.disabled():
+        assert torch.equal(logits(model), base_logits)
+        raise KeyboardInterrupt
+    assert torch.equal(logits(model), adapted)
+    after = dict(model.module.named_modules())
+    assert after.keys() == modules.keys()
+    assert all(after[path] is module for path, module in modules.items())
+
+
+def train_everything(attached):
+    """Move every trained parameter."""
     with torch.no_grad():
         for parameter in attached.parameters().values():
             parameter.add_(0.1)
-    assert not torch.equal(logits(model), base_logits)
-    with attached.disabled():
-        assert torch.equal(logits(model), base_logits)
-    assert not torch.equal(logits(model), base_logits)
 
 
 def _num(directory):
