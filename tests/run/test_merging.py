@@ -1,5 +1,6 @@
 """`merge`: from a run's folder to a model directory, compared with the trained model."""
 
+import dataclasses
 import json
 import runpy
 import shutil
@@ -11,6 +12,7 @@ from huggingface_hub import metadata_load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_lite.export.merge import MergedWeights
+from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.errors import ExportError, RunError
 from qlora_lite.report import page as report
 from qlora_lite.run import merge_check, merging
@@ -129,6 +131,42 @@ def test_with_a_given_base_and_without_verify_no_model_is_loaded(folder, tmp_pat
         assert result.base == base
         assert result.table == ()
         assert len(list(result.out.glob("*.safetensors"))) > 3
+
+
+@pytest.fixture(scope="module")
+def fp32_run(folder):
+    """A finished run on a base in fp32, where every rounding of training changes weights."""
+    base = save_tiny(folder / "fp32-base")
+    recipe = small_recipe(base, folder / "rows.jsonl", folder / "fp32-run", "optim.steps=1")
+    run_recipe(recipe.but("evaluation.samples=0"))
+    return folder / "fp32-run"
+
+
+def files_of_merge(run, out):
+    """The written weights on the trained base, by file."""
+    merge(run, out, base="trained", dtype="fp32", verify=False)
+    return {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("name", ["compute", "storage", "norms"])
+def test_a_merge_rounds_as_training_did_whatever_this_machine_would(
+    fp32_run, tmp_path, monkeypatch, name
+):
+    expected = files_of_merge(fp32_run, tmp_path / "expected")
+    here = devices.choose("cpu")
+    other = torch.float32 if getattr(here, name) is torch.bfloat16 else torch.bfloat16
+    rule = dataclasses.replace(here, **{name: other})
+    monkeypatch.setattr(devices, "choose", lambda *_, **__: rule)
+    assert files_of_merge(fp32_run, tmp_path / "elsewhere") == expected
+
+    run = shutil.copytree(fp32_run, tmp_path / "run")  # as if trained with the other dtype
+    sidecar = run / "adapter" / "qlora_lite.json"
+    record = json.loads(sidecar.read_text())
+    assert record["base"][name] == devices.NAMES[getattr(here, name)]
+    record["base"][name] = devices.NAMES[other]
+    sidecar.write_text(json.dumps(record))
+    monkeypatch.undo()
+    assert files_of_merge(run, tmp_path / "differs") != expected
 
 
 def test_fp32_files_on_the_trained_base_are_exact(folder, tmp_path):
