@@ -82,6 +82,31 @@ def test_an_extra_loss_is_summed_over_chunks_and_has_a_gradient():
     torch.testing.assert_close(torch.autograd.grad(loss, states)[0], expected, **FP32)
 
 
+@pytest.mark.parametrize("head_is_trained", [False, True])
+def test_in_bf16_losses_and_gradients_of_many_chunks_are_summed_in_fp32(head_is_trained):
+    # 640 equal tokens, one a chunk: in bf16 a sum of equal terms stops growing at 256 of them
+    row = torch.randn(24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    states = row.expand(1, 640, 24).contiguous().requires_grad_()
+    weight = torch.randn(53, 24, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    targets = torch.full((1, 640), 7)
+    loss = linear_cross_entropy(
+        states,
+        targets,
+        lambda h: h @ (weight if head_is_trained else weight.detach()).to(h.dtype).T,
+        head_is_trained=head_is_trained,
+        chunk_tokens=1,
+    )
+    loss.backward()
+    exact = weight.detach().bfloat16().double().requires_grad_()
+    expected = naive(row.double().expand(1, 640, 24), exact, targets)
+    expected.backward()
+    # what is left is one rounding to bf16: of the logits, and of each token's gradient
+    assert loss.item() == pytest.approx(expected.item(), rel=2**-7)
+    if head_is_trained:
+        assert distance(weight.grad, exact.grad) < 2**-7
+    assert distance(states.grad[0, 0], states.grad[0, -1]) == 0
+
+
 def test_a_batch_without_trained_tokens_has_no_loss_and_no_gradient():
     states, weight, targets = case(5)
     targets.fill_(IGNORE_INDEX)

@@ -45,6 +45,17 @@ def test_forward_and_gradient_are_those_of_the_dense_weight(quant, pieces, monke
     assert_close(found, wanted, atol=1e-6, rtol=1e-6)
 
 
+def test_input_gradients_of_pieces_are_summed_in_fp32(monkeypatch):
+    # 1,024 pieces of one row each; in bf16 a sum of ones stops growing at 256
+    monkeypatch.setattr(module, "PIECE_WEIGHTS", 64)
+    layer = quantise(torch.ones(1024, 64), NF4(double_quant=False), choose("cpu", "bf16"))
+    assert len(list(layer.pieces())) == 1024
+    x = torch.zeros(2, 64, dtype=torch.bfloat16, requires_grad=True)
+    y = layer(x)
+    (found,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(found, torch.full_like(x, 1024))
+
+
 @pytest.mark.parametrize("quant", QUANTS, ids=str)
 def test_forward_is_matmul_plus_bias_bit_for_bit(quant):
     layer, x = frozen_linear(quant), torch.randn(4, 100)
