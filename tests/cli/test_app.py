@@ -124,7 +124,8 @@ def test_merge_writes_a_model_that_scores_like_the_adapter(trained, tmp_path):
     assert str(out) in ended.out
     data = trained.run.with_name("train.jsonl")
     scores = run_command("eval", trained.run, out, "--data", data, "data.max_tokens=128").out
-    assert _losses(scores, "model")[0] == pytest.approx(_losses(scores, "adapter")[0], abs=1e-3)
+    expected = _losses(scores, "adapter")[0]  # printed with four decimals
+    assert _losses(scores, "model")[0] == pytest.approx(expected, abs=1.01e-4)
 
 
 def test_a_merge_prints_its_candidates(trained, tmp_path):

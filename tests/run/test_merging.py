@@ -23,6 +23,10 @@ from tests.end_to_end.small_run import small_recipe, write_rows
 from tests.export.trained import stored
 from tests.tiny import save_tiny
 
+BF16 = 8 * 2**-9
+"""Relative error of logits: eight products in a row, whose weights were rounded to bf16. Without
+the adapter it would be 0.65 here."""
+
 CARD = """---
 license: other
 license_name: "tricky: 'name' #1"
@@ -58,11 +62,18 @@ def test_the_better_base_is_written_and_marked_in_the_table(merged):
     assert written[0].loss == min(row.loss for row in merged.table[1:])
     assert written[0].candidate == merge_check.LABELS[merged.base]
     assert merged.table[0].agreement is None
-    # not 1, because of rounding to bf16; the original base also lacks NF4's error
-    assert merged.table[1].agreement > 0.95
+    assert merged.base == "trained"
+    assert merged.table[1].agreement == merged.written.top1
     assert merged.table[1].agreement >= merged.table[2].agreement > 0
     assert merged.exact.is_exact
-    assert merged.written.top1 > 0.9
+    assert merged.written.relative_error < BF16
+
+
+def test_the_files_are_the_exact_merge_rounded_once(folder, merged, tmp_path):
+    exact = merge(folder / "run", tmp_path / "out", base=merged.base, dtype="fp32", verify=False)
+    found, expected = stored(merged.out), stored(exact.out)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name].bfloat16()) for name in found)
 
 
 def test_the_directory_has_the_files_that_other_tools_read(folder, merged):
@@ -98,7 +109,7 @@ def test_plain_transformers_predicts_the_same_tokens_as_the_run(folder, merged):
     ids = torch.randint(4, 400, (1, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found, expected = model(ids).logits, trained.model(ids).logits
-    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
+    assert (found - expected).norm() < BF16 * expected.norm()
 
 
 def test_the_report_and_the_card_contain_the_table(folder, merged):
