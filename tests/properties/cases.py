@@ -77,3 +77,19 @@ CASES = {
     "lora_mini, orthogonal": Case(LoRAMini(rank=4, aux="orthogonal", inner_down=9, inner_up=7)),
     "ba_lora": Case(BALoRA(rank=4, alpha=6, consistency=0.1, diversity=0.1, singular=0.1)),
 }
+
+SAME_LAYER = (
+    "rslora",
+    "lora_plus",
+    "pissa, randomised",
+    "pissa, requantised",
+    "olora",
+    "olora, requantised",
+    "loftq",
+    "rm_lora",
+    "ba_lora",
+)
+"""Once built, these are layers of `lora` or `pissa`: only start, scale or training differ."""
+
+SAME_TRAINING = ("rslora", "lora_plus", "pissa, randomised", "olora, requantised")
+"""These train as another case does, with another scale, learning rate or start."""

@@ -13,7 +13,7 @@ from qlora_lite.methods.loftq import LoftQ
 from qlora_lite.methods.offset import original
 from qlora_lite.model.quant import BF16, FP4, FP32, NF4, Int8
 from qlora_lite.model.targets import LinearSpec
-from tests.properties.cases import CASES
+from tests.properties.cases import CASES, SAME_LAYER
 from tests.workbench import one_layer, perturb
 
 FP32_SUMS = {"rtol": 1e-5, "atol": 1e-5}
@@ -24,18 +24,20 @@ SHAPES = {"square": (66, 66), "wide": (42, 129), "tall": (129, 42), "odd": (33, 
 UNQUANTISED = ("bf16", "fp32")
 
 
-def grid():
+def grid(repeated=()):
+    """The whole grid. What is `repeated` is among the slow tests only."""
     for name, case in CASES.items():
         for quant in QUANTS:
             for shape in SHAPES:
                 if isinstance(case.settings, LoftQ) and quant in UNQUANTISED:
                     continue  # refused: there is no error to start from (see test_loftq.py)
-                quick = (quant, shape) == ("nf4", "odd")
+                quick = (quant, shape) == ("nf4", "odd") and name not in repeated
                 marks = () if quick else (pytest.mark.slow,)
                 yield pytest.param(name, quant, shape, id=f"{name}-{quant}-{shape}", marks=marks)
 
 
 every = pytest.mark.parametrize(("name", "quant", "shape"), list(grid()))
+every_layer = pytest.mark.parametrize(("name", "quant", "shape"), list(grid(SAME_LAYER)))
 
 
 def made(name: str, quant: str, shape: str, dtype: torch.dtype = torch.float32) -> AdapterLayer:
@@ -77,7 +79,7 @@ def test_before_training_in_bf16_the_output_is_that_of_the_base(name, quant, sha
         torch.testing.assert_close(layer(x), layer.base(x), **FP32_SUMS)
 
 
-@every
+@every_layer
 def test_output_and_input_gradient_are_those_of_the_merged_weight(name, quant, shape):
     layer = perturb(made(name, quant, shape))
     x = inputs(layer).requires_grad_()
@@ -92,7 +94,7 @@ def test_output_and_input_gradient_are_those_of_the_merged_weight(name, quant, s
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-4)
 
 
-@every
+@every_layer
 def test_parameter_gradients_are_those_of_the_delta(name, quant, shape):
     """For methods with a pair: the gradient of <G, x delta^T>, by plain autograd."""
     layer = perturb(made(name, quant, shape))
@@ -111,7 +113,7 @@ def test_parameter_gradients_are_those_of_the_delta(name, quant, shape):
         torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-4)
 
 
-@every
+@every_layer
 def test_dropout_applies_in_training_and_only_to_the_adapter(name, quant, shape):
     layer = one_layer(
         CASES[name].settings.model_copy(update={"dropout": 0.5}), *SHAPES[shape], QUANTS[quant]
@@ -127,7 +129,7 @@ def test_dropout_applies_in_training_and_only_to_the_adapter(name, quant, shape)
     assert torch.equal(layer(x), layer(x))
 
 
-@every
+@every_layer
 def test_without_dropout_training_and_evaluation_agree(name, quant, shape):
     layer = perturb(made(name, quant, shape))
     if isinstance(layer, DyLoRALayer):
@@ -136,7 +138,7 @@ def test_without_dropout_training_and_evaluation_agree(name, quant, shape):
     torch.testing.assert_close(layer.train()(x), layer.eval()(x), **FP32_SUMS)
 
 
-@every
+@every_layer
 def test_the_exported_pair_equals_the_delta(name, quant, shape):
     layer = perturb(made(name, quant, shape))
     pair = layer.factors()
@@ -167,7 +169,7 @@ def test_the_number_of_trained_parameters_is_that_of_the_formula(name, quant, sh
     assert needing == {id(p) for p in trained.values()}
 
 
-@every
+@every_layer
 def test_disabled_it_is_the_base(name, quant, shape):
     layer = perturb(made(name, quant, shape))
     x = inputs(layer)
