@@ -47,7 +47,7 @@ def small_recipe(base: Path, data: Path, output: Path, *changes: str) -> Recipe:
                 "micro_batch_tokens": 128,
                 "steps": 12,
             },
-            "evaluation": {"every": 6, "samples": 1},
+            "evaluation": {"every": 6, "samples": 0},
             "checkpoints": {"every": 4},
             "output": str(output),
             "device": "cpu",

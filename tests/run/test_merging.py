@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
     (base / "USE_POLICY.md").write_text("be kind")
     (base / "modeling_evil.py").write_text("raise SystemExit")
     recipe = small_recipe(base, write_rows(folder / "rows.jsonl"), folder / "run")
-    run_recipe(recipe.but("data.system=/be brief"))
+    run_recipe(recipe.but("data.system=/be brief", "evaluation.samples=1"))
     return folder
 
 
@@ -148,8 +148,7 @@ def test_with_a_given_base_and_without_verify_no_model_is_loaded(folder, tmp_pat
 def fp32_run(folder):
     """A finished run on a base in fp32, where every rounding of training changes weights."""
     base = save_tiny(folder / "fp32-base")
-    recipe = small_recipe(base, folder / "rows.jsonl", folder / "fp32-run", "optim.steps=1")
-    run_recipe(recipe.but("evaluation.samples=0"))
+    run_recipe(small_recipe(base, folder / "rows.jsonl", folder / "fp32-run", "optim.steps=1"))
     return folder / "fp32-run"
 
 
@@ -206,10 +205,10 @@ def test_unfinished_work_of_another_merge_is_not_continued(folder, tmp_path, mon
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merging, "write_companions", None)
         with pytest.raises(TypeError):
-            merge(folder / "run", tmp_path / "out", base="original")
+            merge(folder / "run", tmp_path / "out", base="original", verify=False)
     (tmp_path / ".out.writing" / "LICENSE-of-another").write_text("")
-    result = merge(folder / "run", tmp_path / "out", base="trained")
-    expected = merge(folder / "run", tmp_path / "expected", base="trained")
+    result = merge(folder / "run", tmp_path / "out", base="trained", verify=False)
+    expected = merge(folder / "run", tmp_path / "expected", base="trained", verify=False)
     assert not (result.out / "LICENSE-of-another").exists()
     assert (result.out / "model.safetensors").read_bytes() == (
         expected.out / "model.safetensors"
@@ -227,7 +226,8 @@ def test_nothing_is_overwritten(folder, tmp_path):
 
 def test_an_empty_directory_may_be_filled(folder, tmp_path):
     (tmp_path / "out").mkdir()
-    assert merge(folder / "run", tmp_path / "out", base="trained").out.is_dir()
+    result = merge(folder / "run", tmp_path / "out", base="trained", verify=False)
+    assert (result.out / "model.safetensors").is_file()
 
 
 def test_a_base_that_changed_is_refused(folder, tmp_path):
@@ -262,7 +262,7 @@ def test_without_held_out_rows_the_trained_base_is_used_and_checked(folder, tmp_
 def test_a_run_without_its_report_can_be_merged(folder, tmp_path):
     shutil.copytree(folder / "run", tmp_path / "run")
     (tmp_path / "run" / "report.html").unlink()
-    result = merge(tmp_path / "run", tmp_path / "out", base="trained")
+    result = merge(tmp_path / "run", tmp_path / "out", base="trained", verify=False)
     assert "## Loss" in (result.out / "README.md").read_text()
 
 
