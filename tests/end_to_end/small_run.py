@@ -61,6 +61,18 @@ def recipe_in(folder: Path, name: str, *changes: str, base: str = "base") -> Rec
     return small_recipe(folder / base, folder / "train.jsonl", folder / name, *changes)
 
 
+class Killed(Exception):
+    """An exception that a run does not catch."""
+
+
+class Killer(Watcher):
+    """Raises right after the checkpoint of step 4."""
+
+    def saved(self, step: int) -> None:
+        if step == 4:
+            raise Killed
+
+
 def run_in_child(recipe: Recipe, moment: str | None = None, extend: bool = False) -> Any:
     """Start a run in a child process, which kills itself at `moment`. Returns the process."""
     child = processes.Process(target=_child, args=(recipe.to_dict(), moment, extend))

@@ -7,28 +7,15 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_lite.foundation.errors import AdapterError, ExportError
-from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.run.loading import load_run
 from qlora_lite.run.merging import merge
 from qlora_lite.run.scoring import score_targets
 from qlora_lite.run.training import run_recipe
 from qlora_lite.training import metrics
-from tests.end_to_end.small_run import recipe_in
+from tests.end_to_end.small_run import Killed, Killer, recipe_in
 from tests.properties.cases import CASES
 
 QUICK = ("pissa, requantised", "adalora", "cola")
-
-
-class Killed(Exception):
-    """An exception that a run does not catch."""
-
-
-class Killer(Watcher):
-    """Raises right after the checkpoint of step 4."""
-
-    def saved(self, step: int) -> None:
-        if step == 4:
-            raise Killed
 
 
 def recipe_of(folder, case, output, *changes):

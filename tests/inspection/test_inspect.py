@@ -53,7 +53,8 @@ def folder(tmp_path_factory):
         "wide": ("adapter.embedding_rank=3", "adapter.train_norms=true"),
     }
     for name, own in changes.items():
-        run_recipe(small_recipe(base, rows, folder / name, *own, "optim.steps=4"))
+        short = ("optim.steps=4", "data.heldout_share=0")
+        run_recipe(small_recipe(base, rows, folder / name, *own, *short))
     model = AutoModelForCausalLM.from_pretrained(base)
     settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
     model = peft.get_peft_model(model, settings)
