@@ -45,6 +45,7 @@ def logits(model):
         {},
         {"train_norms": True, "embedding_rank": 3},
         {"train_modules": ["lm_head"]},
+        {"train_modules": ["*.0.*"], "targets": ["*.1.*"]},  # GPT-2's have biases
         {"dtype": "fp32", "ranks": {"0": 2, "1": 0}},
     ],
     ids=str,

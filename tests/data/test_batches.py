@@ -1,16 +1,19 @@
 """The batches of each step: reproducible, of bounded size, every row once per epoch."""
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 
+from qlora_lite.data import batches as module
 from qlora_lite.data.batches import (
     Batches,
     evaluation_batches,
     split_micro_batches,
 )
 from qlora_lite.data.examples import Examples, ExamplesBuilder
+from qlora_lite.data.packing import pack_in_windows
 from qlora_lite.foundation.errors import DataError
 from tests.data.random_rows import random_examples
 
@@ -42,6 +45,23 @@ def test_an_epoch_sees_every_row_once_in_a_new_order(packing):
     assert len({len(bins) for bins in per_epoch}) == 1
     assert per_epoch[0] != per_epoch[1] != per_epoch[2]
     assert run.epoch(run.steps - 1) == 3
+
+
+def windows_of(seed):
+    """Sets of rows that are packed with each other in some epoch."""
+    run, found = batches(random_examples(100), seed=seed), []
+    for members in (set(members) for epoch in range(20) for members in run._epoch_bins(epoch)):
+        joined = members.union(*(window for window in found if window & members))
+        found = [window for window in found if not window & members] + [joined]
+    return {frozenset(window) for window in found}
+
+
+def test_rows_stay_in_windows_that_depend_on_the_seed(monkeypatch):
+    monkeypatch.setattr(module, "WINDOW", 20)
+    monkeypatch.setattr(module, "pack_in_windows", partial(pack_in_windows, window=20))
+    first, second = windows_of(0), windows_of(1)
+    assert max(map(len, first)) <= 20
+    assert first != second
 
 
 @pytest.mark.parametrize("packing", [True, False])

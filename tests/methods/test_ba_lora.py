@@ -19,7 +19,7 @@ from qlora_lite.methods.ba_lora import (
     top_entropy,
 )
 from tests.tiny import save_tiny
-from tests.workbench import Bench
+from tests.workbench import Bench, batches_of
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 DRAW = torch.Generator().manual_seed(0)
@@ -174,3 +174,24 @@ def test_the_logits_of_the_teacher_have_no_gradient(tmp_path):
 
     Bench(save_tiny(tmp_path / "base"), BALoRA(rank=4), method=Watching).step()
     assert set(seen) == {(True, False)}
+
+
+def test_the_teacher_is_the_base_with_its_own_head_while_a_head_is_trained(tmp_path):
+    seen = []
+
+    class Watching(BALoRAMethod):
+        def output_loss(self, chunk):
+            seen.append(chunk.teacher_logits)
+            return super().output_loss(chunk)
+
+    settings = BALoRA(rank=4, train_modules=["lm_head"])
+    bench = Bench(save_tiny(tmp_path / "base"), settings, method=Watching, repeats_data=True)
+    expected = []
+    with torch.no_grad():
+        for batch in batches_of(step=0, rows=2):
+            hidden = bench.model.hidden(batch.input_ids, batch.position_ids)
+            expected.append(bench.model.logits(hidden[batch.targets >= 0]))
+    for _ in range(3):
+        bench.step()
+    for teacher_logits in seen:  # twice for each batch: a trained head's loss is recomputed
+        assert any(torch.allclose(teacher_logits, logits, **CLOSE) for logits in expected)

@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 
 from qlora_lite.run.training import run_recipe
 from qlora_lite.training import metrics
-from qlora_lite.training.loop import _is_due
+from qlora_lite.training.loop import Progress, _compare_with_best, _is_due
 from tests.end_to_end.small_run import recipe_in
 
 
@@ -73,3 +74,14 @@ def test_early_stopping_waits_for_adaloras_final_budget(folder):
     native = load_file(folder / "budget" / "adapter" / "native.safetensors")
     masks = [tensor != 0 for name, tensor in native.items() if name.endswith(".e")]
     assert sum(int(mask.sum()) for mask in masks) == 2 * len(masks)
+
+
+def test_a_held_out_loss_that_only_equals_the_best_counts_against_patience():
+    job = SimpleNamespace(keeps_best=False, evaluation=SimpleNamespace(patience=2))
+    progress, stopped = Progress(), []
+    for step, loss in enumerate([3.0, 2.0, 2.0, 2.0], start=1):
+        progress.step = step
+        _compare_with_best(job, progress, loss)
+        stopped.append(progress.stopped_early)
+    assert stopped == [False, False, False, True]
+    assert (progress.best_loss, progress.best_step) == (2.0, 2)
