@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -295,3 +296,26 @@ def test_a_method_that_overrides_merged_is_merged_with_it(tmp_path, monkeypatch)
     out = write_directory(trained, tmp_path / "out", dtype=torch.float32)
     expected = sample_logits(trained.causal, batches())
     assert compare(expected, plain_logits(out)).relative_error < 1e-4
+
+
+def test_a_merge_of_other_weights_has_another_identity(tmp_path):
+    """So that an unfinished merge is continued by the same one only."""
+    source = train_a_little(tmp_path / "base").source
+    rule = source.rule
+    others = [
+        source,
+        *(
+            replace(source, rule=replace(rule, **{name: torch.float16}))
+            for name in ("compute", "storage", "norms")
+        ),
+        replace(source, seed=source.seed + 1),
+        replace(source, adapter=source.adapter.model_copy(update={"alpha": 9})),
+        replace(source, base=source.base.model_copy(update={"head": "int8"})),
+        replace(source, state={n: t + 1 for n, t in source.state.items()}),
+    ]
+    weights = [MergedWeights(TrainedLayers(other, "trained"), None) for other in others]
+    weights.append(MergedWeights(TrainedLayers(source, "original"), None))
+    weights.append(MergedWeights(TrainedLayers(source, "trained"), torch.float16))
+    assert len({one.identity for one in weights}) == len(weights)
+    again = MergedWeights(TrainedLayers(source, "trained"), None)
+    assert again.identity == weights[0].identity

@@ -85,3 +85,14 @@ def test_a_held_out_loss_that_only_equals_the_best_counts_against_patience():
         stopped.append(progress.stopped_early)
     assert stopped == [False, False, False, True]
     assert (progress.best_loss, progress.best_step) == (2.0, 2)
+
+
+def test_a_run_that_stopped_early_continues_when_it_is_extended(folder):
+    changes = ("optim.lr=2.0", "optim.schedule=constant", "evaluation.every=1")
+    patient = (*changes, "evaluation.patience=2")
+    run_recipe(recipe_in(folder, "stopped", *patient))
+    stopped = max(heldout_losses(folder, "stopped"))
+    assert stopped < 12
+    run_recipe(recipe_in(folder, "stopped", *patient, "optim.steps=16"), extend=True)
+    # nothing is better than before, so it stops again after two more scorings
+    assert max(heldout_losses(folder, "stopped")) == stopped + 2
