@@ -139,7 +139,7 @@ def load_base(
     if (path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
     checkpoint.close()
-    behaviour = probe(CausalModel(model), facts.vocabulary, base.model)
+    behaviour = probe(CausalModel(model), facts.vocabulary, base.model, rule.compute)
     return LoadedBase(
         model, model.config, path, checkpoint, rule, stored or base.quant, behaviour.packs
     )

@@ -54,11 +54,14 @@ class Behaviour:
 
 
 @torch.no_grad()
-def probe(model: CausalModel, vocabulary: int, name: str) -> Behaviour:
+def probe(
+    model: CausalModel, vocabulary: int, name: str, compute: torch.dtype = torch.float32
+) -> Behaviour:
     """Run the probes: three forwards of at most 4 x 13 tokens.
 
     Args:
         name: of the model, for messages.
+        compute: dtype of the sums. Outputs may have another: norms are in fp32 on CPU.
 
     Raises:
         BaseModelError: if the model is not causal, padding changes its outputs, or its own logits
@@ -73,26 +76,31 @@ def probe(model: CausalModel, vocabulary: int, name: str) -> Behaviour:
     packed, beside_other, padded, last_changed = model.hidden(ids, positions).float()
     row, alone = second[None].to(model.device), _positions((second,))[None].to(model.device)
     hidden = model.hidden(row, alone)
-    if not _agree(padded[: NEXT - 1], last_changed[: NEXT - 1], hidden.dtype):
+    if not _agree(padded[: NEXT - 1], last_changed[: NEXT - 1], compute):
         raise BaseModelError(
             f"{name} is not a causal language model: a later token changes what it computes for "
             "earlier ones. Use a decoder such as Llama, Qwen or GPT-2"
         )
-    if not _agree(padded[:NEXT], hidden[0].float(), hidden.dtype):
+    if not _agree(padded[:NEXT], hidden[0].float(), compute):
         raise BaseModelError(
             f"{name} computes something else for a row with padding after it than for the row "
             "alone, so rows of different lengths cannot share a batch. This architecture is not "
             "supported"
         )
-    _require_own_logits(model, row, alone, hidden, name)
-    return Behaviour(packs=_agree(packed[ROW:], beside_other[ROW:], hidden.dtype))
+    _require_own_logits(model, row, alone, hidden, name, compute)
+    return Behaviour(packs=_agree(packed[ROW:], beside_other[ROW:], compute))
 
 
 def _require_own_logits(
-    model: CausalModel, row: Tensor, positions: Tensor, hidden: Tensor, name: str
+    model: CausalModel,
+    row: Tensor,
+    positions: Tensor,
+    hidden: Tensor,
+    name: str,
+    compute: torch.dtype,
 ) -> None:
     own = model.module(input_ids=row, position_ids=positions, use_cache=False).logits.float()
-    if not _agree(model.logits(hidden).float(), own, hidden.dtype):
+    if not _agree(model.logits(hidden).float(), own, compute):
         raise BaseModelError(
             f"{name} computes its logits in a way that is not known here: its own differ from "
             "those of its decoder and head, so the loss would be wrong. This architecture is not "

@@ -166,6 +166,7 @@ def test_8_bit_states_and_stochastic_rounding_save_what_they_replace():
     saved = {t.name: t.num_bytes for t in full.terms}
     for term in make_ledger(shape, lean, 1).terms:
         saved[term.name] = saved.get(term.name, 0) - term.num_bytes
+    del saved["margin"]  # a share of all the others
     assert saved["adapters: fp32 master copies"] == 4 * num
     assert saved["Adam's moments"] == pytest.approx(6 * num, rel=0.01)
     assert (

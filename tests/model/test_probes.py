@@ -83,3 +83,21 @@ def test_logits_are_those_of_the_model_or_it_is_refused(family, setting, monkeyp
     monkeypatch.setattr(Head, "logits", lambda self, hidden: self.module(hidden))
     with pytest.raises(BaseModelError, match="logits"):
         packs(model)
+
+
+def test_bf16_sums_whose_norms_give_fp32_are_judged_as_bf16():
+    """On CPU norms are fp32, so the last one's output is, although all sums are in bf16."""
+    model = tiny_of("llama", num_hidden_layers=12)
+    model.to(torch.bfloat16)
+    last, head = model.model.norm.float(), model.lm_head
+    head.register_forward_pre_hook(lambda module, args: (args[0].to(torch.bfloat16),))
+    rounding = torch.tensor([1.0, 1.005])
+
+    def norm(hidden: torch.Tensor) -> torch.Tensor:
+        # what another batch size does to sums in bf16
+        return type(last).forward(last, hidden.float()) * rounding[int(len(hidden) > 1)]
+
+    last.forward = norm
+    assert probe(CausalModel(model), VOCABULARY, "this model", torch.bfloat16).packs
+    with pytest.raises(BaseModelError, match="padding"):
+        probe(CausalModel(model), VOCABULARY, "this model", torch.float32)
