@@ -3,39 +3,54 @@
     L = L_task + l1 consistency + l2 diversity + l3 singular values
 
 They keep the outputs close to those of the pre-trained model, diverse, and dominated by few
-directions. Chang et al. 2024, arXiv:2408.04556. Z are the logits, p = softmax(Z), and q is the
-softmax of the frozen base:
+directions. Chang et al. 2024, arXiv:2408.04556. Z are the logits, p_T = softmax(Z / T), and q_T is
+the same of the frozen base:
 
     language modelling, over the n trained tokens of a chunk
-        consistency   mean KL(q || p)
-        diversity     - mean entropy of p among its `top_k` tokens
-        singular      - (s_1 + ... + s_k) / ||Z||_F     of the centred logits (n, vocabulary)
+        consistency   T^2 mean KL(q_T || p_T)
+        diversity     - mean entropy of p_1 among its `top_k` tokens
+        singular      - (s_1 + ... + s_k) / ||Z||_F     of the logits (n, vocabulary)
     classification (`classes` are given), Z (n, classes) at the tokens whose target is a class
         consistency   mean squared difference of the rows of Z, each normalised to length 1
         diversity     (1 / classes) sum of squared off-diagonal covariances
         singular      - (s_1 + ... + s_k) / (sum of all s)
 
+The weights change during the run, t = step / steps:
+
+    l1 = consistency (0.1 + 0.9 (1 + cos(pi t)) / 2)
+    l2, l3 = diversity, singular times f,   f = 0 until t = 0.2, linear to 1 at t = 0.25, then 1
+
 The teacher is the same model with the adapter disabled, so the base must be unchanged: `mode` can
 only be `offset`. The teacher costs a second forward. Diversity and singular values are computed per
-chunk of trained tokens, so they depend slightly on how a step is cut into micro-batches.
+chunk of at most 256 trained tokens, so they depend slightly on how a step is cut into
+micro-batches.
 
-Where we deviate: we read the authors' first code in full; the constants of the later versions were
-not found. For language modelling that code uses the whole vocabulary and padding positions; we use
-trained tokens only, the entropy among the top 50, and the Frobenius norm (like the later versions,
-according to their outline). It reads `size(1)` of a vector and cannot run as released. Our singular
-values are exact, from the Gram matrix of a chunk of at most 256 tokens; the later versions estimate
-them with random probes. With one class (a regression) the diversity is zero and the consistency
-compares the plain values.
+Where the constants are from. The authors' release (llm172/BA-LoRA, train.py and
+scripts/ba-lora.sh; by its README the paper's setting for generation with Llama 2 7B) has our
+defaults: weights 0.025, 0.005 and 0.005, both schedules, k 10, top_k 20, T 2, the Frobenius norm,
+no centring. The first versions of the paper have weights of 1e-4, 3e-4 and 1e-4 (for classification
+1e-4, 4e-4 and 1e-4), without schedules; their code (cyp-jlu-ai/BA-LoRA) has k 3, T 1 and the whole
+vocabulary. The terms for classification are those of this first code; the release has none, so
+their default weights and schedules are our choice.
+
+Where we deviate: the release leaves its masks unshifted against the labels; we take the logits that
+predict the trained tokens. Its singular values are estimated with random probes if the vocabulary
+is above 4,096; ours are exact, from the Gram matrix of a chunk. It skips the singular term of a
+single token; ours is then the constant -1, with a gradient of zero. It computes the terms in the
+model's dtype, we in fp32. Its optional adaptive weight (off in its script) is left out. The first
+code reads `size(1)` of a vector and cannot run as released. With one class (a regression) the
+diversity is zero and the consistency compares the plain values.
 """
 
-from typing import Literal
+import math
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from qlora_lite.adapters.method import OutputChunk, Requirement
+from qlora_lite.adapters.method import OutputChunk, Requirement, StepInfo
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.methods.pissa import PiSSA, PiSSAMethod
 
@@ -51,19 +66,29 @@ class BALoRA(PiSSA):
     mode: Literal["offset"] = "offset"
     """Train increments and leave the base unchanged, because it is the teacher."""
 
-    consistency: float = Field(default=1e-4, ge=0)
+    consistency: float = Field(default=0.025, ge=0)
     """Weight of staying close to the outputs of the frozen base (lambda 1)."""
 
-    diversity: float = Field(default=3e-4, ge=0)
+    diversity: float = Field(default=0.005, ge=0)
     """Weight of keeping the outputs diverse (lambda 2)."""
 
-    singular: float = Field(default=1e-4, ge=0)
+    singular: float = Field(default=0.005, ge=0)
     """Weight of concentrating the outputs in few singular directions (lambda 3)."""
 
-    num_singular: int = Field(default=3, ge=1)
+    schedule: Literal["release", "constant"] = "release"
+    """`release`: consistency falls to 10 % by a cosine; diversity and singular are off for the
+    first 20 % of the run and reach their weights at 25 %. `constant`: as in the first code."""
+
+    temperature: float = Field(default=2.0, gt=0)
+    """Temperature of the consistency term, for language modelling."""
+
+    num_singular: int = Field(default=10, ge=1)
     """Number of dominant singular values (k)."""
 
-    top_k: int = Field(default=50, ge=2)
+    centred: bool = False
+    """Subtract the mean of the logits over the tokens before the singular values."""
+
+    top_k: int = Field(default=20, ge=2)
     """The entropy is that of the `top_k` most likely tokens."""
 
     classes: list[int] = Field(default_factory=list)
@@ -72,19 +97,55 @@ class BALoRA(PiSSA):
     tokens."""
 
 
+class Weights(NamedTuple):
+    """The weights of the three terms in one step."""
+
+    consistency: float
+    diversity: float
+    singular: float
+
+
+def weights_at(settings: BALoRA, step: int, total: int) -> Weights:
+    """The weights in optimizer step `step` of `total`, from 0."""
+    s = settings
+    if s.schedule == "constant":
+        return Weights(s.consistency, s.diversity, s.singular)
+    fall, rise = cosine_fall(step, total), delayed_rise(step, total)
+    return Weights(s.consistency * fall, s.diversity * rise, s.singular * rise)
+
+
+def cosine_fall(step: int, total: int) -> float:
+    """From 1 at the first step to 0.1 at the end."""
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+def delayed_rise(step: int, total: int) -> float:
+    """0 for the first 20 % of the run, then linear to 1 over 5 %, in whole steps as released."""
+    delay, ramp = int(0.2 * total), max(int(0.05 * total), 1)
+    return min(max((step - delay) / ramp, 0.0), 1.0)
+
+
 class BALoRAMethod(PiSSAMethod):
     """Adds the regularisers to the loss of every chunk."""
 
     settings: BALoRA
     logit_copies = 8
 
+    def __init__(self, settings: BALoRA) -> None:
+        super().__init__(settings)
+        # all terms before the first step: the memory dry run must include the most expensive step
+        self.weights = Weights(settings.consistency, settings.diversity, settings.singular)
+
     @property
     def requires(self) -> Requirement:
         return Requirement.TEACHER_OUTPUT if self.settings.consistency else Requirement.NONE
 
+    def begin_step(self, step: StepInfo) -> None:
+        self.weights = weights_at(self.settings, step.step, step.total)
+
     def output_loss(self, chunk: OutputChunk) -> Tensor | None:
-        s = self.settings
-        if not (s.consistency or s.diversity or s.singular):
+        s, weights = self.settings, self.weights
+        if not any(weights):
             return None
         z, teacher = chunk.logits.float(), chunk.teacher_logits
         if not z.isfinite().all():
@@ -98,16 +159,22 @@ class BALoRAMethod(PiSSAMethod):
             z = z[is_label][:, classes]
             teacher = None if teacher is None else teacher[is_label][:, classes]
         loss = z.new_zeros(())
-        if s.consistency:
+        if weights.consistency:
             assert teacher is not None, "BA-LoRA requires the teacher's logits"
-            consistency = class_consistency if s.classes else token_consistency
-            loss = loss + s.consistency * consistency(z, teacher.float())
-        if s.diversity:
+            if s.classes:
+                consistency = class_consistency(z, teacher.float())
+            else:
+                consistency = token_consistency(z, teacher, s.temperature)
+            loss = loss + weights.consistency * consistency
+        if weights.diversity:
             diversity = class_covariance(z) if s.classes else -top_entropy(z, s.top_k)
-            loss = loss + s.diversity * diversity
-        if s.singular:
-            share = class_share if s.classes else frobenius_share
-            loss = loss - s.singular * share(z, s.num_singular)
+            loss = loss + weights.diversity * diversity
+        if weights.singular:
+            if s.classes:
+                share = class_share(z, s.num_singular)
+            else:
+                share = frobenius_share(z, s.num_singular, s.centred)
+            loss = loss - weights.singular * share
         return loss * len(z)
 
 
@@ -122,10 +189,11 @@ def _require_tokens(classes: list[int], vocabulary: int) -> None:
 # -- language modelling: z (tokens, vocabulary) ----------------------------------------------------
 
 
-def token_consistency(z: Tensor, teacher: Tensor) -> Tensor:
-    """Mean KL(q || p) over the tokens."""
-    p, q = F.log_softmax(z, dim=-1), F.log_softmax(teacher, dim=-1)
-    return F.kl_div(p, q, reduction="batchmean", log_target=True)
+def token_consistency(z: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 times the mean KL(q || p) over the tokens, both at temperature T."""
+    p = F.log_softmax(z / temperature, dim=-1)
+    q = F.log_softmax(teacher.float() / temperature, dim=-1)  # no second fp32 copy is kept
+    return temperature**2 * F.kl_div(p, q, reduction="batchmean", log_target=True)
 
 
 def top_entropy(z: Tensor, top_k: int) -> Tensor:
@@ -134,9 +202,9 @@ def top_entropy(z: Tensor, top_k: int) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1).mean()
 
 
-def frobenius_share(z: Tensor, k: int) -> Tensor:
-    """(s_1 + ... + s_k) / ||Z||_F of the centred logits; within [0, sqrt(k)]."""
-    values = singular_values(z - z.mean(0))
+def frobenius_share(z: Tensor, k: int, centred: bool = False) -> Tensor:
+    """(s_1 + ... + s_k) / ||Z||_F of the logits; within [0, sqrt(k)]."""
+    values = singular_values(z - z.mean(0) if centred else z)
     return values[:k].sum() / (values.square().sum() + TINY).sqrt()
 
 

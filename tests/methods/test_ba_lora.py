@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from torch.nn import functional as F
 
-from qlora_lite.adapters.method import OutputChunk, Requirement
+from qlora_lite.adapters.method import OutputChunk, Requirement, StepInfo
+from qlora_lite.kernels.cross_entropy import linear_cross_entropy
+from qlora_lite.memory.formulas import loss_bytes
 from qlora_lite.methods.ba_lora import (
     BALoRA,
     BALoRAMethod,
@@ -17,6 +20,7 @@ from qlora_lite.methods.ba_lora import (
     singular_values,
     token_consistency,
     top_entropy,
+    weights_at,
 )
 from tests.tiny import save_tiny
 from tests.workbench import Bench, batches_of
@@ -33,12 +37,13 @@ def with_gradient(function, *arguments):
     return value.detach(), gradient
 
 
-def naive_consistency(z, teacher):
+def naive_consistency(z, teacher, temperature):
+    """As released: the divergence of the softened distributions, times T^2."""
     total = 0.0
     for row, other in zip(z, teacher, strict=True):
-        p, q = F.softmax(row, 0), F.softmax(other, 0)
+        p, q = F.softmax(row / temperature, 0), F.softmax(other / temperature, 0)
         total = total + sum(q[i] * (q[i].log() - p[i].log()) for i in range(len(q)))
-    return total / len(z)
+    return temperature * temperature * total / len(z)
 
 
 def naive_entropy(z, top_k):
@@ -50,9 +55,10 @@ def naive_entropy(z, top_k):
     return total / len(z)
 
 
-def naive_frobenius_share(z, k):
-    centred = z - z.mean(0)
-    return torch.linalg.svdvals(centred)[:k].sum() / centred.norm()
+def naive_frobenius_share(z, k, centred=False):
+    if centred:
+        z = z - z.mean(0)
+    return torch.linalg.svdvals(z)[:k].sum() / z.norm()
 
 
 def naive_class_covariance(z):
@@ -82,9 +88,11 @@ def naive_class_share(z, k):
 @pytest.mark.parametrize(
     ("ours", "naive", "arguments"),
     [
-        (token_consistency, naive_consistency, (TEACHER,)),
+        (token_consistency, naive_consistency, (TEACHER, 1.0)),
+        (token_consistency, naive_consistency, (TEACHER, 2.0)),
         (top_entropy, naive_entropy, (5,)),
         (frobenius_share, naive_frobenius_share, (3,)),
+        (frobenius_share, naive_frobenius_share, (3, True)),
         (class_consistency, naive_class_consistency, (TEACHER,)),
         (class_covariance, naive_class_covariance, ()),
         (class_share, naive_class_share, (3,)),
@@ -122,6 +130,121 @@ def test_equal_rows_have_finite_gradients():
 
 def method_with(**settings):
     return BALoRAMethod(BALoRA(**settings))
+
+
+def at_step(method, step, total):
+    method.begin_step(StepInfo(step, total, 1e-3, torch.Generator()))
+    return method
+
+
+def test_the_defaults_are_the_constants_of_the_release():
+    settings = BALoRA()
+    assert (settings.consistency, settings.diversity, settings.singular) == (0.025, 0.005, 0.005)
+    assert (settings.num_singular, settings.top_k, settings.temperature) == (10, 20, 2.0)
+    assert (settings.schedule, settings.centred) == ("release", False)
+
+
+@pytest.mark.parametrize(
+    ("step", "factors"),
+    [
+        (0, (1.0, 0.0, 0.0)),
+        (40, (0.1 + 0.9 * (1 + math.cos(0.2 * math.pi)) / 2, 0.0, 0.0)),
+        (45, (0.1 + 0.9 * (1 + math.cos(0.225 * math.pi)) / 2, 0.5, 0.5)),
+        (50, (0.1 + 0.9 * (1 + math.cos(0.25 * math.pi)) / 2, 1.0, 1.0)),
+        (100, (0.55, 1.0, 1.0)),
+        (200, (0.1, 1.0, 1.0)),
+    ],
+)
+def test_the_weights_follow_the_released_schedules(step, factors):
+    wanted = [
+        factor * weight for factor, weight in zip(factors, (0.025, 0.005, 0.005), strict=True)
+    ]
+    assert list(weights_at(BALoRA(), step, 200)) == pytest.approx(wanted)
+    constant = BALoRA(schedule="constant")
+    assert weights_at(constant, step, 200) == (0.025, 0.005, 0.005)
+
+
+@pytest.mark.parametrize("total", [1, 7, 20, 33, 100])
+def test_short_runs_round_the_schedule_as_released(total):
+    delay, ramp = int(0.2 * total), max(int(0.05 * total), 1)
+    for step in range(total):
+        if step < delay:
+            factor = 0.0
+        elif step < delay + ramp:
+            factor = (step - delay) / ramp
+        else:
+            factor = 1.0
+        assert weights_at(BALoRA(), step, total).diversity == 0.005 * factor
+
+
+def test_the_loss_is_the_released_formula_with_the_weights_of_the_step():
+    method, chunk = method_with(num_singular=3, top_k=5), OutputChunk(Z, torch.zeros(9), TEACHER)
+    for step in (0, 45, 199):
+        l1, l2, l3 = weights_at(method.settings, step, 200)
+        expected = (
+            l1 * naive_consistency(Z, TEACHER, 2.0)
+            - l2 * naive_entropy(Z, 5)
+            - l3 * naive_frobenius_share(Z, 3)
+        )
+        found = at_step(method, step, 200).output_loss(chunk)
+        torch.testing.assert_close(found, 9 * expected, **CLOSE)
+
+
+def test_the_logits_are_not_centred():
+    shifted = Z + 5 * torch.randn(30, generator=torch.Generator().manual_seed(3))
+    assert frobenius_share(shifted, 1) > 0.9  # the common direction dominates
+    torch.testing.assert_close(
+        frobenius_share(shifted, 1, centred=True), frobenius_share(Z, 1, centred=True), **CLOSE
+    )
+
+
+def test_before_the_first_step_all_terms_are_computed():
+    """The memory dry run comes before the first step, in which two of the terms are off."""
+    method = method_with()
+    assert method.weights == (0.025, 0.005, 0.005)
+    assert at_step(method, 0, 20).weights == (0.025, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("centred", [False, True])
+def test_the_plan_covers_the_peak_of_the_loss(dtype, centred):
+    tokens, hidden, vocabulary, chunk = 256, 32, 4000, 128
+    method = method_with(centred=centred)
+    head, teacher = torch.randn(vocabulary, hidden).to(dtype), torch.randn(tokens, hidden).to(dtype)
+    targets = torch.randint(0, vocabulary, (tokens,))
+
+    def extra(logits, targets, teacher_rows):
+        return method.output_loss(OutputChunk(logits, targets, teacher_rows @ head.T))
+
+    with LiveBytes([head, teacher, targets]) as live:
+        states = torch.randn(tokens, hidden, dtype=dtype).requires_grad_()
+        linear_cross_entropy(
+            states, targets, lambda h: h @ head.T, extra, extra_inputs=teacher, chunk_tokens=chunk
+        )
+    itemsize, copies = dtype.itemsize, method.logit_copies
+    planned = loss_bytes(tokens, chunk, vocabulary, hidden, itemsize, copies)
+    assert 0.99 <= planned / live.peak < 1.05
+
+
+def test_a_resumed_run_has_the_same_weights_and_bits(tmp_path):
+    directory = save_tiny(tmp_path / "base")
+    settings = BALoRA(rank=4, alpha=4, consistency=0.3, diversity=0.3, singular=0.3)
+    whole = Bench(directory, settings)
+    for _ in range(7):
+        whole.step()  # the diversity is turned on in the sixth of 20 steps
+    first = Bench(directory, settings)
+    for _ in range(4):
+        first.step()
+    saved = {name: value.clone() for name, value in first.attached.state().items()}
+    second = Bench(directory, settings, saved=saved)
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.number = first.number
+    for _ in range(3):
+        second.step()
+    assert second.method.weights == whole.method.weights
+    assert second.result.added == whole.result.added
+    for name, value in whole.attached.parameters().items():
+        assert torch.equal(value, second.attached.parameters()[name])
 
 
 def test_only_rows_whose_target_is_a_class_are_regularised():
