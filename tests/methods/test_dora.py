@@ -44,7 +44,9 @@ def test_output_and_gradients_are_those_of_equation_5_with_a_constant_norm(quant
 
 def test_the_gain_is_one_at_the_start():
     layer = layer_of()
-    gain = layer.m / layer._norms(layer.base.matmul(layer.a))
+    norms, cancelled = layer._norms(layer.base.matmul(layer.a))
+    gain = layer.m / norms
+    assert not len(cancelled)
     torch.testing.assert_close(gain, torch.ones(33), rtol=1e-6, atol=1e-6)
 
 
@@ -111,3 +113,98 @@ def test_a_row_of_zeros_is_merged_as_zeros():
     assert merged.isfinite().all()
     assert not merged[3].any()
     assert layer.delta().isfinite().all()
+
+
+LEFT = (1e-3, 1e-4, 0.0)
+"""What is left of a row's norm after the delta."""
+
+
+def cancelling(quant, left, dropout=0.0):
+    """A layer whose delta cancels rows 3 and 30 up to `left` of their norm."""
+    layer = perturb(layer_of(quant, dropout=dropout), size=0.3)
+    dense = layer.base.dense().double()
+    other = torch.randn(57, generator=torch.Generator().manual_seed(4)).double()
+    with torch.no_grad():
+        for component, row in enumerate((3, 30)):
+            rest = left * dense[row].norm() * other / other.norm()
+            layer.a[component] = (rest - dense[row]) / layer.scale
+            layer.b[row] = F.one_hot(torch.tensor(component), 4).float()
+    return layer
+
+
+def fp64_weight(layer):
+    """The formula in fp64; a row that nothing is left of is zero."""
+    delta = layer.scale * layer.b.double() @ layer.a.double()
+    direction = layer.base.dense().double() + delta
+    norms = direction.norm(dim=1).clamp(min=1e-6).detach()
+    return (layer.m.double() / norms)[:, None] * direction
+
+
+@pytest.mark.parametrize("left", LEFT)
+@pytest.mark.parametrize("quant", [NF4(), FP32()])
+def test_a_row_that_the_delta_nearly_cancels_is_exact_in_forward_and_merge(quant, left):
+    layer = cancelling(quant, left)
+    x = torch.randn(2, 7, 57, generator=torch.Generator().manual_seed(0))
+    y, merged = layer(x).detach(), layer.merged(layer.base.dense())
+    expected = fp64_weight(layer).detach()
+    torch.testing.assert_close(merged.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(y.double(), x.double() @ expected.T, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(y, F.linear(x, merged), rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradients_of_a_nearly_cancelled_row_are_those_of_the_formula():
+    layer = cancelling(FP32(), 1e-3)
+    x = torch.randn(5, 57, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    factor = torch.randn(5, 33, generator=torch.Generator().manual_seed(1))
+    leaves = [x, layer.m, layer.a, layer.b]
+    found = torch.autograd.grad((layer(x) * factor).sum(), leaves)
+    expected = torch.autograd.grad((x.double() @ fp64_weight(layer).T * factor).sum(), leaves)
+    for gradient, other in zip(found, expected, strict=True):
+        assert (gradient - other).norm() < 1e-4 * other.norm()
+
+
+def test_a_nearly_cancelled_row_has_the_same_dropout_as_the_others():
+    layer = cancelling(FP32(), 1e-1, dropout=0.5).train()
+    x = torch.randn(5, 57, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(7)
+    y = layer(x).detach()
+    torch.manual_seed(7)
+    dropped = F.dropout(x, 0.5, training=True).double()
+    delta = layer.scale * layer.b.double() @ layer.a.double()
+    dense = layer.base.dense().double()
+    gain = layer.m.double() / (dense + delta).norm(dim=1)
+    expected = gain * (x.double() @ dense.T + dropped @ delta.T)
+    torch.testing.assert_close(y.double(), expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("quant", [NF4(), FP32()])
+def test_only_cancelled_rows_are_computed_from_the_dense_weight(quant, monkeypatch):
+    """No other bit changes, and without such a row nothing is dequantised again."""
+    layer, x = cancelling(quant, 1e-3), torch.randn(5, 57)
+    exact, merged = layer(x), layer.merged(layer.base.dense())
+    seen = []
+    whole = DoRALayer._exact_directions
+
+    def counted(self, weight, rows):
+        seen.append(rows.tolist())
+        return whole(self, weight, rows)
+
+    monkeypatch.setattr(DoRALayer, "_exact_directions", counted)
+    layer(x)
+    layer.merged(layer.base.dense())
+    assert seen == [[3, 30], [3, 30]]
+    monkeypatch.setattr("qlora_lite.methods.dora.CANCELS", 0.0)
+    others = torch.tensor([row for row in range(33) if row not in (3, 30)])
+    assert torch.equal(layer(x)[:, others], exact[:, others])
+    assert torch.equal(layer.merged(layer.base.dense())[others], merged[others])
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trained_layer_has_no_cancelled_rows(tmp_path, dtype):
+    bench = Bench(save_tiny(tmp_path / "base"), SETTINGS, dtype=dtype)
+    for _ in range(5):
+        bench.step()
+    for layer in bench.attached.layers.values():
+        _, cancelled = layer._norms(layer.base.matmul(layer.a).float())
+        assert not len(cancelled)
