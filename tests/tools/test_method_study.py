@@ -4,6 +4,8 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -21,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGES = (
     "budget",
     "claims",
+    "comparable",
     "contenders",
     "cost",
     "figures",
@@ -107,7 +110,8 @@ def test_two_methods_from_the_first_run_to_the_page(quick, tmp_path, monkeypatch
     assert "| LoRA+ is better than LoRA at equal steps | embedded | lora_plus " in page
     found = json.loads((docs / "benchmarks" / "methods.json").read_text())
     assert found["core_seconds"] == sum(line["seconds"] for line in found["results"])
-    assert found["findings"][0]["verdict"] == "one seed has no spread"
+    assert found["findings"][0]["verdict"] == "no verdict"
+    assert found["findings"][0]["reason"].startswith("rates 0.001 and 0.004, that of lora_plus")
     assert str(tmp_path) not in json.dumps(found)
     costs = [line["values"] for line in found["results"] if line["key"]["kind"] == "cost"]
     assert all(c["trained_at_a_time"] == 77_824 and len(c["ratios"]) == 2 for c in costs)
@@ -212,13 +216,19 @@ def test_a_mean_is_printed_with_its_spread(study):
     assert study.verdict.mean_and_spread([0.5, 0.5], sign="+") == "+0.500 ± 0.000"
 
 
-def readings_of(study, folder, measured):
-    """Readings of two seeds: `{(kind, method, data): (values, values)}`."""
+def readings_of(study, folder, measured, lrs=None):
+    """Readings of two seeds: `{(kind, method, data): (values, values)}`.
+
+    All runs have the rate 0.004, except those of `lrs`, by method.
+    """
     results = study.results.Results(folder)
     for (kind, method, data), seeds in measured.items():
+        adapter = study.comparable.current_settings().get(method)
+        settings = {"lr": (lrs or {}).get(method, 0.004), "adapter": adapter}
         for seed, values in enumerate(seeds):
             key = study.results.Key(kind, method, data, seed)
-            results.lines[key] = {"key": asdict(key), "seconds": 1.0, "values": values}
+            line = {"key": asdict(key), "settings": settings, "seconds": 1.0, "values": values}
+            results.lines[key] = line
     return study.readings.Readings(results, len(seeds))
 
 
@@ -288,7 +298,70 @@ def test_dylora_is_compared_with_separate_and_truncated_runs(study, tmp_path):
     assert "dylora 2.950 ± 0.071, separate runs 3.000 ± 0.000" in quality.measured
 
 
-def test_the_start_of_loftq_may_be_on_either_side_of_the_base(study, tmp_path):
+def adalora_readings(study, folder, data, lr):
+    """AdaLoRA is better than LoRA in both seeds, at the rate `lr`."""
+    measured = {
+        ("run", "lora", data): (run(3.0), run(3.1)),
+        ("run", "adalora", data): (run(2.8), run(2.9)),
+    }
+    return readings_of(study, folder, measured, {"adalora": lr})
+
+
+def try_rates(study, readings, kind, losses):
+    for lr, loss in zip(study.rates.rates_of(kind), losses, strict=True):
+        key = study.rates.rate_key(kind, lr)
+        readings.results.lines[key] = {"seconds": 1.0, "values": run(loss)}
+
+
+def only_finding(study, readings, data):
+    (finding,) = study.claims.findings(readings, [data])
+    return finding.verdict, finding.reason
+
+
+def test_different_rates_have_no_verdict_on_data_where_none_were_tried(study, tmp_path):
+    for data in ("e2e", "gsm8k"):
+        readings = adalora_readings(study, tmp_path, data, 0.016)
+        try_rates(study, readings, "adalora", (3.0, 2.8, 2.9))
+        try_rates(study, readings, "lora", (3.2, 3.0, 3.1))
+        assert only_finding(study, readings, data) == ("no verdict", "rates 0.016 and 0.004")
+        readings = adalora_readings(study, tmp_path, data, 0.004)
+        assert only_finding(study, readings, data) == ("confirmed", "")
+
+
+@pytest.mark.parametrize(
+    ("lr", "adalora", "lora", "not_bracketed"),
+    [
+        (0.016, (3.0, 2.8, 2.9), (3.2, 3.0, 3.1), None),
+        (0.064, (3.0, 2.9, 2.8), (3.2, 3.0, 3.1), "adalora"),
+        (0.016, (3.0, 2.8, 2.9), (3.0, 3.1, 3.2), "lora"),
+        (0.016, (3.0, 2.9, 2.8), (3.2, 3.0, 3.1), "adalora"),  # not its best
+    ],
+)
+def test_different_rates_have_a_verdict_if_each_is_the_best_and_inside_of_those_tried(
+    study, tmp_path, lr, adalora, lora, not_bracketed
+):
+    readings = adalora_readings(study, tmp_path, "embedded", lr)
+    try_rates(study, readings, "adalora", adalora)
+    try_rates(study, readings, "lora", lora)
+    verdict, reason = only_finding(study, readings, "embedded")
+    assert verdict == ("no verdict" if not_bracketed else "confirmed")
+    wanted = f"rates {lr:g} and 0.004, that of {not_bracketed} is not bracketed"
+    assert reason == (wanted if not_bracketed else "")
+
+
+def test_runs_with_former_settings_have_no_verdict(study, tmp_path):
+    readings = adalora_readings(study, tmp_path, "e2e", 0.004)
+    key = study.results.Key("run", "adalora", "e2e", 0)
+    line = readings.results.lines[key]
+    former = line["settings"]["adapter"] | {"rank": 11}
+    line["settings"] = line["settings"] | {"adapter": former}
+    reason = "adalora was measured with other settings"
+    assert only_finding(study, readings, "e2e") == ("no verdict", reason)
+    assert study.comparable.outdated(readings, ["lora", "adalora", "sora"], "e2e") == ["adalora"]
+    assert study.page.other_settings(["adalora"]).endswith("have now: adalora.")
+
+
+def test_the_start_of_loftq_is_measured_without_a_verdict(study, tmp_path):
     readings = readings_of(
         study,
         tmp_path,
@@ -299,7 +372,8 @@ def test_the_start_of_loftq_may_be_on_either_side_of_the_base(study, tmp_path):
         },
     )
     final, start = study.claims.findings(readings, ["e2e"])
-    assert (final.verdict, start.verdict) == ("not confirmed at this size", "undecided")
+    assert (final.verdict, start.verdict) == ("not confirmed at this size", "no verdict")
+    assert start.reason == "a gap between losses is no distance between models"
     assert "loftq 0.0500 ± 0.0707, 4-bit base 0.2000 ± 0.0000" in start.measured
 
 
@@ -318,6 +392,44 @@ def test_the_page_changes_only_between_its_markers(study, tmp_path):
     page.write_text("# Methods\n")
     study.page.update(page, "three")
     assert page.read_text() == "# Methods\n\n<!-- study:begin -->\nthree\n<!-- study:end -->\n"
+
+
+def test_the_page_is_what_the_tool_writes_from_its_measurements(study, tmp_path):
+    docs = tmp_path / "docs"
+    shutil.copytree(ROOT / "docs", docs)
+    study.tool.main(["--rewrite", str(docs)])
+    for name in ("methods.md", "benchmarks/methods.json"):
+        assert (docs / name).read_bytes() == (ROOT / "docs" / name).read_bytes()
+
+
+def test_every_verdict_on_the_page_is_of_comparable_runs():
+    """Recomputed from the stored rates alone: those of the runs, and those that were tried."""
+    stored = json.loads((ROOT / "docs" / "benchmarks" / "methods.json").read_text())
+    settings = stored["settings"]
+    lrs = {
+        (line["key"]["method"], line["key"]["data"]): line["settings"]["lr"]
+        for line in stored["results"]
+        if line["key"]["kind"] == "run" and line["key"]["method"] != "unquantised"
+    }
+    compared = 0
+    for finding in stored["findings"]:
+        pair = re.match(r"(\S+) [\d.]+ ± [\d.]+, (\S+) [\d.]+ ± ", finding["measured"])
+        if pair is None or finding["verdict"] == "no verdict":
+            continue
+        compared += 1
+        one, other = (lrs[name, finding["data"]] for name in pair.groups())
+        if one != other:
+            assert finding["data"] == "embedded"
+            for name in pair.groups():
+                tried = settings["rates_tried"][name]
+                assert min(tried) < settings["rates"][name] < max(tried)
+    assert compared > 20
+
+
+def test_a_folder_or_the_docs_must_be_given(study, capsys):
+    with pytest.raises(SystemExit):
+        study.tool.main([])
+    assert "WORK" in capsys.readouterr().err
 
 
 def test_figures_are_drawn_if_their_runs_exist(study, tmp_path):

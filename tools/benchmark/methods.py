@@ -2,6 +2,7 @@
 
     python tools/benchmark/methods.py WORK
     python tools/benchmark/methods.py WORK --e2e DIR --gsm8k DIR --write docs
+    python tools/benchmark/methods.py --rewrite docs
 
 Uses the embedded base with the embedded rows and, if their folders are given, E2E (train.csv,
 test.csv) and GSM8K (train.jsonl, test.jsonl). Every measurement is stored: the same command resumes
@@ -10,10 +11,12 @@ executed in parallel, one per core; timings are taken one at a time.
 
 `--write docs` writes the table, the figures and the claims between the markers of docs/methods.md,
 and every number to docs/benchmarks/methods.json. Claims that are not confirmed at this size are
-listed too. Each stage is a file in `tools/benchmark/method_study`.
+listed too. `--rewrite docs` judges the claims again from docs/benchmarks/methods.json and writes
+the page; nothing is measured. Each stage is a file in `tools/benchmark/method_study`.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -22,22 +25,30 @@ from pathlib import Path
 from method_study import figures, page
 from method_study.budget import Budget
 from method_study.claims import findings
+from method_study.comparable import outdated
 from method_study.contenders import contenders
 from method_study.material import EMBEDDED, Material, e2e, gsm8k
 from method_study.processes import run_in_parallel
 from method_study.readings import Readings
-from method_study.record import record, this_machine
+from method_study.record import Machine, record, this_machine, with_findings
 from method_study.results import Results
 from method_study.schedule import Study, stages
+from method_study.verdict import Finding
 
 from qlora_lite.cli.status import status_of
 from qlora_lite.foundation.files import lock, write_json
 from qlora_lite.foundation.units import format_seconds
 
+RECORD = Path("benchmarks", "methods.json")
+"""Every number, in the folder of the docs."""
+
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Measure what is missing, then write the page."""
+    """Measure what is missing, then write the page; or only write it again."""
     options = arguments(words)
+    if options.rewrite:
+        rewrite(options.rewrite)
+        return
     if options.write:
         figures.require_matplotlib()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -85,26 +96,60 @@ def write(study: Study, docs: Path) -> None:
     names = [material.name for material in study.materials]
     readings = Readings(study.results, study.budget.seeds)
     found = findings(readings, names)
+    pictures = figures.draw(readings, methods, docs / "methods")
+    machine = this_machine()
+    write_page(docs, readings, study.budget, machine, methods, names, found, pictures)
+    (docs / "benchmarks").mkdir(exist_ok=True)
+    write_json(docs / RECORD, record(study.results, study.budget, methods, found))
+
+
+def rewrite(docs: Path) -> None:
+    """Judge the claims again from the stored measurements, and write the page and the findings."""
+    stored = json.loads((docs / RECORD).read_text(encoding="utf-8"))
+    results = Results(docs)
+    results.add(stored["results"])
+    budget = Budget(stored["settings"]["steps"], stored["settings"]["seeds"])
+    methods = list(stored["settings"]["rates"])
+    names = list(dict.fromkeys(key.data for key in results.lines if key.kind == "run"))
+    readings = Readings(results, budget.seeds)
+    found = findings(readings, names)
+    pictures = figures.drawn(docs / "methods")
+    machine = Machine(**stored["machine"])
+    write_page(docs, readings, budget, machine, methods, names, found, pictures)
+    write_json(docs / RECORD, with_findings(stored, found))
+
+
+def write_page(
+    docs: Path,
+    readings: Readings,
+    budget: Budget,
+    machine: Machine,
+    methods: Sequence[str],
+    names: Sequence[str],
+    found: Sequence[Finding],
+    pictures: Sequence[Path],
+) -> None:
+    """The table, the figures and the claims, between the markers of the page."""
     target = docs / "methods.md"
     parts = [
-        page.introduction(study.budget, study.results.core_seconds, this_machine()),
+        page.introduction(budget, readings.results.core_seconds, machine),
         page.table(readings, methods, names),
+        page.other_settings(outdated(readings, methods, names[0])),
         page.stopped(readings, methods, names),
-        page.pictures(figures.draw(readings, methods, docs / "methods"), target),
+        page.pictures(pictures, target),
         page.RULE,
+        page.NO_VERDICT,
         page.claims_table(found),
     ]
     page.update(target, "\n\n".join(part for part in parts if part))
-    (docs / "benchmarks").mkdir(exist_ok=True)
-    write_json(
-        docs / "benchmarks" / "methods.json", record(study.results, study.budget, methods, found)
-    )
 
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description="Train every method under the same budget.")
-    parser.add_argument("work", type=Path, help="folder of runs and results; resumes in it")
+    parser.add_argument(
+        "work", type=Path, nargs="?", help="folder of runs and results; resumes in it"
+    )
     parser.add_argument("--e2e", type=Path, metavar="DIR", help="with train.csv and test.csv")
     parser.add_argument("--gsm8k", type=Path, metavar="DIR", help="with train.jsonl and test.jsonl")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps per run (40)")
@@ -115,7 +160,13 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
         "--only", nargs="+", default=[], metavar="METHOD", help="these methods and LoRA"
     )
     parser.add_argument("--write", type=Path, metavar="DOCS", help="folder of methods.md")
-    return parser.parse_args(words)
+    parser.add_argument(
+        "--rewrite", type=Path, metavar="DOCS", help="write the page from its JSON file again"
+    )
+    options = parser.parse_args(words)
+    if options.work is None and options.rewrite is None:
+        parser.error("give WORK, the folder of runs and results, or --rewrite DOCS")
+    return options
 
 
 if __name__ == "__main__":

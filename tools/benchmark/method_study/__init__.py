@@ -10,6 +10,7 @@ cost.py        seconds per step relative to LoRA, and bytes of tensors
 ranks.py       a trained adapter truncated to lower ranks
 schedule.py    all measurements, in order
 readings.py    the results by method and data set
+comparable.py  when runs may be compared
 verdict.py     when a difference is significant
 claims.py      the claims of the papers as tests on the results
 figures.py     the figures

@@ -1,11 +1,14 @@
 """The claims of the papers as tests on the results.
 
 A claim is a function of the readings and a data set. If its runs are missing it raises `Missing`
-and is left out.
+and is left out. If they must not be compared (comparable.py), it has its measurements and no
+verdict.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+from method_study.comparable import obstacle
 from method_study.contenders import RANK, at_rank
 from method_study.readings import Missing, Readings, mean
 from method_study.verdict import (
@@ -34,7 +37,8 @@ def lower(
     def check(readings: Readings, data: str) -> Finding:
         gap = differences(measure(readings, than, data), measure(readings, method, data))
         measured = _compared(readings, data, method, than, measure, size)
-        return Finding(claim, data, measured, is_above(gap, MIN_DIFFERENCE))
+        verdict = is_above(gap, MIN_DIFFERENCE)
+        return _judged(readings, Finding(claim, data, measured, verdict), (method, than))
 
     return check
 
@@ -47,9 +51,15 @@ def no_higher(
     def check(readings: Readings, data: str) -> Finding:
         gap = differences(measure(readings, than, data), measure(readings, method, data))
         measured = _compared(readings, data, method, than, measure, size)
-        return Finding(claim, data, measured, is_not_below(gap))
+        return _judged(readings, Finding(claim, data, measured, is_not_below(gap)), (method, than))
 
     return check
+
+
+def _judged(readings: Readings, finding: Finding, methods: Sequence[str]) -> Finding:
+    """The finding, without its verdict if the runs of these methods must not be compared."""
+    reason = obstacle(readings, finding.data, methods)
+    return replace(finding, verdict="no verdict", reason=reason) if reason else finding
 
 
 def _compared(
@@ -66,7 +76,7 @@ def _compared(
 
 
 def dylora_saves_time(readings: Readings, data: str) -> Finding:
-    """One DyLoRA run for all ranks against one LoRA run per rank."""
+    """One DyLoRA run for all ranks against one LoRA run per rank; seconds depend on no rate."""
     own = readings.step_seconds("dylora", data)
     each = [readings.step_seconds(at_rank(rank), data) for rank in range(1, RANK + 1)]
     times = [sum(runs) / seconds for *runs, seconds in zip(*each, own, strict=True)]
@@ -83,13 +93,14 @@ def dylora_beats_truncation(readings: Readings, data: str) -> Finding:
     lora, dylora = readings.by_rank("lora", data), readings.by_rank("dylora", data)
     gap = [mean(differences(high, low)[:-1]) for high, low in zip(lora, dylora, strict=True)]
     dylora_means, lora_means = ([mean(seed[:-1]) for seed in losses] for losses in (dylora, lora))
-    return Finding(
+    finding = Finding(
         f"DyLoRA truncated to ranks 1 to {RANK - 1} is better than a truncated LoRA",
         data,
         f"mean over the ranks: dylora {mean_and_spread(dylora_means)}, truncated lora "
         f"{mean_and_spread(lora_means)}; difference {mean_and_spread([-g for g in gap], sign='+')}",
         is_above(gap),
     )
+    return _judged(readings, finding, ("dylora", "lora"))
 
 
 def dylora_keeps_quality(readings: Readings, data: str) -> Finding:
@@ -98,17 +109,21 @@ def dylora_keeps_quality(readings: Readings, data: str) -> Finding:
     separate = [mean(seed) for seed in zip(*each, strict=True)]
     own = [mean(losses) for losses in readings.by_rank("dylora", data)]
     gap = differences(separate, own)
-    return Finding(
+    finding = Finding(
         "DyLoRA is no worse than LoRA trained at each rank",
         data,
         f"mean over ranks 1 to {RANK}: dylora {mean_and_spread(own)}, separate runs "
         f"{mean_and_spread(separate)}; difference {mean_and_spread([-g for g in gap], sign='+')}",
         is_not_below(gap),
     )
+    return _judged(readings, finding, ("dylora", *(at_rank(rank) for rank in range(1, RANK + 1))))
 
 
 def loftq_starts_nearer(readings: Readings, data: str) -> Finding:
-    """Before training: distance to the unquantised base, compared with the 4-bit base."""
+    """Before training: gap to the loss of the unquantised base, compared with the 4-bit base.
+
+    No verdict: models with equal losses may be far apart, and quantisation may lower a loss.
+    """
     plain = readings.starts("unquantised", data)
     loftq, nf4 = (
         [abs(gap) for gap in differences(readings.starts(method, data), plain)]
@@ -119,7 +134,8 @@ def loftq_starts_nearer(readings: Readings, data: str) -> Finding:
         data,
         f"distance to the held-out loss of the unquantised base: loftq "
         f"{mean_and_spread(loftq, 4)}, 4-bit base {mean_and_spread(nf4, 4)}",
-        is_above(differences(nf4, loftq)),
+        "no verdict",
+        "a gap between losses is no distance between models",
     )
 
 

@@ -12,6 +12,7 @@ from qlora_lite.foundation.errors import RecipeError
 
 DATA = EMBEDDED.name
 MARKERS = "os^vDP"
+NAMES = ("first_steps", "parameters", "dylora")
 
 
 def require_matplotlib() -> None:
@@ -32,13 +33,13 @@ def draw(readings: Readings, methods: Sequence[str], folder: Path) -> list[Path]
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
-    pictures: dict[str, Callable[[Any], None]] = {
-        "first_steps": lambda axes: first_steps(axes, readings),
-        "parameters": lambda axes: loss_against_parameters(axes, readings, methods),
-        "dylora": lambda axes: dylora_against_rank(axes, readings),
-    }
+    pictures: tuple[Callable[[Any], None], ...] = (
+        lambda axes: first_steps(axes, readings),
+        lambda axes: loss_against_parameters(axes, readings, methods),
+        lambda axes: dylora_against_rank(axes, readings),
+    )
     files = []
-    for name, picture in pictures.items():
+    for name, picture in zip(NAMES, pictures, strict=True):
         figure = Figure(figsize=(7, 4), layout="constrained")
         try:
             picture(figure.add_subplot())
@@ -48,6 +49,12 @@ def draw(readings: Readings, methods: Sequence[str], folder: Path) -> list[Path]
         # without the version of matplotlib, equal data gives equal files
         figure.savefig(files[-1], dpi=120, metadata={"Software": None})
     return files
+
+
+def drawn(folder: Path) -> list[Path]:
+    """The figures that are in a folder."""
+    files = [folder / f"{name}.png" for name in NAMES]
+    return [file for file in files if file.exists()]
 
 
 def first_steps(axes: Any, readings: Readings) -> None:

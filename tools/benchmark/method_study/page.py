@@ -112,8 +112,16 @@ def claims_table(findings: Sequence[Finding]) -> str:
     """One row per claim and data set."""
     lines = ["| claim of the paper | data | measured | here |", "|---|---|---|---|"]
     for found in findings:
-        lines.append(f"| {found.claim} | {found.data} | {found.measured} | {found.verdict} |")
+        verdict = f"{found.verdict}: {found.reason}" if found.reason else found.verdict
+        lines.append(f"| {found.claim} | {found.data} | {found.measured} | {verdict} |")
     return "\n".join(lines)
+
+
+def other_settings(methods: Sequence[str]) -> str:
+    """Which methods were measured with settings that are not theirs any more."""
+    if not methods:
+        return ""
+    return f"Measured with other settings than the methods have now: {', '.join(methods)}."
 
 
 RULE = (
@@ -123,6 +131,15 @@ RULE = (
     f'more than {MIN_DIFFERENCE:g} nats; "as good as" and "no worse" allow {MARGIN:g}. One in '
     "twenty false claims is confirmed by chance. Differences are the loss of the method minus the "
     "loss of the other, ± their standard deviation. A high rank is 64; other ranks are 8."
+)
+
+NO_VERDICT = (
+    "There is a verdict only if the compared runs have the same learning rate, or if each has the "
+    "best of the rates tried for it on these rows and that rate is neither the lowest nor the "
+    "highest of them. All other claims are listed with their measurements and without a verdict, "
+    "because the rate can matter more than the method: at equal rates (3 seeds), AdaLoRA's "
+    "advantage over LoRA on E2E reverses. The start of LoftQ has no verdict because a gap between "
+    "two losses is no distance between models. A new study on a real model follows."
 )
 
 

@@ -31,6 +31,16 @@ class Readings:
         """The runs of a method, by seed."""
         return [self._one(Key("run", method, data, seed)) for seed in range(self.seeds)]
 
+    def lr(self, method: str, data: str) -> float:
+        """The learning rate of the runs of a method."""
+        lr: float = self._settings(method, data)["lr"]
+        return lr
+
+    def adapter(self, method: str, data: str) -> Values:
+        """The adapter settings of the runs of a method."""
+        adapter: Values = self._settings(method, data)["adapter"]
+        return adapter
+
     def losses(self, method: str, data: str) -> list[float]:
         """Held-out loss after training."""
         return [run["loss"] for run in self.runs(method, data)]
@@ -63,6 +73,12 @@ class Readings:
         keys = [Key("run", method, data, seed) for seed in range(self.seeds)]
         found = [self.results.values(key) or {} for key in keys]
         return [values["failed"] for values in found if "failed" in values]
+
+    def _settings(self, method: str, data: str) -> Values:
+        key = Key("run", method, data)
+        self._one(key)
+        settings: Values = self.results.lines[key]["settings"]
+        return settings
 
     def _one(self, key: Key) -> Values:
         values = self.results.values(key)

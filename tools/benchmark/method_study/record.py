@@ -46,3 +46,8 @@ def record(
         "findings": [asdict(finding) for finding in findings],
         "results": list(results.lines.values()),
     }
+
+
+def with_findings(stored: dict[str, Any], findings: Sequence[Finding]) -> dict[str, Any]:
+    """A stored record with other findings: the measurements and their circumstances are kept."""
+    return stored | {"findings": [asdict(finding) for finding in findings]}

@@ -1,7 +1,7 @@
 """`results.jsonl`: one line per measurement, so that nothing is measured twice."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,12 @@ class Results:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "results.jsonl"
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        lines = [json.loads(line) for line in text.splitlines()]
-        self.lines: dict[Key, Values] = {Key(**line["key"]): line for line in lines}
+        self.lines: dict[Key, Values] = {}
+        self.add(json.loads(line) for line in text.splitlines())
+
+    def add(self, lines: Iterable[Values]) -> None:
+        """Use measurements that were stored elsewhere; they are not written."""
+        self.lines.update({Key(**line["key"]): line for line in lines})
 
     def has(self, task: Task) -> bool:
         """Whether this task has a result.

@@ -7,7 +7,8 @@ rows, so methods are compared seed by seed. The confidence interval of the mean 
 
 "Better" is confirmed if the whole interval is on the good side, "as good as" if all of it is above
 a loss of `MARGIN`. A claim is not confirmed if the whole interval is on the other side, and
-undecided otherwise. Of twenty false "better" claims, one is confirmed by chance.
+undecided otherwise. Of twenty false "better" claims, one is confirmed by chance. Runs that must not
+be compared (comparable.py) get no verdict.
 """
 
 import math
@@ -16,7 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Verdict = Literal["confirmed", "not confirmed at this size", "undecided", "one seed has no spread"]
+Verdict = Literal[
+    "confirmed", "not confirmed at this size", "undecided", "one seed has no spread", "no verdict"
+]
 
 MIN_DIFFERENCE = 0.001
 """Nats per token that "better" requires; without noise any smaller difference would be enough."""
@@ -36,6 +39,8 @@ class Finding:
     data: str
     measured: str
     verdict: Verdict
+    reason: str = ""
+    """Why there is no verdict."""
 
 
 def is_above(values: Sequence[float], limit: float = 0.0) -> Verdict:
