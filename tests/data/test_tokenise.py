@@ -83,6 +83,13 @@ def test_plain_text_is_split_and_every_token_trained_once(jsonl):
     assert all(e.ids[0] == bos for e in cut.examples)
 
 
+def test_a_row_cut_into_two_pieces_is_counted_as_split(jsonl):
+    name = jsonl([{"text": LONG}])
+    longest = read(name, max_tokens=1024).stats.longest
+    stats = read(name, max_tokens=longest - 1).stats
+    assert (stats.rows, stats.examples, stats.split_rows) == (1, 2, 1)
+
+
 def test_the_policy_truncate_cuts_plain_text(jsonl):
     name = jsonl([{"text": LONG}, {"text": SHORT}])
     stats = read(name, max_tokens=50, too_long="truncate").stats

@@ -14,6 +14,8 @@ from qlora_lite.kernels.cross_entropy import linear_cross_entropy
 from qlora_lite.memory.ledger import Ledger, RunShape, make_ledger, num_trained
 from qlora_lite.methods.catalogue import method_for
 from qlora_lite.methods.lora import LoRA
+from qlora_lite.methods.lora_mini import LoRAMini
+from qlora_lite.methods.pissa import PiSSA
 from qlora_lite.model.causal import CausalModel
 from qlora_lite.model.checkpointing import enable_checkpointing
 from qlora_lite.model.facts import facts_of
@@ -100,6 +102,21 @@ def test_adapter_bytes_are_those_of_attached_ones(tmp_path):
     terms = {term.name: term.num_bytes for term in make_ledger(shape, run, rows=1).terms}
     assert terms["adapters"] == held
     assert terms["adapters: gradients"] == terms["adapters: fp32 master copies"] == 2 * held
+
+
+@pytest.mark.parametrize("settings", [LoRAMini(rank=4), PiSSA(rank=4)], ids=["lora_mini", "pissa"])
+def test_frozen_factor_bytes_are_those_of_attached_ones(tmp_path, settings):
+    loaded = load_base(Base(model=str(save_tiny(tmp_path / "base"))), RULE)
+    shape, method = model_shape(loaded.config), method_for(settings)
+    plan = plan_adapter(method, facts_of(loaded.config))
+    attached = attach(loaded.model, method, plan, 0, torch.bfloat16)
+    adapters = {spec.path: method.footprint(spec, plan.layers[spec.path]) for spec in plan.specs}
+    ledger = make_ledger(shape, run_shape(shape, {"kind": "nf4"}, adapters=adapters), 1)
+    held = sum(
+        getattr(layer, name).nbytes for layer in attached.layers.values() for name in layer.frozen
+    )
+    assert held > 0
+    assert bytes_of(ledger, "adapters: frozen") == held
 
 
 FOUR_LAYERS = {"llama": {"num_hidden_layers": 4}, "gpt2": {"n_layer": 4}}
