@@ -75,7 +75,7 @@ def test_every_trained_tensor_learns_and_the_base_does_not_change(directory, nam
             assert base.grad is None
 
 
-@every
+@every_training
 def test_an_interrupted_run_ends_with_the_same_bits(directory, tmp_path, name, quant):
     uninterrupted = bench(directory, name, quant, dropout=0.1)
     losses = [uninterrupted.step() for _ in range(STEPS)]
@@ -129,7 +129,7 @@ def test_checkpointing_changes_no_bit(directory, name, quant):
     assert [plain.step() for _ in range(half)] == [checkpointed.step() for _ in range(half)]
 
 
-@every
+@every_training
 def test_merged_weights_give_the_same_logits(directory, name, quant):
     it = trained(directory, name, quant)
     base = Base(model=str(directory), quant=QUANTS[quant])
