@@ -4,7 +4,7 @@ import importlib.util
 import json
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -13,17 +13,24 @@ from qlora_lite.foundation.errors import RecipeError
 from qlora_lite.foundation.overrides import validate
 from qlora_lite.foundation.settings import Settings
 from qlora_lite.foundation.validation_messages import explain
-from qlora_lite.recipe import Recipe
+from qlora_lite.recipe import Recipe, vary
 from qlora_lite.shipped_recipes import find_recipe, near_names, shipped_recipes
 
+TRUST = "base.trust_remote_code"
+"""The setting that lets the base's own Python code run."""
 
-def load_recipe(path: str | Path) -> Recipe:
+
+def load_recipe(path: str | Path, *, trust_remote_code: bool = False) -> Recipe:
     """Load a Python file, a `recipe.json` or that of a run's folder, or a shipped recipe by name.
 
     `load_recipe("qwen3_8b")` is the recipe of that name that comes with the package, unless the
     working directory has a `qwen3_8b` or a `qwen3_8b.py`.
     The folder of a Python recipe is importable while it loads, so recipes may import each other.
     The output of a run's recipe is the run's folder, even if that was moved.
+
+    Args:
+        trust_remote_code: let the base of a JSON recipe run its own Python code. A JSON file is
+            data, so what it says about this is not enough.
 
     Raises:
         RecipeError: if there is no such recipe, or it is not valid.
@@ -41,11 +48,22 @@ def load_recipe(path: str | Path) -> Recipe:
             "writes a new one"
         )
     if path.suffix == ".json":
-        recipe = _from_json(path)
+        recipe = _from_json(path, trust_remote_code)
         return recipe if run is None else recipe.model_copy(update={"output": str(run)})
     if path.suffix != ".py":
         raise RecipeError(f"{path}: a recipe must be a .py file or a run's recipe.json")
     return _from_python(path)
+
+
+def load_with_settings(path: str | Path, assignments: Sequence[str]) -> tuple[Recipe, list[str]]:
+    """`load_recipe` with the settings of the command line, and notes about what else changed.
+
+    Raises:
+        RecipeError: if the recipe or a setting is not valid.
+    """
+    given = {assignment.partition("=")[0] for assignment in assignments}
+    recipe = load_recipe(path, trust_remote_code=not given.isdisjoint({"base", TRUST}))
+    return vary(recipe, assignments)
 
 
 def _refuse_other_folders(path: Path) -> None:
@@ -65,7 +83,7 @@ def is_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("checkpoints", "adapter", "metrics.jsonl"))
 
 
-def _from_json(path: Path) -> Recipe:
+def _from_json(path: Path, trust_remote_code: bool) -> Recipe:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -74,7 +92,17 @@ def _from_json(path: Path) -> Recipe:
         raise RecipeError(f"{path} contains a {type(values).__name__}, and a recipe is an object")
     if "model_type" in values or "peft_type" in values:
         raise RecipeError(f"{path} describes a model or an adapter, and a recipe is needed")
-    return validate(Recipe, values.get("recipe", values))
+    recipe = validate(Recipe, values.get("recipe", values))
+    if trust_remote_code:
+        base = recipe.base.model_copy(update={"trust_remote_code": True})
+        return recipe.model_copy(update={"base": base})
+    if recipe.base.trust_remote_code:
+        raise RecipeError(
+            f"{path} has {TRUST}=true: Python code of {recipe.base.model} would run on this "
+            f"machine, and a JSON file cannot allow that. Read the code, then add {TRUST}=true to "
+            "the command (in Python: trust_remote_code=True)"
+        )
+    return recipe
 
 
 def _from_python(path: Path) -> Recipe:

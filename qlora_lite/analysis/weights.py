@@ -31,10 +31,12 @@ class Part:
 class BaseWeights:
     """The weight matrices of a model, read one at a time."""
 
-    def __init__(self, model: str, rule: DeviceRule) -> None:
-        shape = model_shape(read_config(model))
+    def __init__(self, model: str, rule: DeviceRule, trust_remote_code: bool = False) -> None:
+        base = Base(model=model, trust_remote_code=trust_remote_code)
+        config = read_config(model, trust_remote_code=trust_remote_code)
+        shape = model_shape(config, trust_remote_code)
         self.model = model
-        self.checkpoint = Checkpoint.open(locate(Base(model=model)))
+        self.checkpoint = Checkpoint.open(locate(base))
         self._rule = rule
         self._decoder = shape.blocks.partition(".")[0]
         matrices = [p for p in shape.parameters if len(p.shape) == 2]

@@ -12,6 +12,7 @@ from qlora_lite.cli.inspect import inspect
 from qlora_lite.cli.script import Assignments, Extend, train_recipe
 from qlora_lite.cli.status import status_of
 from qlora_lite.cli.tables import show, time_line
+from qlora_lite.cli.trust import TrustOnly, is_trusted, split_trust
 from qlora_lite.foundation.console import console
 
 app = typer.Typer(
@@ -73,6 +74,7 @@ def options(
 @app.command()
 def init(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or a hub id.")],
+    trust: TrustOnly = None,
     output: Annotated[Path | None, typer.Option(help="The file to write.")] = None,
     list_recipes: Annotated[
         bool,
@@ -87,7 +89,7 @@ def init(
     """Write a recipe file for any model."""
     from qlora_lite.run.initialising import write_recipe
 
-    file, plan = write_recipe(model, output)
+    file, plan = write_recipe(model, output, trust_remote_code=is_trusted(trust))
     with Display() as display:
         display.print_line(f"{file}: {plan.verdict}")
         display.print_line("Set train= to your data, then:")
@@ -100,12 +102,11 @@ def plan(recipe: RecipeFile, settings: Assignments = None) -> None:
     from qlora_lite.foundation import device as devices
     from qlora_lite.memory.measure import matmul_flops_per_second
     from qlora_lite.memory.plan import require_fit
-    from qlora_lite.recipe import vary
-    from qlora_lite.recipe_files import load_recipe
+    from qlora_lite.recipe_files import load_with_settings
     from qlora_lite.run.planning import NO_BUDGET, check_settings, plan_memory
     from qlora_lite.run.setup import set_up
 
-    changed, notes = vary(load_recipe(recipe), settings or [])
+    changed, notes = load_with_settings(recipe, settings or [])
     rule = devices.choose(changed.device, changed.base.compute, allow_absent=True)
     with Display() as display:
         for note in [*notes, rule.summary]:
@@ -135,10 +136,9 @@ def preview(
     from qlora_lite.data import preview as previewing
     from qlora_lite.data.load import load_data
     from qlora_lite.model.load import load_tokenizer
-    from qlora_lite.recipe import vary
-    from qlora_lite.recipe_files import load_recipe
+    from qlora_lite.recipe_files import load_with_settings
 
-    changed, notes = vary(load_recipe(recipe), settings or [])
+    changed, notes = load_with_settings(recipe, settings or [])
     with Display() as display:
         for note in notes:
             display.note(note)
@@ -149,15 +149,16 @@ def preview(
 @app.command()
 def train(recipe: RecipeFile, settings: Assignments = None, extend: Extend = False) -> None:
     """Train. The same command continues an interrupted run."""
-    from qlora_lite.recipe_files import load_recipe
+    from qlora_lite.recipe_files import load_with_settings
 
-    train_recipe(load_recipe(recipe), settings or [], extend)
+    train_recipe(*load_with_settings(recipe, settings or []), extend)
 
 
 @app.command()
 def merge(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    trust: TrustOnly = None,
     base: Annotated[
         Literal["auto", "trained", "original"],
         typer.Option(
@@ -181,7 +182,14 @@ def merge(
 
     with Display() as display:
         result = merging.merge(
-            run, out, base=base, dtype=dtype, shard=shard, verify=verify, watcher=display
+            run,
+            out,
+            base=base,
+            dtype=dtype,
+            shard=shard,
+            verify=verify,
+            watcher=display,
+            trust_remote_code=is_trusted(trust),
         )
     display.merged(result)
 
@@ -191,12 +199,13 @@ def extract(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter to write.")],
+    trust: TrustOnly = None,
 ) -> None:
     """Write a PEFT adapter of another rank: exact for DyLoRA, the nearest one for MoRA."""
     from qlora_lite.run import extracting
 
     with Display() as display:
-        error = extracting.extract(run, out, rank)
+        error = extracting.extract(run, out, rank, trust_remote_code=is_trusted(trust))
         lost = f"; at most {error:.1%} of a layer's update is lost" if error else ", without loss"
         display.print_line(f"{out}: a PEFT adapter of rank {rank}{lost}")
 
@@ -207,7 +216,8 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="RUN|MODEL...",
-            help="Runs, model directories or hub ids; data.KEY=VALUE sets how --data is read.",
+            help="Runs, model directories or hub ids; data.KEY=VALUE sets how --data is read, "
+            "base.trust_remote_code=true lets a base run its own code.",
         ),
     ],
     data: Annotated[
@@ -219,18 +229,20 @@ def evaluate(
     from qlora_lite.cli.tables import score_table
     from qlora_lite.run.scoring import score_targets
 
+    targets, trusted = split_trust(targets)
     settings = [text for text in targets if "=" in text and not Path(text).exists()]
     models = [text for text in targets if text not in settings]
     if not models:
         raise typer.BadParameter("give a run or a model to score")
     with Display() as display:
-        rows = score_targets(models, data, settings, device, display)
+        rows = score_targets(models, data, settings, device, display, trust_remote_code=trusted)
     show(console, score_table(rows))
 
 
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, a model or a hub id.")],
+    trust: TrustOnly = None,
     prompt: Annotated[str | None, typer.Option(help="Answer this one prompt and exit.")] = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer.")] = 256,
@@ -244,7 +256,7 @@ def chat(
     from qlora_lite.run.chat import ChatSession, load_for_chat
 
     with Display() as display:
-        loaded = load_for_chat(model, device, display)
+        loaded = load_for_chat(model, device, display, trust_remote_code=is_trusted(trust))
     session = ChatSession(
         loaded, max_new_tokens=max_new_tokens, temperature=temperature, system=system
     )

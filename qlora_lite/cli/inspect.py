@@ -12,6 +12,7 @@ from rich.text import Text
 
 from qlora_lite.cli.display import Display
 from qlora_lite.cli.tables import show
+from qlora_lite.cli.trust import split_trust
 from qlora_lite.foundation.console import console
 from qlora_lite.foundation.errors import ExportError
 
@@ -32,7 +33,8 @@ def inspect(
         typer.Argument(
             metavar="RUN|ADAPTER...",
             help="Runs, PEFT adapter directories or loralib checkpoints (.pt, .bin); "
-            "each pair of them is compared.",
+            "each pair of them is compared. base.trust_remote_code=true lets a base run its own "
+            "code.",
         ),
     ],
     base: Annotated[
@@ -75,9 +77,18 @@ def inspect(
     if figures is not None:
         require_matplotlib()
         require_free(figures)
+    targets, is_trusted = split_trust(targets)
     with Display() as display:
         inspection = inspecting.inspect(
-            targets, base=base, alpha=alpha, top=top, i=i, j=j, device=device, watcher=display
+            targets,
+            base=base,
+            alpha=alpha,
+            top=top,
+            i=i,
+            j=j,
+            device=device,
+            watcher=display,
+            trust_remote_code=is_trusted,
         )
         _show(display, inspection, i or j, j or i)
         if json is not None:

@@ -30,17 +30,17 @@ def main(recipe: "Recipe") -> None:
 
     def train(settings: Assignments = None, extend: Extend = False) -> None:
         """Train this recipe. The same command continues an interrupted run."""
-        train_recipe(recipe, settings or [], extend)
+        from qlora_lite.recipe import vary
+
+        train_recipe(*vary(recipe, settings or []), extend)
 
     sys.exit(status_of(lambda: typer.run(train)))
 
 
-def train_recipe(recipe: "Recipe", assignments: list[str], extend: bool) -> None:
-    """Train and print the progress."""
-    from qlora_lite.recipe import vary
+def train_recipe(recipe: "Recipe", notes: list[str], extend: bool) -> None:
+    """Train, and print the notes and the progress."""
     from qlora_lite.run.training import run_recipe
 
-    recipe, notes = vary(recipe, assignments)
     with Display() as display:
         for note in notes:
             display.note(note)

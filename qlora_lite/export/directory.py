@@ -122,10 +122,36 @@ def write_companions(
     write_json(directory / "config.json", _config(base, dtype, is_tied))
     write_json(directory / "generation_config.json", _generation(base, end_ids))
     tokenizer.save_pretrained(directory)
+    for path in _copied_files(base, with_code):
+        shutil.copyfile(path, directory / path.name)
+
+
+def _copied_files(base: Path, with_code: bool) -> list[Path]:
+    """Licences, and the base's own Python code.
+
+    Raises:
+        ExportError: if one is a link to a file outside of the base: a downloaded folder could have
+            any file of this machine published.
+    """
+    found = []
     for path in sorted(base.iterdir()):
         is_licence = any(fnmatch(path.name.lower(), pattern) for pattern in LICENCES)
         if path.is_file() and (is_licence or (with_code and path.suffix == ".py")):
-            shutil.copyfile(path, directory / path.name)
+            if not _is_inside(path, base):
+                raise ExportError(
+                    f"{path} is a link to {path.resolve()}, outside of its folder, and would be "
+                    "copied into the merged model. Replace the link by the file, or remove it"
+                )
+            found.append(path)
+    return found
+
+
+def _is_inside(path: Path, base: Path) -> bool:
+    """Whether a file is in the folder of the base, links followed. The hub's cache links from
+    `snapshots/REVISION` to `blobs`."""
+    folder = base.resolve()
+    blobs = [folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else []
+    return any(path.resolve().is_relative_to(root) for root in (folder, *blobs))
 
 
 def _config(base: Path, dtype: torch.dtype, is_tied: bool | None) -> dict[str, Any]:

@@ -129,11 +129,13 @@ class RunDeltas:
         return self._trained.num_bytes(f"{path}.weight")
 
 
-def open_run(target: str, rule: DeviceRule, notes: list[str]) -> RunDeltas:
+def open_run(
+    target: str, rule: DeviceRule, notes: list[str], trust_remote_code: bool = False
+) -> RunDeltas:
     """Raises RunError if this is not a finished run, or its files are damaged."""
     folder = RunFolder(Path(target))
     folder.read_record()
-    recipe = load_recipe(folder.recipe)
+    recipe = load_recipe(folder.recipe, trust_remote_code=trust_remote_code)
     return RunDeltas(target, merge_source(folder, recipe, rule), notes)
 
 

@@ -109,12 +109,18 @@ def _has_place(target: str, shape: Shape, part: Part, weights: BaseWeights) -> b
     )
 
 
-def open_peft(target: str, base: str | None, rule: DeviceRule, notes: list[str]) -> PairDeltas:
+def open_peft(
+    target: str,
+    base: str | None,
+    rule: DeviceRule,
+    notes: list[str],
+    trust_remote_code: bool = False,
+) -> PairDeltas:
     adapter = _read_peft(Path(target))
     recorded = read_peft_config(Path(target)).get("base_model_name_or_path")
     weights = None
     if base is not None:
-        weights = BaseWeights(base, rule)
+        weights = BaseWeights(base, rule, trust_remote_code)
     elif recorded and (Path(recorded) / "config.json").is_file():
         try:
             weights = BaseWeights(recorded, rule)
@@ -154,7 +160,11 @@ def _read_peft(directory: Path) -> PeftAdapter:
 
 
 def open_loralib(
-    target: str, base: str | None, alpha: float | None, rule: DeviceRule
+    target: str,
+    base: str | None,
+    alpha: float | None,
+    rule: DeviceRule,
+    trust_remote_code: bool = False,
 ) -> PairDeltas:
     found = {pair.name: pair for pair in read_loralib(Path(target), alpha)}
     notes = []
@@ -170,7 +180,7 @@ def open_loralib(
         "loralib checkpoint",
         {name: pair.factors for name, pair in found.items()},
         {name: Part(pair.path, pair.part, pair.num_parts) for name, pair in found.items()},
-        None if base is None else BaseWeights(base, rule),
+        None if base is None else BaseWeights(base, rule, trust_remote_code),
         base,
         notes,
         is_scaled=alpha is not None,

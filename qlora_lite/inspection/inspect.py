@@ -43,6 +43,7 @@ def inspect(
     j: int | None = None,
     device: str = "auto",
     watcher: Watcher | None = None,
+    trust_remote_code: bool = False,
 ) -> Inspection:
     """Inspect runs, PEFT adapters and loralib checkpoints, and compare each pair of them.
 
@@ -52,6 +53,7 @@ def inspect(
         top: number of directions of a delta used for amplification; default: all.
         i: number of directions of the first of two targets in phi(i, j).
         j: the same for the second; default: as `i`.
+        trust_remote_code: let the bases of runs, and `base`, run their own Python code.
 
     Raises:
         QloraLiteError: if a target is none of the three, is damaged or does not fit its base, two
@@ -63,7 +65,9 @@ def inspect(
             f"got i={i}, j={j} and one target, but phi compares two targets: give a second run or "
             "adapter"
         )
-    opened = [open_deltas(str(target), base, alpha, device) for target in targets]
+    opened = [
+        open_deltas(str(target), base, alpha, device, trust_remote_code) for target in targets
+    ]
     for deltas in opened:
         for note in deltas.notes:
             watcher.note(f"{deltas.target}: {note}")
@@ -88,15 +92,21 @@ def inspect(
     )
 
 
-def open_deltas(target: str, base: str | None, alpha: float | None, device: str) -> Deltas:
+def open_deltas(
+    target: str,
+    base: str | None,
+    alpha: float | None,
+    device: str,
+    trust_remote_code: bool = False,
+) -> Deltas:
     """Open a run, a PEFT adapter directory or a loralib checkpoint, depending on its files."""
     path, rule = Path(target), devices.choose(device)
     if (path / "recipe.json").is_file():
-        return open_run(target, rule, _without_effect(base=base, alpha=alpha))
+        return open_run(target, rule, _without_effect(base=base, alpha=alpha), trust_remote_code)
     if (path / CONFIG).is_file() or (path / NATIVE).is_file():
-        return open_peft(target, base, rule, _without_effect(alpha=alpha))
+        return open_peft(target, base, rule, _without_effect(alpha=alpha), trust_remote_code)
     if path.is_file() and path.suffix in SUFFIXES:
-        return open_loralib(target, base, alpha, rule)
+        return open_loralib(target, base, alpha, rule, trust_remote_code)
     raise AdapterError(
         f"{target} is neither a run (a folder with recipe.json), nor a PEFT adapter (a directory "
         f"with {CONFIG}), nor a loralib checkpoint (a file {', '.join(SUFFIXES)}). Give one of them"

@@ -63,11 +63,29 @@ def read_config(
     # transformers finds a model's own code by the hub id; it may not be in the cache yet
     source = model if trust_remote_code else file.parent
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
     except (ValueError, KeyError, OSError) as error:
         raise BaseModelError(unusable(model, str(error))) from error
+    _require_no_kernels(model, config)
+    return config
+
+
+def _require_no_kernels(model: str, config: PretrainedConfig) -> None:
+    """Refuse a config that names code on the hub: transformers would download and run it.
+
+    Raises:
+        BaseModelError: naming the field.
+    """
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    for name in ("attn_implementation", "experts_implementation"):
+        for value in (getattr(part, f"_{name}", None) for part in parts):
+            if isinstance(value, str) and "/" in value:
+                raise BaseModelError(
+                    f"base.model={model}: its config.json has {name}={value!r}, which is code on "
+                    "the hub that would run on this machine. Remove the field from config.json"
+                )
 
 
 def require_hub_id(model: str) -> str:
@@ -153,11 +171,16 @@ def _hub_problem(model: str, error: OSError) -> str:
 def unusable(model: str, reason: str) -> str:
     """Error message for a config that transformers cannot use."""
     if "trust_remote_code" in reason:
-        return (
-            f"base.model={model} comes with its own Python code, which would run on this machine. "
-            "Read it first, then allow it with base.trust_remote_code=true"
-        )
+        return brings_code(model)
     return (
         f"base.model={model}: transformers cannot use its config.json: {reason.splitlines()[0]} "
         "Check that it is a causal language model, and whether a newer transformers knows it"
+    )
+
+
+def brings_code(model: str) -> str:
+    """Error message for a model that needs its own Python code, which was not allowed."""
+    return (
+        f"base.model={model} comes with its own Python code, which would run on this machine. "
+        "Read it first, then allow it with base.trust_remote_code=true"
     )

@@ -27,7 +27,7 @@ from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.model.causal import CausalModel
-from qlora_lite.model.config import hub_error, require_hub_id, unreachable
+from qlora_lite.model.config import brings_code, hub_error, require_hub_id, unreachable
 from qlora_lite.model.facts import BaseFacts, read_facts
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear, Scratch, Source
 from qlora_lite.model.prequantised import is_packed, read_packed, stored_quant
@@ -100,6 +100,8 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerFast:
     except (OSError, ValueError, KeyError) as error:
         if (problem := hub_error(error)) is not None:
             raise BaseModelError(unreachable(base.model, base.revision, problem)) from error
+        if "trust_remote_code" in str(error):
+            raise BaseModelError(brings_code(base.model)) from error
         raise BaseModelError(
             f"base.model={base.model}: its tokenizer cannot be read "
             f"({str(error).splitlines()[0]}). A tokenizer.json next to config.json is needed"

@@ -20,23 +20,32 @@ from qlora_lite.run.loading import LoadedModel
 Messages = tuple[Message, ...]
 
 
-def load(target: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    target: str | Path, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A run's model with its adapter attached, or any model, and its tokenizer.
 
     Both are transformers' own classes, ready for `generate`.
 
+    Args:
+        trust_remote_code: let the base run its own Python code. Read it first.
+
     Raises:
         QloraLiteError: if there is no such run or model, or it has no adapter yet.
     """
-    loaded = load_for_chat(target)
+    loaded = load_for_chat(target, trust_remote_code=trust_remote_code)
     return loaded.base.model, loaded.tokenizer
 
 
 def load_for_chat(
-    target: str | Path, device: str = "auto", watcher: Watcher | None = None
+    target: str | Path,
+    device: str = "auto",
+    watcher: Watcher | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """`loading.load`, in evaluation mode and with every end-of-turn token as an eos token."""
-    loaded = loading.load(target, device, watcher)
+    loaded = loading.load(target, device, watcher, trust_remote_code=trust_remote_code)
     loaded.base.model.eval()
     loaded.base.model.generation_config.eos_token_id = _stop_ids(loaded)
     return loaded

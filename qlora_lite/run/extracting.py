@@ -8,11 +8,16 @@ from qlora_lite.foundation.files import complete_directory
 from qlora_lite.run.loading import load_run
 
 
-def extract(run: str | Path, out: str | Path, rank: int) -> float:
+def extract(
+    run: str | Path, out: str | Path, rank: int, *, trust_remote_code: bool = False
+) -> float:
     """Write a run's adapter, cut to `rank`, as a PEFT adapter directory.
 
     DyLoRA is cut to any rank up to its own without loss, MoRA is approximated. Returns the largest
     relative error of a layer, 0 where there is none; `qlora_lite.json` records it too.
+
+    Args:
+        trust_remote_code: let the base run its own Python code.
 
     Raises:
         QloraLiteError: if there is no finished run, it cannot be cut to `rank`, or `out` exists.
@@ -22,7 +27,7 @@ def extract(run: str | Path, out: str | Path, rank: int) -> float:
         raise RunError(
             f"{out} exists already. Give a folder that does not exist, or remove this one"
         )
-    loaded = load_run(run)
+    loaded = load_run(run, trust_remote_code=trust_remote_code)
     assert loaded.attached is not None
     assert loaded.recipe is not None
     with complete_directory(out) as temporary:

@@ -35,7 +35,7 @@ from qlora_lite import NF4, Base, Data, LoRA, Optim, Recipe, main
 recipe = Recipe(
     base=Base(
         model={model},
-        quant=NF4(),
+        quant=NF4(),{trust}
     ),
     adapter=LoRA(
         rank={rank},
@@ -60,11 +60,14 @@ if __name__ == "__main__":
 '''
 
 
-def write_recipe(model: str, output: Path | None = None) -> tuple[Path, Plan]:
+def write_recipe(
+    model: str, output: Path | None = None, *, trust_remote_code: bool = False
+) -> tuple[Path, Plan]:
     """Write a recipe for a model directory or a hub id; only `config.json` is read.
 
     Args:
         output: the file; `name_of_the_model.py` in this folder unless given.
+        trust_remote_code: let the model run its own Python code, now and in the recipe.
 
     Raises:
         RecipeError: if the file exists, or cannot be a recipe.
@@ -79,18 +82,18 @@ def write_recipe(model: str, output: Path | None = None) -> tuple[Path, Plan]:
         raise RecipeError(
             f"{file} exists already, and nothing is overwritten. Give another name: --output FILE"
         )
-    text, plan = recipe_text(model, file)
+    text, plan = recipe_text(model, file, trust_remote_code)
     make_folder(file.parent)
     write_text(file, text)
     return file, plan
 
 
-def recipe_text(model: str, file: Path) -> tuple[str, Plan]:
+def recipe_text(model: str, file: Path, trust_remote_code: bool = False) -> tuple[str, Plan]:
     """The text of a recipe for `model` that will be written to `file`, and its plan."""
     if Path(model).is_dir():
         model = str(Path(model).resolve())
-    config = read_config(model, known=known_config(model))
-    num_parameters = model_shape(config).num_parameters
+    config = read_config(model, trust_remote_code=trust_remote_code, known=known_config(model))
+    num_parameters = model_shape(config, trust_remote_code).num_parameters
     rank, lr = settings_for(num_parameters)
     context = getattr(config.get_text_config(), "max_position_embeddings", MAX_ROW_TOKENS)
     max_tokens = min(context, MAX_ROW_TOKENS)
@@ -98,7 +101,7 @@ def recipe_text(model: str, file: Path) -> tuple[str, Plan]:
     name = _slug(model)
     recipe = Recipe.model_validate(
         {
-            "base": Base(model=model),
+            "base": Base(model=model, trust_remote_code=trust_remote_code),
             "adapter": {"kind": "lora", "rank": rank, "alpha": 2 * rank},
             "data": Data(train=PLACEHOLDER, max_tokens=max_tokens),
             "optim": {"lr": lr},
@@ -113,6 +116,7 @@ def recipe_text(model: str, file: Path) -> tuple[str, Plan]:
         needs=f"{format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)}",
         file=file.name,
         model=_quoted(model),
+        trust="\n        trust_remote_code=True," if trust_remote_code else "",
         placeholder=_quoted(PLACEHOLDER),
         rank=rank,
         alpha=2 * rank,

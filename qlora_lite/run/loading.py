@@ -48,9 +48,16 @@ class LoadedModel:
 
 
 def load_run(
-    run: str | Path, device: str | None = None, watcher: Watcher | None = None
+    run: str | Path,
+    device: str | None = None,
+    watcher: Watcher | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a finished run: its base as it was in training, with the adapter attached.
+
+    Args:
+        trust_remote_code: let the base run its own Python code.
 
     Raises:
         RunError: if there is no run, it has no adapter yet, or its base changed.
@@ -59,7 +66,7 @@ def load_run(
     folder = RunFolder(Path(run))
     folder.read_record()
     folder.read_sidecar()
-    recipe = load_recipe(folder.recipe)
+    recipe = load_recipe(folder.recipe, trust_remote_code=trust_remote_code)
     for note in folder.unfinished_extension():
         watcher.note(note)
     folder.require_base(recipe.base)
@@ -98,35 +105,53 @@ def load_adapted(
 
 
 def load_model(
-    model: str, quant: Quant | None = None, device: str = "auto", watcher: Watcher | None = None
+    model: str,
+    quant: Quant | None = None,
+    device: str = "auto",
+    watcher: Watcher | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load any model directory or hub id, frozen, in its own precision unless `quant` is given.
 
     A checkpoint quantised by bitsandbytes stays quantised, fp32 stays fp32, any other becomes bf16.
     """
     rule = devices.choose(device)
-    facts = read_facts(Base(model=model))
-    base = Base(model=model, quant=quant or _own_precision(facts.config))
+    base = Base(model=model, trust_remote_code=trust_remote_code)
+    facts = read_facts(base)
+    base = base.model_copy(update={"quant": quant or _own_precision(facts.config)})
     tokenizer = load_tokenizer(base)
     loaded = load_base(base, rule, facts=facts, progress=(watcher or Watcher()).loading)
     return LoadedModel(loaded, tokenizer, None, None)
 
 
-def load(target: str | Path, device: str = "auto", watcher: Watcher | None = None) -> LoadedModel:
+def load(
+    target: str | Path,
+    device: str = "auto",
+    watcher: Watcher | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
     """Load a run's folder, a model directory or a hub id.
+
+    Args:
+        trust_remote_code: let the base run its own Python code.
 
     Raises:
         BaseModelError: if it is a directory, but neither a run nor a model.
     """
     path = Path(target)
     if (path / "recipe.json").is_file():
-        return load_run(path, None if device == "auto" else device, watcher)
+        own_device = None if device == "auto" else device
+        return load_run(path, own_device, watcher, trust_remote_code=trust_remote_code)
     if path.is_dir() and not (path / "config.json").is_file():
         raise BaseModelError(
             f"{path} is neither a run (no recipe.json) nor a model (no config.json). "
             "Give a run's folder, a model directory or a hub id"
         )
-    return load_model(str(target), device=device, watcher=watcher)
+    return load_model(
+        str(target), device=device, watcher=watcher, trust_remote_code=trust_remote_code
+    )
 
 
 def _own_precision(config: PretrainedConfig) -> Quant:

@@ -104,7 +104,12 @@ class MergeCheck:
                 f"trained in {devices.NAMES[self.source.rule.compute]} and scored here in "
                 f"{devices.NAMES[self.rule.compute]}: scores differ slightly from those of the run"
             )
-        trained = load_run(self.folder.path, str(self.rule.device), self.watcher)
+        trained = load_run(
+            self.folder.path,
+            str(self.rule.device),
+            self.watcher,
+            trust_remote_code=self.recipe.base.trust_remote_code,
+        )
         batches, is_heldout = self._rows(trained.base.packs)
         logits = sample_logits(trained.causal, batches)
         self._measured = _Reference(batches, is_heldout, logits, score(trained.causal, batches))

@@ -80,6 +80,7 @@ def merge(
     verify: bool = True,
     device: str | None = None,
     watcher: Watcher | None = None,
+    trust_remote_code: bool = False,
 ) -> MergeResult:
     """Add a run's adapter to its base and write the merged model to `out`.
 
@@ -92,6 +93,7 @@ def merge(
         shard: largest size of a file.
         verify: load the result and compare it with the trained model; `auto` always does.
         device: where sums are made and models run; the run's own unless given.
+        trust_remote_code: let the base run its own Python code.
 
     Raises:
         QloraLiteError: if there is no finished run, its base or data changed, the adapter does not
@@ -103,7 +105,7 @@ def merge(
         raise ExportError(
             f"got shard={shard}, and a file must be 1 kB or larger. Use 5GB, for example"
         )
-    check = _prepare(folder, device, watcher)
+    check = _prepare(folder, device, watcher, trust_remote_code)
     if base == "auto" or verify:
         check.measure_reference()
     else:
@@ -121,10 +123,12 @@ def merge(
     return _result(out, weights, check)
 
 
-def _prepare(folder: RunFolder, device: str | None, watcher: Watcher) -> MergeCheck:
+def _prepare(
+    folder: RunFolder, device: str | None, watcher: Watcher, trust_remote_code: bool
+) -> MergeCheck:
     """Read what a merge needs from the run, and check it before anything large is loaded."""
     folder.read_record()
-    recipe = load_recipe(folder.recipe)
+    recipe = load_recipe(folder.recipe, trust_remote_code=trust_remote_code)
     rule = devices.choose(device or recipe.device, recipe.base.compute)
     source = merge_source(folder, recipe, rule)
     return MergeCheck(folder, recipe, source, rule, load_tokenizer(recipe.base), watcher)

@@ -45,6 +45,8 @@ def score_targets(
     assignments: Sequence[str] = (),
     device: str = "auto",
     watcher: Watcher | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> list[ScoreRow]:
     """Score runs and models; one is in memory at a time.
 
@@ -53,6 +55,7 @@ def score_targets(
         data: a file; all its rows are scored. Without it, the held-out rows of each run.
         assignments: how the rows of `data` are read, such as `data.fields=...`; they override the
             run's data settings.
+        trust_remote_code: let the models run their own Python code.
 
     Raises:
         QloraLiteError: if a target or the data cannot be used.
@@ -61,7 +64,9 @@ def score_targets(
     _check_arguments(targets, data, assignments)
     rows: list[ScoreRow] = []
     for target in targets:
-        rows += _score(target, load(target, device, watcher), data, assignments, watcher)
+        loaded = load(target, device, watcher, trust_remote_code=trust_remote_code)
+        rows += _score(target, loaded, data, assignments, watcher)
+        del loaded
         gc.collect()
     return rows
 

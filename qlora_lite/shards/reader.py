@@ -156,13 +156,7 @@ def _shard_files(directory: Path) -> list[Path]:
     if (directory / SINGLE).exists():
         return [directory / SINGLE]
     if (directory / INDEX).exists():
-        try:
-            weight_map = read_object(directory / INDEX, "weight_map")["weight_map"]
-        except ValueError as error:
-            raise BaseModelError(
-                f"{directory / INDEX} is damaged ({error}). Download it again"
-            ) from None
-        files = [directory / name for name in sorted(set(weight_map.values()))]
+        files = [directory / name for name in _shard_names(directory / INDEX)]
         missing = [file.name for file in files if not file.exists()]
         if missing:
             raise BaseModelError(
@@ -180,3 +174,30 @@ def _shard_files(directory: Path) -> list[Path]:
         f"{directory} has neither {SINGLE} nor {INDEX}. "
         "Give the directory of a complete model, or its hub id"
     )
+
+
+def _shard_names(index: Path) -> list[str]:
+    """The files that an index names; they must be next to it.
+
+    Links are followed: the hub's cache consists of links.
+
+    Raises:
+        BaseModelError: if the index is damaged, or names a file outside of its folder.
+    """
+    try:
+        weight_map = read_object(index, "weight_map")["weight_map"]
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"{index} is damaged ({error}). Download it again") from None
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise BaseModelError(
+            f"{index} is damaged: weight_map must map every tensor to the name of its file. "
+            "Download it again"
+        )
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
+            raise BaseModelError(
+                f"{index} names the file {name!r}, and only safetensors files in its own folder "
+                "are read. Use a checkpoint saved by transformers"
+            )
+    return sorted(set(names))
