@@ -15,7 +15,8 @@ from torch import Tensor
 
 from qlora_lite.adapters.attach import AttachedAdapter
 from qlora_lite.adapters.layer import Factors
-from qlora_lite.adapters.peft import CONFIG, WEIGHTS, to_peft
+from qlora_lite.adapters.peft import WEIGHTS, to_peft
+from qlora_lite.adapters.peft_config import CONFIG
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.foundation.files import write_json, write_text
 from qlora_lite.shards.writer import save_tensors

@@ -9,8 +9,6 @@ padded with zeros, modules of rank 0 are left out), full paths, fp32. Adapters t
 any ranks, scales and patterns that PEFT allows.
 """
 
-import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,17 +22,14 @@ from torch.nn import functional as F
 
 from qlora_lite.adapters.attach import AttachedAdapter
 from qlora_lite.adapters.layer import Factors
+from qlora_lite.adapters.peft_config import CONFIG, read_peft_config, require_plain_lora
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.quantise import StoredWeight
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _MAGNITUDE = ".lora_magnitude_vector"
-
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""PEFT's initialisations that change the base weights, as prefixes of their names."""
 
 
 def to_peft(
@@ -143,8 +138,8 @@ def read_peft(directory: Path) -> PeftAdapter:
             "folder that PEFT's save_pretrained wrote, or a run's adapter/"
         )
     config = read_peft_config(directory)
-    _require_plain_lora(directory, config)
-    is_dora = bool(config.get("use_dora"))
+    require_plain_lora(directory, config)
+    is_dora = bool(config.use_dora)
     adapter = PeftAdapter(directory)
     halves: dict[str, dict[str, Tensor]] = {}
     magnitudes: dict[str, Tensor] = {}
@@ -152,23 +147,21 @@ def read_peft(directory: Path) -> PeftAdapter:
         name = key.removeprefix(_PREFIX)
         match = re.fullmatch(r"(.+)\.lora_(embedding_)?(A|B)(?:\.weight)?", name)
         if name.endswith(_MAGNITUDE):
-            magnitudes[name.removesuffix(_MAGNITUDE)] = tensor.float()
+            magnitudes[name.removesuffix(_MAGNITUDE)] = tensor
         elif match is None:
-            adapter.full_tensors[name] = tensor.float()
+            adapter.full_tensors[name] = tensor
         else:
-            halves.setdefault(f"{match[2] or ''}:{match[1]}", {})[match[3]] = tensor.float()
+            halves.setdefault(f"{match[2] or ''}:{match[1]}", {})[match[3]] = tensor
     for where, pair in halves.items():
         kind, _, path = where.partition(":")
-        if set(pair) != {"A", "B"}:
-            raise AdapterError(
-                f"{directory / WEIGHTS} has only lora_{next(iter(pair))} of {path}; the file is "
-                "damaged. Save the adapter again"
-            )
-        scale = _peft_scale(config, path, pair["A"].shape[0])
+        _require_pair(directory, path, pair, config.rank(path))
         magnitude = None if kind else magnitudes.pop(path, None)
-        factors = Factors(pair["A"], pair["B"] * scale, magnitude=magnitude)
+        factors = Factors(pair["A"], pair["B"] * config.scale(path), magnitude=magnitude)
         (adapter.embeddings if kind else adapter.layers)[path] = factors
-    all_match = all((pair.magnitude is not None) == is_dora for pair in adapter.layers.values())
+    all_match = all(
+        is_dora == (pair.magnitude is not None and pair.magnitude.shape == pair.up.shape[:1])
+        for pair in adapter.layers.values()
+    )
     if magnitudes or not all_match or (is_dora and adapter.embeddings):
         raise AdapterError(
             f"{directory} has use_dora={is_dora}, but its magnitudes do not match its linear "
@@ -177,71 +170,53 @@ def read_peft(directory: Path) -> PeftAdapter:
     return adapter
 
 
-def read_peft_config(directory: Path) -> dict[str, Any]:
-    """Read `adapter_config.json`.
+def _require_pair(directory: Path, path: str, pair: Mapping[str, Tensor], rank: int) -> None:
+    """Check that A is (rank, d_in) and B (d_out, rank).
 
     Raises:
-        AdapterError: if it is damaged.
+        AdapterError: if one is missing or has another shape.
     """
-    try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
+    if set(pair) != {"A", "B"}:
         raise AdapterError(
-            f"{directory / CONFIG} is damaged ({error}). Copy the adapter again"
-        ) from error
-    if not isinstance(config, dict):
-        raise AdapterError(
-            f"{directory / CONFIG} is damaged: it contains a {type(config).__name__}, not an "
-            "object. Copy the adapter again"
+            f"{directory / WEIGHTS} has only lora_{next(iter(pair))} of {path}; the file is "
+            "damaged. Save the adapter again"
         )
-    return config
+    a, b = pair["A"], pair["B"]
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+        raise AdapterError(
+            f"{path} of {directory} has factors of {tuple(a.shape)} and {tuple(b.shape)}; needed "
+            "are (rank, d_in) and (d_out, rank) of a linear layer. The file is damaged, or adapts "
+            "other kinds of layers: save it again without them"
+        )
+    if a.shape[0] != rank:
+        raise AdapterError(
+            f"{path} of {directory} has rank {a.shape[0]}, and {rank} according to {CONFIG} "
+            "(r and rank_pattern), so its scale is unknown. Copy the adapter again"
+        )
 
 
 def _read_weights(directory: Path) -> dict[str, Tensor]:
+    """The tensors, in fp32.
+
+    Raises:
+        AdapterError: if the file is damaged, or has values that are not finite.
+    """
     try:
-        return load_file(directory / WEIGHTS)
-    except SafetensorError as error:
+        tensors = load_file(directory / WEIGHTS)
+    except (OSError, SafetensorError, ValueError) as error:
         raise AdapterError(
             f"{directory / WEIGHTS} is damaged ({error}). Copy the adapter again"
         ) from error
-
-
-def _require_plain_lora(directory: Path, config: Mapping[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(
-            f"{directory / CONFIG} has peft_type={config.get('peft_type')!r}, and LORA is needed. "
-            "Merge it with PEFT and use the merged model as the base"
-        )
-    if config.get("bias", "none") != "none":
-        raise AdapterError(
-            f"{directory} has bias={config.get('bias')!r}, and only adapters without trained "
-            "biases can be read. Merge it with PEFT and use the merged model as the base"
-        )
-    start = str(config.get("init_lora_weights")).lower()
-    if start.startswith(CHANGES_BASE):
-        raise AdapterError(
-            f"{directory} has init_lora_weights={start!r}, which changed the base weights: the "
-            "adapter does not work on the plain base. Save it again with PEFT's "
-            "path_initial_model_for_weight_conversion, or merge it with PEFT and use the merged "
-            "model as the base"
-        )
-    alpha, pattern = config.get("lora_alpha"), config.get("alpha_pattern") or {}
-    are_numbers = isinstance(pattern, dict) and all(
-        isinstance(value, int | float) for value in (alpha, *pattern.values())
-    )
-    if not are_numbers:
-        raise AdapterError(
-            f"{directory / CONFIG} is damaged: it has lora_alpha={alpha!r} and "
-            f"alpha_pattern={pattern!r}, and numbers are needed to scale the pairs. Copy the "
-            "adapter again"
-        )
-
-
-def _peft_scale(config: Mapping[str, Any], path: str, rank: int) -> float:
-    """The scale by PEFT's rule: patterns match the end of the path; alpha/r or alpha/sqrt(r)."""
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
-            alpha = value
-            break
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise AdapterError(
+                f"{directory / WEIGHTS}: {name} has dtype {tensor.dtype}, and floating-point "
+                "numbers are needed. Copy the adapter again"
+            )
+        tensors[name] = tensor.float()
+        if not tensors[name].isfinite().all():
+            raise AdapterError(
+                f"{directory / WEIGHTS}: {name} has values that are not finite. Its training "
+                "diverged, or the file is damaged: use an earlier checkpoint, or copy it again"
+            )
+    return tensors

@@ -13,14 +13,8 @@ from qlora_lite.adapters.attach import AttachedAdapter
 from qlora_lite.adapters.files import NATIVE, SIDECAR, read_native
 from qlora_lite.adapters.layer import Factors, Role
 from qlora_lite.adapters.method import AdapterSettings
-from qlora_lite.adapters.peft import (
-    CONFIG,
-    WEIGHTS,
-    PeftAdapter,
-    is_transposed,
-    read_peft,
-    read_peft_config,
-)
+from qlora_lite.adapters.peft import WEIGHTS, PeftAdapter, is_transposed, read_peft
+from qlora_lite.adapters.peft_config import CONFIG, read_peft_config
 from qlora_lite.adapters.split_state import by_layer
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.foundation.files import read_object
@@ -50,8 +44,8 @@ def describe_warm_start(directory: Path, settings: AdapterSettings, base: str) -
     is_own = (directory / NATIVE).is_file() and _was_trained_with(directory, settings)
     notes = [f"starting from {directory / (NATIVE if is_own else WEIGHTS)}"]
     if (directory / CONFIG).is_file():
-        named = read_peft_config(directory).get("base_model_name_or_path")
-        if isinstance(named, str) and named and Path(named).name != Path(base).name:
+        named = read_peft_config(directory).base_model_name_or_path
+        if named and Path(named).name != Path(base).name:
             notes.append(f"{directory} was made for the base {named}, and this run's is {base}")
     return notes
 

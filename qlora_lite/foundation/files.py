@@ -35,18 +35,38 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: if it is not JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_object(path: Path, *needed: str) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
         ValueError: if it is not JSON, not an object, or lacks one of the `needed` fields.
     """
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = parse_json(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__}, not an object")
     if missing := [name for name in needed if name not in value]:
         raise ValueError(f"it lacks {', '.join(missing)}")
     return value
+
+
+def is_file(path: Path) -> bool:
+    """`path.is_file()`, False also for names that the system cannot have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def make_folder(path: Path) -> None:

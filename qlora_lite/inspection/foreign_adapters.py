@@ -12,12 +12,14 @@ from pathlib import Path
 
 from qlora_lite.adapters.files import NATIVE
 from qlora_lite.adapters.layer import Factors
-from qlora_lite.adapters.peft import CONFIG, PeftAdapter, read_peft, read_peft_config
+from qlora_lite.adapters.peft import PeftAdapter, read_peft
+from qlora_lite.adapters.peft_config import CONFIG, read_peft_config
 from qlora_lite.analysis.findings import Shape
 from qlora_lite.analysis.loralib import read_loralib
 from qlora_lite.analysis.weights import BaseWeights, Part
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import AdapterError, BaseModelError
+from qlora_lite.foundation.files import is_file
 from qlora_lite.inspection.deltas import BaseId, Delta, require_finite
 from qlora_lite.methods.dora import at_length
 
@@ -117,11 +119,11 @@ def open_peft(
     trust_remote_code: bool = False,
 ) -> PairDeltas:
     adapter = _read_peft(Path(target))
-    recorded = read_peft_config(Path(target)).get("base_model_name_or_path")
+    recorded = read_peft_config(Path(target)).base_model_name_or_path
     weights = None
     if base is not None:
         weights = BaseWeights(base, rule, trust_remote_code)
-    elif recorded and (Path(recorded) / "config.json").is_file():
+    elif recorded and is_file(Path(recorded) / "config.json"):
         try:
             weights = BaseWeights(recorded, rule)
         except BaseModelError as error:
@@ -146,7 +148,7 @@ def _read_peft(directory: Path) -> PeftAdapter:
     """`read_peft` with the error messages of this command."""
     is_ours = (directory / NATIVE).is_file()
     has_pairs = (directory / CONFIG).is_file()
-    if is_ours and not (has_pairs and not read_peft_config(directory).get("use_dora")):
+    if is_ours and not (has_pairs and not read_peft_config(directory).use_dora):
         raise AdapterError(
             f"{directory} has no plain LoRA pairs; its deltas need the base and the recipe of the "
             f"run. Give the run: {directory.resolve().parent}"

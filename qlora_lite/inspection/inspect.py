@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 
 from qlora_lite.adapters.files import NATIVE
-from qlora_lite.adapters.peft import CONFIG
+from qlora_lite.adapters.peft_config import CONFIG
 from qlora_lite.analysis import figures
 from qlora_lite.analysis.findings import (
     Comparison,

@@ -179,7 +179,7 @@ def test_settings_without_alpha_are_damaged(tmp_path, tiny_llama):
     del config["lora_alpha"]
     for wrong in ({}, {"lora_alpha": 4, "alpha_pattern": {"q_proj": "x"}}, {"lora_alpha": [4]}):
         file.write_text(json.dumps(config | wrong))
-        with pytest.raises(AdapterError, match=r"is damaged.*lora_alpha"):
+        with pytest.raises(AdapterError, match=r"is damaged.*alpha"):
             open_peft(str(tmp_path / "adapter"), None, CPU, [])
 
 
@@ -187,10 +187,8 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, tiny_llama):
     model = write_peft(tmp_path / "adapter", tiny_llama)
     model.base_model.model.model.layers[1].mlp.up_proj.lora_B["default"].weight.data[3, 1] = np.nan
     model.save_pretrained(tmp_path / "adapter")
-    found = open_peft(str(tmp_path / "adapter"), None, CPU, [])
-    found.read("model.layers.0.mlp.up_proj")
-    with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.up_proj of .* not finite"):
-        found.read("model.layers.1.mlp.up_proj")
+    with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.up_proj\.lora_B.* not finite"):
+        open_peft(str(tmp_path / "adapter"), None, CPU, [])
 
 
 # -- loralib ---------------------------------------------------------------------------------------
