@@ -1,7 +1,6 @@
 """Load a recipe: from a Python file, a `recipe.json`, a run's folder, or by a shipped name."""
 
 import importlib.util
-import json
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from qlora_lite.foundation.errors import RecipeError
+from qlora_lite.foundation.files import parse_json
+from qlora_lite.foundation.json_files import shown
 from qlora_lite.foundation.overrides import validate
 from qlora_lite.foundation.settings import Settings
 from qlora_lite.foundation.validation_messages import explain
@@ -85,14 +86,17 @@ def is_run(folder: Path) -> bool:
 
 def _from_json(path: Path, trust_remote_code: bool) -> Recipe:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        values = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise RecipeError(f"{path} is not readable JSON ({error}). Give another recipe") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path} contains a {type(values).__name__}, and a recipe is an object")
     if "model_type" in values or "peft_type" in values:
         raise RecipeError(f"{path} describes a model or an adapter, and a recipe is needed")
-    recipe = validate(Recipe, values.get("recipe", values))
+    settings = values.get("recipe", values)
+    if not isinstance(settings, dict):
+        raise RecipeError(f"{path}: recipe is {shown(settings)}, and an object is needed")
+    recipe = validate(Recipe, settings)
     if trust_remote_code:
         base = recipe.base.model_copy(update={"trust_remote_code": True})
         return recipe.model_copy(update={"base": base})

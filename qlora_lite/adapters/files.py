@@ -117,8 +117,11 @@ def read_native(directory: Path) -> dict[str, Tensor]:
         AdapterError: if the file is damaged or missing.
     """
     try:
-        return load_file(directory / NATIVE)
-    except (OSError, SafetensorError) as error:
+        tensors = load_file(directory / NATIVE)
+        if not tensors:
+            raise ValueError("it has no tensors")
+        return tensors
+    except (OSError, SafetensorError, ValueError) as error:
         has_checkpoint = any((directory.parent / "checkpoints").glob("step-*"))
         alternative = (
             f", or delete {directory} and train the run again: it continues from its last "

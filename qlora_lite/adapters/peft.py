@@ -207,6 +207,8 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
         raise AdapterError(
             f"{directory / WEIGHTS} is damaged ({error}). Copy the adapter again"
         ) from error
+    if not tensors:
+        raise AdapterError(f"{directory / WEIGHTS} has no tensors. Copy the adapter again")
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise AdapterError(

@@ -7,6 +7,7 @@ is read, and the method of the recipe starts from those pairs.
 from pathlib import Path
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 
 from qlora_lite.adapters.attach import AttachedAdapter
@@ -17,12 +18,24 @@ from qlora_lite.adapters.peft import WEIGHTS, PeftAdapter, is_transposed, read_p
 from qlora_lite.adapters.peft_config import CONFIG, read_peft_config
 from qlora_lite.adapters.split_state import by_layer
 from qlora_lite.foundation.errors import AdapterError
-from qlora_lite.foundation.files import read_object
+from qlora_lite.foundation.json_files import JsonFile, Malformed, read_as
 
 FREE_TO_CHANGE = ("start", "dropout", "dtype", "lr_ratio")
 """Settings that may differ from those of an adapter whose native state is loaded."""
 
 _COPY = ".base_layer.weight"
+
+
+class _Kind(JsonFile):
+    model_config = ConfigDict(extra="allow")
+
+    kind: str
+
+
+class _OwnSettings(JsonFile):
+    """What is read here of `qlora_lite.json`."""
+
+    adapter: _Kind
 
 
 def require_adapter(directory: Path) -> None:
@@ -146,8 +159,8 @@ def saved_state(directory: Path, settings: AdapterSettings) -> dict[str, Tensor]
 def _was_trained_with(directory: Path, settings: AdapterSettings) -> bool:
     """Whether all settings but `FREE_TO_CHANGE` are those of the saved adapter."""
     try:
-        recorded = read_object(directory / SIDECAR, "adapter")["adapter"]
-    except (OSError, ValueError) as error:
+        recorded = read_as(directory / SIDECAR, _OwnSettings).adapter.model_dump()
+    except Malformed as error:
         raise AdapterError(
             f"{directory / SIDECAR} cannot be read ({error}), so the settings of {NATIVE} are "
             "unknown. Copy the adapter again"

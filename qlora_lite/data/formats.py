@@ -86,6 +86,8 @@ class Fields:
             raise RowError(
                 str(error.args[0]), f"is used in data.prompt; this row has the fields {present}"
             ) from None
+        except (TypeError, ValueError) as error:
+            raise RowError("data.prompt", f"cannot be filled with this row: {error}") from None
 
 
 def read_messages(fields: Fields) -> Conversation:

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import string
 from typing import Annotated, Any, Literal
 
@@ -103,6 +104,13 @@ class Data(Settings):
                     "put the names of fields in braces, such as 'Sentence: {text}', and write "
                     "{{ and }} for literal braces"
                 )
+            for _, name, spec, conversion in string.Formatter().parse(prompt):
+                is_short = re.search(r"[{}]|\d{4}", spec or "") is None
+                if conversion not in (None, "r", "s", "a") or not is_short:
+                    raise ValueError(
+                        f"the field {name} has a conversion or a format that is not supported. "
+                        f"Write {{{name}}}"
+                    )
             # a shell passes \n as two characters
             prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
         return prompt

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCardData, metadata_load
 
 from qlora_lite.foundation.console import sparkline
+from qlora_lite.foundation.json_files import shown
 from qlora_lite.foundation.units import format_bytes
 
 _LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -47,10 +49,22 @@ class Card:
 
 
 def licence_of(base: Path) -> dict[str, Any]:
-    """The licence in the base's own card; empty if there is no card."""
+    """The licence in the base's own card; empty if there is no card.
+
+    Raises:
+        ValueError: if the card cannot be read, so that its licence is unknown.
+    """
     card = base / "README.md"
-    metadata = (metadata_load(card) if card.is_file() else None) or {}
-    return {key: metadata[key] for key in _LICENCE_KEYS if metadata.get(key)}
+    try:
+        metadata = (metadata_load(card) if card.is_file() else None) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{card} cannot be read: {str(error).partition(chr(10))[0]}") from None
+    found = {key: metadata[key] for key in _LICENCE_KEYS if metadata.get(key)}
+    for key, value in found.items():
+        names = value if isinstance(value, list) and key == "license" else [value]
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{card} has {key}: {shown(value)}, and text is needed")
+    return found
 
 
 def render(card: Card) -> str:

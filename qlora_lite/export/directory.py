@@ -8,7 +8,6 @@ The files are written to a hidden `.name.writing` next to `out`, which is synced
 end. After a kill the same command continues there; what another command left there is removed.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -24,11 +23,14 @@ from qlora_lite.foundation.errors import ExportError, RunError
 from qlora_lite.foundation.files import (
     lock,
     make_folder,
+    read_object,
+    reporting_full_disk,
     sync_directory,
     sync_tree,
     write_json,
     write_text,
 )
+from qlora_lite.model.config import require_generation_settings
 
 LICENCES = ("licen[cs]e*", "notice*", "use_policy*", "copying*")
 """Files of the base that every derived model must include; matched in lower case."""
@@ -119,11 +121,12 @@ def write_companions(
         end_ids: tokens that stop generation.
         with_code: copy the base's own Python code.
     """
-    write_json(directory / "config.json", _config(base, dtype, is_tied))
-    write_json(directory / "generation_config.json", _generation(base, end_ids))
-    tokenizer.save_pretrained(directory)
-    for path in _copied_files(base, with_code):
-        shutil.copyfile(path, directory / path.name)
+    with reporting_full_disk(directory):
+        write_json(directory / "config.json", _config(base, dtype, is_tied))
+        write_json(directory / "generation_config.json", _generation(base, end_ids))
+        tokenizer.save_pretrained(directory)
+        for path in _copied_files(base, with_code):
+            shutil.copyfile(path, directory / path.name)
 
 
 def _copied_files(base: Path, with_code: bool) -> list[Path]:
@@ -167,6 +170,7 @@ def _config(base: Path, dtype: torch.dtype, is_tied: bool | None) -> dict[str, A
 
 def _generation(base: Path, end_ids: Sequence[int]) -> dict[str, Any]:
     """Generation settings of the base (or of its config), with all tokens that end an answer."""
+    require_generation_settings(base)
     path = base / "generation_config.json"
     settings = _read(path) if path.is_file() else {}
     if not settings:
@@ -181,5 +185,7 @@ def _generation(base: Path, end_ids: Sequence[int]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return values
+    try:
+        return read_object(path)
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path} is damaged ({error}). Download the base again") from None

@@ -69,6 +69,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_directory(path: Path) -> bool:
+    """`path.is_dir()`, False also for names that the system cannot have."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def make_folder(path: Path) -> None:
     """Create a folder and its parents, if they do not exist.
 
@@ -114,6 +122,24 @@ def is_disk_full(error: BaseException) -> bool:
         error = error.__cause__
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return full or "No space left on device" in str(error) or "os error 28" in str(error)
+
+
+@contextmanager
+def reporting_full_disk(target: Path) -> Iterator[None]:
+    """Turn the many errors of a full disk into one.
+
+    Raises:
+        DiskFull: if the block fails because the disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_disk_full(error):
+            raise DiskFull(
+                f"the disk is full: {target} could not be written. Free some space and run the "
+                "same command again"
+            ) from error
+        raise
 
 
 @contextmanager

@@ -30,7 +30,10 @@ def parse_bytes(text: str | int) -> int:
             f"got {text!r}, a size is needed. Write a number with a unit, "
             'such as "22GiB", "800MB" or plain bytes'
         )
-    return int(float(match[1]) * _FACTORS[match[2].lower()])
+    size = float(match[1]) * _FACTORS[match[2].lower()]
+    if size > 2**63:
+        raise RecipeError(f"got a size of {match[1][:20]}..., which is more than any machine has")
+    return int(size)
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -48,7 +48,7 @@ def _explain(model: type[BaseModel], problem: dict[str, Any]) -> tuple[str, str]
     if kind == "union_tag_invalid":
         allowed = [tag.strip("'\" ") for tag in problem["ctx"]["expected_tags"].split(",")]
         return "", unknown_name(path, problem["ctx"]["tag"], allowed)
-    start = f"{path}: got {got!r}: " if path else ""
+    start = f"{path}: got {_shown(got)}: " if path else ""
     if kind in ("model_type", "model_attributes_type", "union_tag_not_found"):
         return start, _needs_settings(model, location, path) + json_error(got)
     if kind == "literal_error" and isinstance(got, str):
@@ -61,6 +61,14 @@ def _explain(model: type[BaseModel], problem: dict[str, Any]) -> tuple[str, str]
     if kind == "string_type" and isinstance(got, int | float):
         message = f"text is needed. In a shell, type {path}='\"{got}\"'"
     return start, message + (json_error(got) if kind in _NEEDS_JSON else "")
+
+
+def _shown(value: Any) -> str:
+    """A value for a message. Python does not print integers of thousands of digits."""
+    try:
+        return repr(value)
+    except ValueError:
+        return "a huge number"
 
 
 def _needs_settings(model: type[BaseModel], location: Sequence[str], path: str) -> str:

@@ -3,9 +3,10 @@
 config = read_config("Qwen/Qwen3-8B")     # downloads only this file
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -17,10 +18,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from pydantic import Field
 from transformers import AutoConfig
 from transformers.configuration_utils import PretrainedConfig
 
-from qlora_lite.foundation.errors import BaseModelError
+from qlora_lite.foundation.errors import BaseModelError, QloraLiteError
+from qlora_lite.foundation.files import is_directory, is_file, read_object
+from qlora_lite.foundation.json_files import JsonFile, Malformed, check_as, read_as
 
 
 def read_config(
@@ -40,12 +44,12 @@ def read_config(
         BaseModelError: if there is no such model, it cannot be downloaded or read, or the installed
             transformers does not know its architecture.
     """
-    if Path(model).is_file() or not model:
+    if not model or "\0" in model or is_file(Path(model)):
         raise BaseModelError(
             f"base.model={model}: this is not a model. Give a model directory, or a hub id such as "
             "Qwen/Qwen3-0.6B"
         )
-    if Path(model).is_dir():
+    if is_directory(Path(model)):
         file = Path(model) / "config.json"
         if not file.is_file():
             raise BaseModelError(
@@ -60,32 +64,136 @@ def read_config(
             return AutoConfig.for_model(**known)
         else:
             file = _fetch_config(model, revision)
+    _require_no_kernels(model, file)
     # transformers finds a model's own code by the hub id; it may not be in the cache yet
     source = model if trust_remote_code else file.parent
-    try:
+    with reading_config(model):
         config = AutoConfig.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
-    except (ValueError, KeyError, OSError) as error:
-        raise BaseModelError(unusable(model, str(error))) from error
-    _require_no_kernels(model, config)
+    require_possible_sizes(model, config)
     return config
 
 
-def _require_no_kernels(model: str, config: PretrainedConfig) -> None:
+@contextmanager
+def reading_config(model: str) -> Iterator[None]:
+    """Turn whatever transformers raises for a config into our error.
+
+    A config is foreign data. Wrong types, values out of range and fields that contradict each
+    other end in any exception, in the config class or where the model is built.
+
+    Raises:
+        BaseModelError: if the block raises.
+    """
+    try:
+        yield
+    except QloraLiteError:
+        raise
+    except Exception as error:
+        is_text = isinstance(error, ValueError | OSError)
+        text = str(error) if is_text else f"{type(error).__name__}: {error}"
+        raise BaseModelError(unusable(model, text)) from error
+
+
+class _Sizes(JsonFile):
+    """Upper limits of sizes, each about ten times that of the largest model known. A model of a
+    million layers would take hours to build, even without weights."""
+
+    num_hidden_layers: Annotated[int, Field(ge=1, le=2_000)] | None = None
+    hidden_size: Annotated[int, Field(ge=1, le=200_000)] | None = None
+    intermediate_size: Annotated[int, Field(ge=1, le=2_000_000)] | None = None
+    num_attention_heads: Annotated[int, Field(ge=1, le=2_000)] | None = None
+    num_key_value_heads: Annotated[int, Field(ge=1, le=2_000)] | None = None
+    head_dim: Annotated[int, Field(ge=1, le=20_000)] | None = None
+    vocab_size: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    max_position_embeddings: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    num_experts: Annotated[int, Field(ge=0, le=20_000)] | None = None
+    num_local_experts: Annotated[int, Field(ge=0, le=20_000)] | None = None
+    n_routed_experts: Annotated[int, Field(ge=0, le=20_000)] | None = None
+
+
+def require_possible_sizes(model: str, config: PretrainedConfig) -> None:
+    """Check the sizes of a config before the model is built.
+
+    Raises:
+        BaseModelError: naming the field that is out of range or has another type.
+    """
+    with reading_config(model):
+        text = config.get_text_config(decoder=True)
+    found = {}
+    for name in _Sizes.model_fields:
+        try:
+            value = getattr(text, name, None)
+        except (AttributeError, RuntimeError, ValueError):
+            continue  # it differs between layers
+        # some families have a list with one value per layer
+        found[name] = max(value) if isinstance(value, list) and _are_ints(value) else value
+    try:
+        check_as(found, _Sizes)
+    except Malformed as error:
+        raise BaseModelError(
+            f"base.model={model}: its config.json is damaged or of no possible model ({error}). "
+            "Download it again"
+        ) from None
+
+
+def _are_ints(values: list[Any]) -> bool:
+    return bool(values) and all(type(value) is int for value in values)
+
+
+TokenIds = int | list[int] | None
+
+
+class GenerationFile(JsonFile):
+    """The fields of `generation_config.json` that we use."""
+
+    bos_token_id: TokenIds = None
+    eos_token_id: TokenIds = None
+    pad_token_id: TokenIds = None
+
+
+def require_generation_settings(directory: Path) -> None:
+    """Check `generation_config.json`, if there is one.
+
+    Raises:
+        BaseModelError: if it is damaged.
+    """
+    path = directory / "generation_config.json"
+    if path.exists():
+        try:
+            read_as(path, GenerationFile)
+        except Malformed as error:
+            raise BaseModelError(
+                f"{path} is damaged ({error}). Download it again, or delete it"
+            ) from None
+
+
+def _require_no_kernels(model: str, file: Path) -> None:
     """Refuse a config that names code on the hub: transformers would download and run it.
 
     Raises:
-        BaseModelError: naming the field.
+        BaseModelError: naming the field, or if the file is damaged.
     """
-    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
-    for name in ("attn_implementation", "experts_implementation"):
-        for value in (getattr(part, f"_{name}", None) for part in parts):
-            if isinstance(value, str) and "/" in value:
-                raise BaseModelError(
-                    f"base.model={model}: its config.json has {name}={value!r}, which is code on "
-                    "the hub that would run on this machine. Remove the field from config.json"
-                )
+    try:
+        values = read_object(file)
+    except (OSError, ValueError) as error:
+        raise BaseModelError(unusable(model, f"it is damaged ({error}).")) from None
+    for name, value in _implementations(values):
+        if "/" in value:
+            raise BaseModelError(
+                f"base.model={model}: its config.json has {name}={value!r}, which is code on "
+                "the hub that would run on this machine. Remove the field from config.json"
+            )
+
+
+def _implementations(values: Mapping[str, Any], owner: str = "") -> Iterator[tuple[str, str]]:
+    """Every text under a field such as `attn_implementation`, at any depth."""
+    for name, value in values.items():
+        field = name if name.endswith("_implementation") else owner
+        if isinstance(value, Mapping):
+            yield from _implementations(value, field)
+        elif field and isinstance(value, str):
+            yield field, value
 
 
 def require_hub_id(model: str) -> str:
@@ -172,8 +280,9 @@ def unusable(model: str, reason: str) -> str:
     """Error message for a config that transformers cannot use."""
     if "trust_remote_code" in reason:
         return brings_code(model)
+    lines = [line for line in reason.splitlines() if line.strip()] or ["no reason given."]
     return (
-        f"base.model={model}: transformers cannot use its config.json: {reason.splitlines()[0]} "
+        f"base.model={model}: transformers cannot use its config.json: {' '.join(lines[:2])[:300]} "
         "Check that it is a causal language model, and whether a newer transformers knows it"
     )
 

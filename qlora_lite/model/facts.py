@@ -14,7 +14,8 @@ from torch import nn
 from transformers.configuration_utils import PretrainedConfig
 
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.model.config import read_config
+from qlora_lite.foundation.json_files import shown
+from qlora_lite.model.config import read_config, reading_config, require_possible_sizes
 from qlora_lite.model.prequantised import COMPANION
 from qlora_lite.model.probes import UNPACKED
 from qlora_lite.model.settings import Base
@@ -107,17 +108,19 @@ def facts_of(config: PretrainedConfig, trust_remote_code: bool = False) -> BaseF
         BaseModelError: if transformers has no causal language model for it.
     """
     _require_causal(config)
-    model = build_on_meta(config, trust_remote_code)
-    shape = shape_of(model, config)
-    return BaseFacts(
-        config=config,
-        shape=shape,
-        specs=tuple(linear_specs(shape)),
-        buffers=frozenset(name for name, _ in model.named_buffers()),
-        tied=_tied(model),
-        prefix=str(model.base_model_prefix),
-        ignored=tuple(model._keys_to_ignore_on_load_unexpected or ()),  # type: ignore[arg-type]
-    )
+    require_possible_sizes(config.name_or_path or config.model_type, config)
+    with reading_config(config.name_or_path or config.model_type):
+        model = build_on_meta(config, trust_remote_code)
+        shape = shape_of(model, config)
+        return BaseFacts(
+            config=config,
+            shape=shape,
+            specs=tuple(linear_specs(shape)),
+            buffers=frozenset(name for name, _ in model.named_buffers()),
+            tied=_tied(model),
+            prefix=str(model.base_model_prefix),
+            ignored=tuple(model._keys_to_ignore_on_load_unexpected or ()),  # type: ignore[arg-type]
+        )
 
 
 def _require_causal(config: PretrainedConfig) -> None:
@@ -127,6 +130,11 @@ def _require_causal(config: PretrainedConfig) -> None:
         BaseModelError: for encoders and for encoder-decoder models.
     """
     classes = config.architectures or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise BaseModelError(
+            f"base.model={config.name_or_path or config.model_type}: its config.json has "
+            f"architectures={shown(classes)}, and a list of names is needed. Download it again"
+        )
     is_encoder = any(name.endswith(NOT_CAUSAL) for name in classes)
     if config.is_encoder_decoder or (is_encoder and not getattr(config, "is_decoder", False)):
         kind = "an encoder-decoder model" if config.is_encoder_decoder else "an encoder"

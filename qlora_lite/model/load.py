@@ -26,8 +26,17 @@ from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import BaseModelError
+from qlora_lite.foundation.files import is_directory
+from qlora_lite.foundation.json_files import shown
 from qlora_lite.model.causal import CausalModel
-from qlora_lite.model.config import brings_code, hub_error, require_hub_id, unreachable
+from qlora_lite.model.config import (
+    brings_code,
+    hub_error,
+    reading_config,
+    require_generation_settings,
+    require_hub_id,
+    unreachable,
+)
 from qlora_lite.model.facts import BaseFacts, read_facts
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear, Scratch, Source
 from qlora_lite.model.prequantised import is_packed, read_packed, stored_quant
@@ -71,7 +80,7 @@ def locate(base: Base) -> Path:
     Raises:
         BaseModelError: if there is no such model, or it cannot be downloaded.
     """
-    if Path(base.model).is_dir():
+    if is_directory(Path(base.model)):
         return Path(base.model)
     require_hub_id(base.model)
     code = ["*.py"] if base.trust_remote_code else []
@@ -97,14 +106,18 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(
             base.model, revision=base.revision, trust_remote_code=base.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+        _try_out(tokenizer)
+    except BaseException as error:
+        # foreign files end in any exception; a panic of the tokenizers library is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         if (problem := hub_error(error)) is not None:
             raise BaseModelError(unreachable(base.model, base.revision, problem)) from error
         if "trust_remote_code" in str(error):
             raise BaseModelError(brings_code(base.model)) from error
         raise BaseModelError(
             f"base.model={base.model}: its tokenizer cannot be read "
-            f"({str(error).splitlines()[0]}). A tokenizer.json next to config.json is needed"
+            f"({_first_line(error)}). A tokenizer.json next to config.json is needed"
         ) from error
     if not tokenizer.is_fast:
         raise BaseModelError(
@@ -112,6 +125,31 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerFast:
             "one is needed. Convert it with transformers, or use another version of the model"
         )
     return tokenizer
+
+
+def _try_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Use what its files set, so that a wrong type shows here.
+
+    Raises:
+        TypeError: naming the field.
+    """
+    templates = tokenizer.chat_template
+    found = list(templates.values()) if isinstance(templates, dict) else [templates]
+    if not all(text is None or isinstance(text, str) for text in found):
+        raise TypeError(f"its chat_template is {shown(templates)}, and text is needed")
+    ids = tokenizer("a b").input_ids
+    tokenizer.decode(ids)
+    special = tokenizer.special_tokens_map.values()
+    if not all(isinstance(token, str | list) for token in special):
+        raise TypeError("a special token is no text")
+    if templates is not None:
+        tokenizer.get_chat_template()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    is_plain = isinstance(error, OSError | ValueError | TypeError)
+    return lines[0] if is_plain else f"{type(error).__name__}: {lines[0]}"
 
 
 def load_base(
@@ -136,10 +174,12 @@ def load_base(
     path = locate(base)
     stored = stored_quant(facts.config, base.quant)
     checkpoint = Checkpoint.open(path)
+    require_generation_settings(path)
     model = build_empty(facts.config, base)
     _Loading(model, checkpoint, facts, base, rule, split, stored is not None).run(progress)
     if (path / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(path)
+        with reading_config(base.model):
+            model.generation_config = GenerationConfig.from_pretrained(path)
     checkpoint.close()
     behaviour = probe(CausalModel(model), facts.vocabulary, base.model, rule.compute)
     return LoadedBase(

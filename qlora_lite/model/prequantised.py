@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import BaseModelError
+from qlora_lite.foundation.json_files import shown
 from qlora_lite.model.frozen import FrozenLinear, Scratch
 from qlora_lite.model.quant import FP4, NESTED_BLOCK_SIZE, NF4, Int8, Quant
 from qlora_lite.shards.reader import Checkpoint
@@ -34,8 +35,13 @@ def own_quant(config: Any) -> Quant | None:
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return None
-    if not isinstance(settings, dict):
+    if hasattr(settings, "to_dict"):
         settings = settings.to_dict()
+    if not isinstance(settings, dict):
+        raise BaseModelError(
+            f"quantization_config of config.json is {shown(settings)}, and an object is needed. "
+            "Download the model again"
+        )
     method = settings.get("quant_method")
     if method not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
         raise BaseModelError(

@@ -122,7 +122,7 @@ def shape_of(model: nn.Module, config: PretrainedConfig) -> ModelShape:
     """`model_shape` of a model that is already built; its parameters may be on the meta device."""
     parameters = _parameter_shapes(model)
     text = config.get_text_config(decoder=True)
-    heads = text.num_attention_heads
+    heads = _dimension(text, "num_attention_heads")
     width = getattr(text, "intermediate_size", None)
     ff, gated = _mlp(parameters, text.hidden_size, width)
     norms = {type(m).__name__ for m in model.modules() if is_norm(m)}
@@ -132,8 +132,8 @@ def shape_of(model: nn.Module, config: PretrainedConfig) -> ModelShape:
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,
         heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        kv_heads=_dimension(text, "num_key_value_heads", heads),
+        head_dim=_dimension(text, "head_dim", text.hidden_size // heads),
         ff=ff,
         gated=gated,
         qk_norm=any(p.module.endswith("q_norm") for p in parameters),
@@ -142,6 +142,25 @@ def shape_of(model: nn.Module, config: PretrainedConfig) -> ModelShape:
         blocks=decoder_blocks(model),
         embedding=next(path for path, module in model.named_modules() if module is table),
         parameters=tuple(parameters),
+    )
+
+
+def _dimension(config: PretrainedConfig, name: str, default: int | None = None) -> int:
+    """A dimension that all attention layers share.
+
+    Raises:
+        BaseModelError: if there is none, as in a model without attention, or layers differ in it.
+    """
+    try:
+        value = getattr(config, name, None) or default
+    except (RuntimeError, AttributeError, ValueError):
+        value = None
+    if isinstance(value, int):
+        return value
+    raise BaseModelError(
+        f"base.model={config.name_or_path or config.model_type}: the architecture "
+        f"{config.model_type} is not supported yet: it has no {name} that is the same in all "
+        "layers. Use a decoder whose layers have the same attention, such as Llama, Qwen or GPT-2"
     )
 
 

@@ -5,10 +5,14 @@ Long runs are thinned to what a screen can show; `metrics.jsonl` has all steps.
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from qlora_lite.foundation.files import parse_json
 from qlora_lite.report.charts import is_drawable
 
 Metrics = Sequence[Mapping[str, Any]]
@@ -59,8 +63,14 @@ def to_json(report: Report) -> str:
 
 
 def from_json(text: str) -> Report:
-    """The inverse of `to_json`; sequences become tuples."""
-    fields = json.loads(text)
+    """The inverse of `to_json`; sequences become tuples.
+
+    Raises:
+        ValueError: if it is not what `to_json` wrote.
+    """
+    fields = parse_json(text)
+    # a half of a surrogate pair is text for us, but not for pydantic
+    _REPORT.validate_python(json.loads(_SURROGATE.sub("?", text)))
     return Report(
         title=fields["title"],
         recipe=fields["recipe"],
@@ -70,6 +80,10 @@ def from_json(text: str) -> Report:
         samples=tuple(Sample(**sample) for sample in fields["samples"]),
         merges=tuple(MergeRow(**row) for row in fields["merges"]),
     )
+
+
+_REPORT = TypeAdapter(Report)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
 def thinned(metrics: Metrics) -> Metrics:

@@ -42,14 +42,17 @@ def read(path: Path) -> Report:
     Raises:
         RunError: if the page does not exist or was not written by `write`.
     """
-    page = path.read_text(encoding="utf-8") if path.is_file() else ""
+    page = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     data = re.search(r'<script type="application/json" id="report">(.*?)</script>', page, re.DOTALL)
-    if data is None:
+    try:
+        if data is None:
+            raise ValueError("it has none")
+        return from_json(data[1])
+    except ValueError as error:
         raise RunError(
-            f"{path} holds no report data. Restore the page that `qlora-lite train` wrote, or "
-            "train into another output=..."
-        )
-    return from_json(data[1])
+            f"{path} holds no report data ({error}). Restore the page that `qlora-lite train` "
+            "wrote, delete it, or train into another output=..."
+        ) from None
 
 
 # -- the page, from top to bottom ------------------------------------------------------------------

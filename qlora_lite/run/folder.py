@@ -18,16 +18,16 @@ import torch
 from qlora_lite.adapters.files import SIDECAR
 from qlora_lite.foundation.errors import RecipeError, RunError
 from qlora_lite.foundation.files import make_folder, read_object, write_json
+from qlora_lite.foundation.json_files import check_as
 from qlora_lite.foundation.overrides import validate
 from qlora_lite.model.load import locate
 from qlora_lite.model.settings import Base
 from qlora_lite.recipe import CHANGEABLE_SETTINGS, Recipe, differences
+from qlora_lite.run.records import RunRecord, Sidecar
 from qlora_lite.shards.reader import Checkpoint
 from qlora_lite.training import checkpoint
 
 _PACKAGES = ("qlora-lite", "torch", "transformers", "bitsandbytes", "accelerate", "datasets")
-_REQUIRED_KEYS = ("recipe", "fingerprints", "micro_batch_tokens")
-"""Keys of `recipe.json` that a run needs to continue."""
 _LENGTH_SETTINGS = ("optim.steps", "optim.epochs")
 """The settings that `extend` may change."""
 
@@ -78,11 +78,13 @@ class RunFolder:
                 "`qlora-lite train` wrote (its `output`)"
             )
         try:
-            return read_object(self.recipe, *_REQUIRED_KEYS)
-        except ValueError as error:
+            record = read_object(self.recipe)
+            check_as(record, RunRecord)
+        except (OSError, ValueError) as error:
             raise RunError(
                 f"{self.recipe} is damaged ({error}). Restore it, or train again in another folder"
             ) from None
+        return record
 
     def read_sidecar(self) -> dict[str, Any]:
         """Read `adapter/qlora_lite.json`: how the adapter was trained.
@@ -96,12 +98,14 @@ class RunFolder:
                 f"Continue it with `qlora-lite train {self.path}`"
             )
         try:
-            return read_object(self.adapter / SIDECAR, "recipe", "base", "scores")
-        except ValueError as error:
+            sidecar = read_object(self.adapter / SIDECAR)
+            check_as(sidecar, Sidecar)
+        except (OSError, ValueError) as error:
             raise RunError(
                 f"{self.adapter / SIDECAR} is damaged ({error}). Restore it, or delete "
                 f"{self.adapter} and train the run again: it continues from its last checkpoint"
             ) from None
+        return sidecar
 
     def require_base(self, base: Base) -> Path:
         """The directory of the base that this run was trained on.

@@ -220,12 +220,17 @@ def _command(run: str | Path, out: Path, base: str, dtype: str | None) -> str:
 
 def _card(check: MergeCheck, out: Path, report: Report, command: str) -> Card:
     model = check.source.base.model
+    licence: dict[str, Any] = {}
+    try:
+        licence = licence_of(check.source.path)
+    except ValueError as error:
+        check.note(f"the card has no licence, because that of the base is unknown: {error}")
     is_local = Path(model).is_dir()
     return Card(
         title=out.name,
         base_model=Path(model).name if is_local else model,
         on_hub=not is_local,
-        licence=licence_of(check.source.path),
+        licence=licence,
         commands=("qlora-lite train recipe.json", command),
         recipe=_without_folders(report.recipe),
         facts=report.facts,

@@ -62,6 +62,8 @@ class Checkpoint:
         self.files = files
         self._open: dict[Path, Any] = {}
         self._infos = {info.name: info for file in files for info in self._header(file)}
+        if len(files) > 1 or files[0].name != SINGLE:
+            self._require_index_matches()
 
     @classmethod
     def open(cls, directory: Path | str) -> "Checkpoint":
@@ -71,7 +73,10 @@ class Checkpoint:
             BaseModelError: if there is no safetensors file, a shard is missing, or one is damaged.
         """
         directory = Path(directory)
-        return cls(directory, _shard_files(directory))
+        checkpoint = cls(directory, _shard_files(directory))
+        if not checkpoint.names:
+            raise BaseModelError(f"{directory} has no tensors. Download it again")
+        return checkpoint
 
     @property
     def names(self) -> list[str]:
@@ -126,6 +131,20 @@ class Checkpoint:
                     digest.update(handle.read(_SAMPLE_BYTES))
         return digest.hexdigest()
 
+    def _require_index_matches(self) -> None:
+        """Check that each file has the tensors that the index expects there.
+
+        Raises:
+            BaseModelError: naming a tensor that is not there.
+        """
+        index = self.directory / INDEX
+        for name, file in _weight_map(index).items():
+            if name not in self._infos or self._infos[name].file.name != file:
+                raise BaseModelError(
+                    f"{self.directory / file} has no tensor {name!r}, which {INDEX} expects there. "
+                    "Download both again"
+                )
+
     def _file(self, path: Path) -> Any:
         if path not in self._open:
             try:
@@ -156,7 +175,7 @@ def _shard_files(directory: Path) -> list[Path]:
     if (directory / SINGLE).exists():
         return [directory / SINGLE]
     if (directory / INDEX).exists():
-        files = [directory / name for name in _shard_names(directory / INDEX)]
+        files = [directory / name for name in sorted(set(_weight_map(directory / INDEX).values()))]
         missing = [file.name for file in files if not file.exists()]
         if missing:
             raise BaseModelError(
@@ -176,8 +195,8 @@ def _shard_files(directory: Path) -> list[Path]:
     )
 
 
-def _shard_names(index: Path) -> list[str]:
-    """The files that an index names; they must be next to it.
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, by an index; files must be next to it.
 
     Links are followed: the hub's cache consists of links.
 
@@ -188,16 +207,16 @@ def _shard_names(index: Path) -> list[str]:
         weight_map = read_object(index, "weight_map")["weight_map"]
     except (OSError, ValueError) as error:
         raise BaseModelError(f"{index} is damaged ({error}). Download it again") from None
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not names or not all(isinstance(name, str) for name in names):
+    found: dict[str, str] = weight_map if isinstance(weight_map, dict) else {}
+    if not found or not all(isinstance(name, str) for name in found.values()):
         raise BaseModelError(
             f"{index} is damaged: weight_map must map every tensor to the name of its file. "
             "Download it again"
         )
-    for name in names:
+    for name in found.values():
         if Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
             raise BaseModelError(
                 f"{index} names the file {name!r}, and only safetensors files in its own folder "
                 "are read. Use a checkpoint saved by transformers"
             )
-    return sorted(set(names))
+    return found

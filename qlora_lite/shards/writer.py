@@ -13,10 +13,10 @@ tensor.
 
 import errno
 import hashlib
-import json
 import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -32,10 +32,15 @@ from qlora_lite.foundation.files import (
     sync_directory,
     write_json,
 )
+from qlora_lite.foundation.json_files import JsonFile, Malformed, read_as
 from qlora_lite.shards.layout import MAX_SHARD_BYTES, Shard, TensorSpec, split_into_shards
 from qlora_lite.shards.reader import INDEX
 
 _JOURNAL = ".shards.writing.json"
+
+
+class _Journal(JsonFile):
+    identity: str
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -121,8 +126,9 @@ class ShardWriter:
         """Start a journal, unless the same call left one: then its work is continued."""
         journal = self.directory / _JOURNAL
         if journal.exists():
-            if json.loads(journal.read_text())["identity"] == identity:
-                return
+            with suppress(Malformed):  # written by a killed process: start again
+                if read_as(journal, _Journal).identity == identity:
+                    return
             for path in _weights(self.directory):
                 path.unlink()
         elif found := _weights(self.directory):

@@ -9,21 +9,55 @@ A checkpoint is written to a temporary folder, synced and renamed, so a kill or 
 the older ones intact.
 """
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_lite.foundation.errors import RunError
 from qlora_lite.foundation.files import DiskFull, complete_directory, read_object, write_json
+from qlora_lite.foundation.json_files import JsonFile, check_as
 from qlora_lite.shards.writer import save_tensors
 
 _ADAPTER, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
+
+
+_NAME = re.compile(r"step-[0-9]{1,12}")
+
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Positive = Annotated[float, Field(ge=0)]
+
+
+class ProgressNumbers(JsonFile):
+    """`progress` in `state.json`: the fields of `loop.Progress`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: Count
+    tokens: Count
+    seconds: Positive
+    first_loss: Positive | None
+    last_loss: Positive | None
+    best_loss: Positive | None
+    best_step: Count
+    scorings_since_best: Count
+    stopped_early: bool
+    total: Count
+
+
+class _StateFile(JsonFile):
+    """`state.json`."""
+
+    progress: ProgressNumbers
+    engine: dict[str, Any]
+    method: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -78,11 +112,16 @@ def load(checkpoint: Path) -> TrainingState:
         RunError: if a file of the checkpoint is damaged.
     """
     try:
-        numbers = read_object(checkpoint / _STATE, "progress", "engine", "method")
+        numbers = read_object(checkpoint / _STATE)
+        state = check_as(numbers, _StateFile)
+        if state.progress.step != step_of(checkpoint):
+            raise ValueError(f"{_STATE} is of step {state.progress.step}")
         tensors = load_file(checkpoint / _OPTIMIZER)
         adapter = load_adapter(checkpoint)
+        if strange := [n for n in tensors if n.partition("/")[0] not in ("engine", "method")]:
+            raise ValueError(f"{_OPTIMIZER} has a tensor {strange[0]!r}")
     except (OSError, SafetensorError, ValueError) as error:
-        raise _damaged(checkpoint, error) from error
+        raise damaged(checkpoint, error) from error
     parts: dict[str, dict[str, Any]] = {"engine": {}, "method": {}}
     for name, tensor in tensors.items():
         owner, _, rest = name.partition("/")
@@ -101,10 +140,11 @@ def load_adapter(checkpoint: Path) -> dict[str, Tensor]:
     try:
         return load_file(checkpoint / _ADAPTER)
     except (OSError, SafetensorError) as error:
-        raise _damaged(checkpoint, error) from error
+        raise damaged(checkpoint, error) from error
 
 
-def _damaged(checkpoint: Path, error: Exception) -> RunError:
+def damaged(checkpoint: Path, error: Exception) -> RunError:
+    """The error for a checkpoint that cannot be used."""
     return RunError(
         f"checkpoint {checkpoint} is damaged ({error}). Restore it, or delete that folder to "
         "start again"
@@ -134,8 +174,9 @@ def find_newest(directory: Path, note: Callable[[str], None]) -> Path | None:
 
 
 def all_checkpoints(directory: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [path for path in directory.glob("step-*") if path.is_dir()]
+    """Complete checkpoints, oldest first. Folders with other names are ignored."""
+    found = [path for path in directory.glob("step-*") if _NAME.fullmatch(path.name)]
+    found = [path for path in found if path.is_dir()]
     return sorted(found, key=step_of)
 
 

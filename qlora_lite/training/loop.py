@@ -245,8 +245,12 @@ def _resume(job: TrainingJob) -> Progress:
         return Progress(total=job.total)
     state = checkpoint.load(job.resume_from)
     job.attached.load_state(state.adapter)
-    job.engine.load_state_dict(state.engine)
-    job.attached.method.load_state_dict(state.method)
+    try:
+        job.engine.load_state_dict(state.engine)
+        job.attached.method.load_state_dict(state.method)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        # a file that can be read, but with other names, types or shapes than we write
+        raise checkpoint.damaged(job.resume_from, error) from error
     progress = Progress(**state.progress)
     if progress.total != job.total:  # extended: early stopping counts from here on
         progress.total, progress.stopped_early, progress.scorings_since_best = job.total, False, 0

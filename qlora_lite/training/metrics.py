@@ -4,9 +4,24 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from qlora_lite.foundation.files import write_text
+from pydantic import ConfigDict, Field
+
+from qlora_lite.foundation.files import parse_json, write_text
+from qlora_lite.foundation.json_files import JsonFile, check_as
+
+
+class _Event(JsonFile):
+    """What the readers of a log rely on. A gradient norm may be infinite in a skipped step."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
+
+    step: Annotated[int, Field(ge=0)]
+    loss: float = 0.0
+    heldout_loss: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
 
 
 class MetricsLog:
@@ -42,6 +57,8 @@ def read(path: Path) -> list[dict[str, Any]]:
         return []
     events = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(json.JSONDecodeError):
-            events.append(json.loads(line))
-    return [event for event in events if isinstance(event, dict) and "step" in event]
+        with suppress(ValueError):
+            event = parse_json(line)
+            check_as(event, _Event)
+            events.append(event)
+    return events

@@ -1,6 +1,7 @@
 """Checkpoints are complete or absent."""
 
 import os
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from qlora_lite.foundation.errors import RunError
 from qlora_lite.training import checkpoint
 from qlora_lite.training.checkpoint import TrainingState
+from qlora_lite.training.loop import Progress
 
 
 def state(value=1.0):
@@ -15,7 +17,7 @@ def state(value=1.0):
         adapter={"layer.a": torch.full((2, 3), value, dtype=torch.bfloat16)},
         engine={"layer.a:exp_avg": torch.full((2, 3), value / 3), "layer.a:count": 7},
         method={"mask": torch.tensor([True, False]), "phase": "warm"},
-        progress={"step": 3, "best_loss": None},
+        progress=asdict(Progress(step=3)),
     )
 
 

@@ -1,0 +1,56 @@
+"""The JSON files of a run as typed models: what its other parts may rely on.
+
+Fields that are not listed are ignored here; the files may have more.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from qlora_lite.foundation.json_files import JsonFile
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+Count = Annotated[int, Field(ge=0, le=2**62)]
+
+
+class RunRecord(JsonFile):
+    """`recipe.json` of a run."""
+
+    recipe: dict[str, Any]
+    fingerprints: dict[str, str]
+    micro_batch_tokens: Annotated[int, Field(ge=1, le=2**40)] | None
+    versions: dict[str, str] = Field(default_factory=dict)
+    threads: int | None = None
+    device: str | None = None
+    git_revision: str | None = None
+
+
+class SidecarBase(JsonFile):
+    """The base in `adapter/qlora_lite.json`."""
+
+    model: str
+    revision: str | None = None
+    fingerprint: str
+    compute: Dtype
+    storage: Dtype
+    norms: Dtype
+
+
+class Sidecar(JsonFile):
+    """`adapter/qlora_lite.json` of a run."""
+
+    recipe: dict[str, Any]
+    adapter: dict[str, Any]
+    base: SidecarBase
+    data_fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{16,}$")]
+    steps: Count
+    scores: dict[str, Annotated[float, Field(ge=0)]]
+    predicted_peak_bytes: Count
+    peak_bytes: Count
+
+    @field_validator("scores")
+    @classmethod
+    def _are_both_or_none(cls, scores: dict[str, float]) -> dict[str, float]:
+        if scores and not {"loss", "loss_before"} <= scores.keys():
+            raise ValueError("loss and loss_before")
+        return scores
