@@ -27,6 +27,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_lite.data.formats import Conversation, Message, RowError
 from qlora_lite.foundation.errors import DataError
+from qlora_lite.foundation.limits import LimitReached, limited
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
@@ -39,6 +40,9 @@ PLAIN_TEMPLATE = (
 # Some templates write today's date. With a fixed date the tokens are the same every day, so that a
 # run can resume.
 FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+
+RENDER_SECONDS, RENDER_BYTES = 10.0, 2**30
+"""For one conversation. A common one takes less than a millisecond and a megabyte."""
 
 Span = tuple[int, int]
 
@@ -73,6 +77,7 @@ class ChatTemplate:
         self.adds_bos = tokenizer.bos_token_id in tokenizer("a").input_ids[:1]
         self.is_plain = tokenizer.chat_template is None
         self.source = self._plain() if self.is_plain else tokenizer.get_chat_template()
+        _require_no_powers(self.source)
         self.marks_answers = re.search(r"{%-?\s*generation\s*-?%}", self.source) is not None
         self.end_of_turn, self.appends_end = self._find_end_of_turn()
 
@@ -118,13 +123,21 @@ class ChatTemplate:
         """The rendered messages, and the spans that the template marks."""
         dated = "strftime_now" in self.source
         try:
-            texts, marks = render_jinja_template(
-                conversations=[[{"role": m.role, "content": m.content} for m in messages]],
-                chat_template=FIXED_DATE + self.source if dated else self.source,
-                return_assistant_tokens_mask=self.marks_answers,
-                add_generation_prompt=add_generation_prompt,
-                **self.tokenizer.special_tokens_map,
-            )
+            with limited(RENDER_SECONDS, RENDER_BYTES):
+                texts, marks = render_jinja_template(
+                    conversations=[[{"role": m.role, "content": m.content} for m in messages]],
+                    chat_template=FIXED_DATE + self.source if dated else self.source,
+                    return_assistant_tokens_mask=self.marks_answers,
+                    add_generation_prompt=add_generation_prompt,
+                    **self.tokenizer.special_tokens_map,
+                )
+        except LimitReached as error:
+            raise DataError(
+                f"the tokenizer's chat template does not end: {error} for one conversation. "
+                "Give the tokenizer another chat template"
+            ) from None
+        except RecursionError:
+            raise RowError(None, "the chat template calls itself without end") from None
         except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
             raise RowError(None, f"the chat template refuses these messages: {error}") from None
         return texts[0], [tuple(span) for span in marks[0]] if self.marks_answers else []
@@ -203,6 +216,23 @@ class ChatTemplate:
                     "with {% generation %}",
                 )
         return spans
+
+
+def _require_no_powers(source: str) -> None:
+    """Refuse a template that computes a power: 9**9**9 is one step that takes hours.
+
+    Raises:
+        DataError: if it does.
+    """
+    try:
+        tokens = list(jinja2.Environment().lex(source))
+    except jinja2.TemplateError:
+        return  # reported when it is rendered
+    if any(kind == "operator" and text == "**" for _, kind, text in tokens):
+        raise DataError(
+            "the tokenizer's chat template computes a power (**), which may never end. Give the "
+            "tokenizer another chat template"
+        )
 
 
 def _not_a_prefix(prefix: str, text: str, index: int) -> str:
