@@ -5,6 +5,7 @@ and one line there.
 """
 
 import math
+import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -70,7 +71,7 @@ class Fields:
         """A required field as text. Numbers, such as labels, are converted."""
         value = self.value(field)
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise RowError(self.name(field), f"got {_kind(value)}, text is needed: {value!r:.80}")
+            raise RowError(self.name(field), f"got {_kind(value)}, text is needed: {shown(value)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise RowError(self.name(field), f"got {value}, a finite number is needed")
         return _utf8(str(value), self.name(field))
@@ -126,15 +127,16 @@ def read_text(fields: Fields) -> Document:
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of row: the fields that it requires, and the function that reads it."""
+    """A kind of row: the fields that it requires, the function that reads it, and other fields."""
 
     needs: tuple[str, ...]
     read: Callable[[Fields], Conversation | Document]
+    optional: tuple[str, ...] = ()
 
 
 FORMATS = {
     "messages": Format(("messages",), read_messages),
-    "alpaca": Format(("instruction", "output"), read_alpaca),
+    "alpaca": Format(("instruction", "output"), read_alpaca, optional=("input",)),
     "completion": Format(("prompt", "completion"), read_completion),
     "text": Format(("text",), read_text),
 }
@@ -152,6 +154,11 @@ def find_format(row: Mapping[str, Any], names: Mapping[str, str], has_prompt: bo
         if all(names.get(field, field) in row for field in FORMATS[kind].needs):
             return kind
     return None
+
+
+def fields_in(prompt: str) -> set[str]:
+    """The fields that a template such as `data.prompt` uses."""
+    return {name for _, name, _, _ in string.Formatter().parse(prompt) if name is not None}
 
 
 def with_system(conversation: Conversation, system: str | None) -> Conversation:
@@ -205,6 +212,15 @@ def _utf8(text: str, field: str) -> str:
             field, f"character {error.start} is {text[error.start]!r}, half of a surrogate pair"
         ) from None
     return text
+
+
+def shown(value: Any) -> str:
+    """A value in an error message, at most 80 characters."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or a number of very many digits
+        text = f"({_kind(value)})"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _kind(value: Any) -> str:

@@ -4,12 +4,12 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from qlora_lite.data.dropped_fields import refused_fields, require_neutral
 from qlora_lite.data.formats import (
     FORMATS,
     Conversation,
     Document,
     Fields,
-    Format,
     RowError,
     find_format,
     with_system,
@@ -34,13 +34,16 @@ def read_rows(source: Source, data: Data) -> Iterator[tuple[int, Item]]:
         return
     names = data.fields or {}
     seen: set[str] = set()
-    chosen: Format | None = None
+    kind: str | None = None
     for number, row in source.rows():
-        if chosen is None:
-            chosen = _choose_format(data, row, source.where(number))
+        if kind is None:
+            kind = _choose_format(data, row, source.where(number))
+            refused = refused_fields(kind, FORMATS[kind], names, data.prompt)
+            messages = names.get("messages", "messages") if kind == "messages" else None
         seen.update(name for name in names if names[name] in row)
         try:
-            item = chosen.read(Fields(row, names, data.prompt))
+            require_neutral(row, refused, messages)
+            item = FORMATS[kind].read(Fields(row, names, data.prompt))
         except RowError as error:
             raise DataError(f"{source.where(number)}: {error}") from None
         yield number, with_system(item, data.system) if isinstance(item, Conversation) else item
@@ -51,7 +54,7 @@ def read_rows(source: Source, data: Data) -> Iterator[tuple[int, Item]]:
         )
 
 
-def _choose_format(data: Data, row: Mapping[str, Any], where: str) -> Format:
+def _choose_format(data: Data, row: Mapping[str, Any], where: str) -> str:
     """The format in the settings, or the one that the first row has."""
     has_prompt = data.prompt is not None
     if has_prompt and data.format not in ("auto", "completion"):
@@ -63,7 +66,7 @@ def _choose_format(data: Data, row: Mapping[str, Any], where: str) -> Format:
     kind = find_format(row, data.fields or {}, has_prompt) if is_auto else data.format
     if kind is None:
         raise DataError(_unknown_format(row, data.fields or {}, where))
-    return FORMATS[kind]
+    return kind
 
 
 def _unknown_format(row: Mapping[str, Any], names: Mapping[str, str], where: str) -> str:

@@ -1,0 +1,175 @@
+"""Refuse rows with a field that changes the training elsewhere and that no format here reads.
+
+A row would otherwise be trained without its tools, its reasoning or its weight. The rule:
+
+- Every field of a message is read (`role`, `content`), or is metadata that cannot change the text
+  (`METADATA`), or has a neutral value.
+- A row may have any columns, as tables do. Only fields that the formats of chat data define
+  (`MEANINGFUL`, and `TEXTS` where the text is composed from fields) must be read, or be neutral. A
+  field is read if the format uses it (by its name in `data.fields`), or if `data.prompt` names it.
+
+Neutral are null, an empty value, and what every row without the field means: weight 1, train true,
+mask false.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_lite.data.formats import Format, RowError, fields_in, shown
+
+TRAINED = frozenset({"weight", "train", "trainable", "loss", "loss_mask", "loss_weight"})
+"""Whether or how strongly a turn or a row is trained. Neutral: 1 and true."""
+
+MASKED = frozenset({"mask", "masked"})
+"""Whether a turn is left out of the loss. Neutral: 0 and false."""
+
+SWITCHES = frozenset({"thinking", "enable_thinking"})
+"""Settings of the chat template. Neither true nor false is neutral."""
+
+MEANINGFUL = frozenset(
+    [
+        "audio",
+        "audios",
+        "chat_template_kwargs",
+        "documents",
+        "enable_thinking",
+        "function_call",
+        "functions",
+        "image",
+        "images",
+        "reasoning",
+        "reasoning_content",
+        "thinking",
+        "tool_call_id",
+        "tool_calls",
+        "tool_responses",
+        "tools",
+        "video",
+        "videos",
+    ]
+)
+"""Fields of a row that the formats of chat data define, for rows of every format."""
+
+TEXTS = frozenset({"system", "system_prompt", "history"})
+"""Fields of a row that other tools put in front of its messages."""
+
+METADATA = frozenset(
+    [
+        "annotations",
+        "author",
+        "country",
+        "created",
+        "created_at",
+        "create_time",
+        "dataset",
+        "date",
+        "emotion",
+        "finish_reason",
+        "hash",
+        "hashed_ip",
+        "header",
+        "id",
+        "index",
+        "is_edited",
+        "labels",
+        "lang",
+        "language",
+        "message_id",
+        "meta",
+        "metadata",
+        "model",
+        "num_tokens",
+        "parent",
+        "parent_id",
+        "quality",
+        "rating",
+        "redacted",
+        "score",
+        "source",
+        "state",
+        "status",
+        "stop_reason",
+        "time",
+        "timestamp",
+        "token_count",
+        "tokens",
+        "toxic",
+        "turn",
+        "turn_id",
+        "turn_identifier",
+        "type",
+        "url",
+        "usage",
+        "user_id",
+        "uuid",
+    ]
+)
+"""Fields of a message that cannot change its text."""
+
+ALLOWED = METADATA | {"role", "content"}
+"""Fields of a message that may have any value."""
+
+
+def refused_fields(
+    kind: str, chosen: Format, names: Mapping[str, str], prompt: str | None
+) -> frozenset[str]:
+    """The fields of a row that need a neutral value: those that the format does not read.
+
+    Args:
+        names: `data.fields`.
+        prompt: `data.prompt`.
+    """
+    meaningful = MEANINGFUL | TRAINED | MASKED
+    if kind != "text":
+        meaningful |= TEXTS
+    if kind == "completion" and prompt is None:
+        meaningful |= {"input"}
+    read = {names.get(field, field) for field in (*chosen.needs, *chosen.optional)}
+    return meaningful - read - fields_in(prompt or "")
+
+
+def require_neutral(row: Mapping[str, Any], refused: frozenset[str], messages: str | None) -> None:
+    """Check that a row loses nothing by being read without some of its fields.
+
+    Args:
+        refused: from `refused_fields`.
+        messages: the name of the field with the messages, for that format.
+
+    Raises:
+        RowError: with the field, its value, and what to do.
+    """
+    for name in sorted(row.keys() & refused):
+        if not _is_neutral(name, row[name]):
+            raise RowError(name, _problem(name, row[name]))
+    found = row.get(messages) if messages else None
+    for i, message in enumerate(found if isinstance(found, list | tuple) else ()):
+        # what is not a message at all is reported by the format
+        for name in sorted(message.keys() - ALLOWED) if isinstance(message, Mapping) else ():
+            if not _is_neutral(name, message[name]):
+                raise RowError(f"{messages}[{i}].{name}", _problem(name, message[name]))
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    """Whether the row means the same without this field. Tables have numbers as text."""
+    text = str(value).strip().lower() if isinstance(value, str | int | float) else None
+    if value is None or text in ("", "nan", "null", "none", "[]", "{}"):
+        return True
+    if name in TRAINED:
+        return text in ("1", "1.0", "true")
+    if name in MASKED:
+        return text in ("0", "0.0", "false")
+    if value is False:
+        return name not in SWITCHES
+    return isinstance(value, list | tuple | Mapping | bytes) and not value
+
+
+def _problem(name: str, value: Any) -> str:
+    if name in TRAINED | MASKED:
+        effect = "the turn would be trained like any other. Split the conversation or remove the"
+    elif name in TEXTS | {"input"}:
+        effect = (
+            "its text would be missing. Put it into the messages or into data.prompt, or remove the"
+        )
+    else:
+        effect = "it would be missing in training. Remove the"
+    return f"got {shown(value)}, but this field is not used, so {effect} field from the rows"
