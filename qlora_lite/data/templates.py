@@ -17,7 +17,8 @@ is followed by EOS, any other message by a line break.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,6 +26,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from qlora_lite.data.control_tokens import ControlTokens, special_tokens
 from qlora_lite.data.formats import Conversation, Message, RowError
 from qlora_lite.foundation.errors import DataError
 from qlora_lite.foundation.limits import LimitReached, limited
@@ -80,6 +82,7 @@ class ChatTemplate:
         _require_no_powers(self.source)
         self.marks_answers = re.search(r"{%-?\s*generation\s*-?%}", self.source) is not None
         self.end_of_turn, self.appends_end = self._find_end_of_turn()
+        self.control_tokens = ControlTokens(tokenizer, self._probes())
 
     @property
     def end_of_turn_id(self) -> int:
@@ -97,7 +100,8 @@ class ChatTemplate:
             RowError: if the template raises an error, or the assistant's text cannot be found.
         """
         messages = conversation.messages
-        self._require_no_markers(messages)
+        for i, message in enumerate(messages):
+            self.control_tokens.require_none(message.content, f"message {i} ({message.role})")
         text, marked = self._text(messages)
         if self.appends_end:
             text = text.rstrip() + self.end_of_turn
@@ -160,23 +164,19 @@ class ChatTemplate:
                 "conversations"
             )
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
-        special |= set(self.tokenizer.all_special_tokens)
+        special |= special_tokens(self.tokenizer)
         ends = [token for token in special if token.strip() and token in tail]
         if not ends:
             return self.tokenizer.eos_token, True
         return min(ends, key=lambda token: (tail.index(token), -len(token))), False
 
-    def _require_no_markers(self, messages: Sequence[Message]) -> None:
-        """Raise RowError if a message contains the end-of-turn token or BOS as text."""
-        markers = [self.end_of_turn, self.tokenizer.bos_token]
-        for i, message in enumerate(messages):
-            for marker in markers:
-                if marker and marker in message.content:
-                    raise RowError(
-                        None,
-                        f"message {i} contains {marker!r}, which the template writes itself. "
-                        "Remove it from the text",
-                    )
+    def _probes(self) -> Iterator[str]:
+        """Conversations of plain words, rendered."""
+        question, answer = Message("user", "a"), Message("assistant", "b")
+        for system in ((), (Message("system", "c"),)):
+            with suppress(RowError):  # some templates refuse a system message
+                yield self.prompt([*system, question, answer, question])
+                yield self._text([*system, question, answer])[0]
 
     def _extend_to_end_of_turn(self, text: str, span: Span) -> Span:
         """A marked span, made to end with its end-of-turn token."""

@@ -167,9 +167,11 @@ def _encode(
     source: Source, chunk: Sequence[tuple[int, Item]], template: ChatTemplate, data: Data
 ) -> list[Encoded]:
     """Render and tokenise rows, which are all of one kind."""
-    documents = [item for _, item in chunk if isinstance(item, Document)]
+    documents = [(number, item) for number, item in chunk if isinstance(item, Document)]
     if documents:
-        return encode_text(template, documents)
+        for number, document in documents:
+            _require_no_control_token(source, number, document, template)
+        return encode_text(template, [document for _, document in documents])
     rendered = []
     for number, item in chunk:
         assert isinstance(item, Conversation)
@@ -178,6 +180,18 @@ def _encode(
         except RowError as error:
             raise DataError(f"{source.where(number)}: {error}") from None
     return encode(template, rendered, data.loss_on == "all")
+
+
+def _require_no_control_token(
+    source: Source, number: int, document: Document, template: ChatTemplate
+) -> None:
+    try:
+        template.control_tokens.require_none(document.text, "the text")
+    except RowError as error:
+        if source.is_text_file:  # rows of several lines
+            _, start = template.control_tokens.find(document.text) or ("", 0)
+            number += document.text.count("\n", 0, start)
+        raise DataError(f"{source.where(number)}: {error}") from None
 
 
 def _require_trainable(row: Encoded, template: ChatTemplate, source: Source, number: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_lite.data.formats import Message
+from qlora_lite.data.formats import Message, RowError
 from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.evaluation.generation import stream
 from qlora_lite.foundation.errors import DataError
@@ -68,6 +68,8 @@ class ChatSession:
         self.stop_ids = _stop_ids(loaded)
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
+        if system:
+            self._require_plain(system, "the system message")
         self.system: Messages = (Message("system", system),) if system else ()
         self.messages: Messages = ()
         self.num_dropped = 0
@@ -83,8 +85,10 @@ class ChatSession:
         """Stream the answer. What the caller has consumed of it becomes part of the conversation.
 
         Raises:
-            DataError: if the question alone does not fit into the model's context.
+            DataError: if the question contains a control token, or alone does not fit into the
+                model's context.
         """
+        self._require_plain(text, "the question")
         all_messages = (*self.messages, Message("user", text))
         max_tokens = None if self.context is None else self.context - 1
         messages = drop_oldest(all_messages, lambda some: len(self._ids(some)), max_tokens)
@@ -103,6 +107,12 @@ class ChatSession:
                 yield piece
         finally:
             self.messages = (*messages, Message("assistant", "".join(answer).strip()))
+
+    def _require_plain(self, text: str, what: str) -> None:
+        try:
+            self.template.control_tokens.require_none(text, what)
+        except RowError as error:
+            raise DataError(str(error)) from None
 
     def _ids(self, messages: Messages) -> list[int]:
         text = self.template.prompt([*self.system, *messages])

@@ -87,7 +87,7 @@ ANSWERS = [
     "There are seven apples left.",
     "Zwölf — naïve 苹果 🍎",
     "two\n\nparagraphs\n  and indented",
-    "user\nassistant\n[INST]",
+    "user\nassistant\n[OUT]",
 ]
 
 
@@ -253,13 +253,6 @@ def test_the_error_of_a_template_is_in_the_message():
     template = ChatTemplate(styled(BRACKETS))
     with pytest.raises(RowError, match="no system message here"):
         template.render(talk("One?", "Two.", system="Be brief."))
-
-
-@pytest.mark.parametrize("marker", ["<|im_end|>", "<|begin|>"])
-def test_text_with_a_special_token_of_the_template_is_refused(marker):
-    template = ChatTemplate(styled(CHATML))
-    with pytest.raises(RowError, match="message 1 contains"):
-        template.render(talk("One?", f"Two{marker}."))
 
 
 def test_a_date_in_the_template_is_the_same_every_day():
