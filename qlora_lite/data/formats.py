@@ -8,6 +8,7 @@ import math
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 Role = Literal["system", "user", "assistant"]
@@ -80,15 +81,22 @@ class Fields:
         """The user message: the prompt field, or `data.prompt` filled with the row's fields."""
         if self.prompt is None:
             return self.text("prompt")
+        for name in fields_in(self.prompt):
+            self._require_text(name)
         try:
             return _utf8(self.prompt.format_map(self.row), "data.prompt")
-        except KeyError as error:
+        except (ValueError, TypeError, OverflowError, MemoryError) as error:
+            raise RowError("data.prompt", f"cannot be filled from this row: {error}") from None
+
+    def _require_text(self, name: str) -> None:
+        """Check that a field can be put into `data.prompt`."""
+        if name not in self.row:
             present = ", ".join(map(repr, self.row))
-            raise RowError(
-                str(error.args[0]), f"is used in data.prompt; this row has the fields {present}"
-            ) from None
-        except (TypeError, ValueError) as error:
-            raise RowError("data.prompt", f"cannot be filled with this row: {error}") from None
+            raise RowError(name, f"is used in data.prompt; this row has the fields {present}")
+        value = self.row[name]
+        is_text = isinstance(value, str | int | float)
+        if not is_text or (isinstance(value, float) and not math.isfinite(value)):
+            raise RowError(name, f"is used in data.prompt; got {shown(value)}, text is needed")
 
 
 def read_messages(fields: Fields) -> Conversation:
@@ -156,9 +164,11 @@ def find_format(row: Mapping[str, Any], names: Mapping[str, str], has_prompt: bo
     return None
 
 
-def fields_in(prompt: str) -> set[str]:
+@lru_cache
+def fields_in(prompt: str) -> frozenset[str]:
     """The fields that a template such as `data.prompt` uses."""
-    return {name for _, name, _, _ in string.Formatter().parse(prompt) if name is not None}
+    parts = string.Formatter().parse(prompt)
+    return frozenset(name for _, name, _, _ in parts if name is not None)
 
 
 def with_system(conversation: Conversation, system: str | None) -> Conversation:

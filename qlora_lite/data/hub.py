@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,42 @@ def load_hub_rows(
     """
     import datasets
 
+    with _errors_of(name), quiet_datasets():
+        table = datasets.load_dataset(repository, configuration, split=split or "train")
+    fingerprint = "; ".join(_version(file["filename"]) for file in table.cache_files)
+
+    def rows() -> Iterator[tuple[int, dict[str, Any]]]:
+        with _errors_of(name):
+            yield from enumerate(table, start=1)
+
+    return rows, fingerprint
+
+
+@contextmanager
+def _errors_of(name: str) -> Iterator[None]:
+    """Turn what `datasets` raises for a missing or damaged data set into a `DataError`."""
+    import datasets
+    import pyarrow
+
     try:
-        with quiet_datasets():
-            table = datasets.load_dataset(repository, configuration, split=split or "train")
-    except (OSError, ValueError, RuntimeError) as error:
+        yield
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        NotImplementedError,
+        ImportError,
+        datasets.exceptions.DatasetsError,
+        pyarrow.ArrowException,
+    ) as error:
         raise DataError(
             f"the data set {name!r} cannot be read from the hub or its cache: "
             f"{type(error).__name__}: {error}. Give a configuration and a split as in "
             "openai/gsm8k:main::train, or the path of a file"
         ) from None
-    fingerprint = "; ".join(_version(file["filename"]) for file in table.cache_files)
-    return lambda: enumerate(table, start=1), fingerprint
 
 
 def parse_hub_id(name: str) -> tuple[str, str | None, str | None] | None:

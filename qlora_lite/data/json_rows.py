@@ -1,18 +1,21 @@
 """Rows of .jsonl and .json files, with the line of anything that is wrong.
 
-Lines are decoded here and not by the JSON builder of `datasets`, which guesses a schema over many
-rows (text that looks like a date becomes a date, absent fields become null) and loses the line
-numbers.
+Values stay as they are written: readers that guess a schema over many rows turn text into dates and
+absent fields into null, and lose the line numbers.
 """
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qlora_lite.data.hf_datasets import read_lines
+from qlora_lite.data.lines import read_lines
 from qlora_lite.foundation.errors import DataError
+
+MAX_DIGITS = sys.get_int_max_str_digits()
+"""Digits of the largest number that Python reads; longer ones would take quadratic time."""
 
 _STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'
 
@@ -49,6 +52,11 @@ def is_json_array(path: Path) -> bool:
 def _decode(text: str, path: Path, first_line: int) -> Any:
     try:
         return _parse(text)
+    except _RepeatedKeyError as error:
+        place = "" if "\n" in text else f", line {first_line}"
+        raise DataError(
+            f"{path}{place}: an object has the key {error} twice. Remove one of them"
+        ) from None
     except json.JSONDecodeError as error:
         near = text[max(0, error.pos - 30) : error.pos + 30].strip()
         raise DataError(
@@ -63,6 +71,7 @@ def _parse(text: str) -> Any:
 
     Raises:
         json.JSONDecodeError: for anything wrong, with its position.
+        _RepeatedKeyError: if an object has a key twice.
     """
 
     def refuse(constant: str) -> NoReturn:
@@ -71,9 +80,30 @@ def _parse(text: str) -> Any:
         raise json.JSONDecodeError(f"{constant} is not a JSON value", text, place)
 
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=refuse, object_pairs_hook=_object)
     except RecursionError:
         raise json.JSONDecodeError("nested too deeply", text, _deepest(text)) from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # Python's limit for converting text to an int
+        numbers = re.finditer(rf"{_STRING}|(-?\d{{{MAX_DIGITS + 1},}})", text)
+        place = next((match.start() for match in numbers if match[1]), 0)
+        raise json.JSONDecodeError(
+            f"a number of more than {MAX_DIGITS:,} digits", text, place
+        ) from None
+
+
+class _RepeatedKeyError(Exception):
+    """A key that occurs twice in one object."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object. Python's parser alone would keep the last of several values."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RepeatedKeyError(repr(next(name for name in found if names.count(name) > 1)))
+    return found
 
 
 def _deepest(text: str) -> int:
@@ -86,10 +116,18 @@ def _deepest(text: str) -> int:
     return place
 
 
+def _start(value: Any) -> str:
+    """The first 80 characters of a value as JSON."""
+    try:
+        return f"{json.dumps(value, ensure_ascii=False):.80}"
+    except RecursionError:
+        return "a deeply nested value"
+
+
 def _require_object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(
-            f"{where}: got {json.dumps(value, ensure_ascii=False):.80}, an object is needed: "
+            f"{where}: got {_start(value)}, an object is needed: "
             'a row has named fields, such as {"prompt": "...", "completion": "..."}'
         )
     return value

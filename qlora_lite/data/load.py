@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_lite.data.examples import Examples
 from qlora_lite.data.settings import Data
-from qlora_lite.data.sources import Source, require_source
+from qlora_lite.data.source_names import require_source
+from qlora_lite.data.sources import Source
 from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.data.tokenise import Stats, Tokenised, tokenise
 from qlora_lite.foundation.errors import DataError

@@ -98,19 +98,18 @@ class Data(Settings):
     @classmethod
     def _check_prompt(cls, prompt: str | None) -> str | None:
         if prompt is not None:
-            names = [name for _, name, _, _ in string.Formatter().parse(prompt) if name is not None]
+            parts = [part for part in string.Formatter().parse(prompt) if part[1] is not None]
+            names = [name for _, name, _, _ in parts if name is not None]
             if not names or not all(name.isidentifier() for name in names):
                 raise ValueError(
                     "put the names of fields in braces, such as 'Sentence: {text}', and write "
                     "{{ and }} for literal braces"
                 )
-            for _, name, spec, conversion in string.Formatter().parse(prompt):
-                is_short = re.search(r"[{}]|\d{4}", spec or "") is None
-                if conversion not in (None, "r", "s", "a") or not is_short:
-                    raise ValueError(
-                        f"the field {name} has a conversion or a format that is not supported. "
-                        f"Write {{{name}}}"
-                    )
+            for _, name, spec, conversion in parts:
+                if conversion not in (None, *"rsa") or not re.fullmatch(r"[^{}]*", spec or ""):
+                    raise ValueError(f"write the field {name!r} in braces alone: {{{name}}}")
+                if re.search(r"\d{5}", spec or ""):
+                    raise ValueError(f"the width or precision of the field {name!r} is too large")
             # a shell passes \n as two characters
             prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
         return prompt

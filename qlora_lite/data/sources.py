@@ -1,24 +1,28 @@
 """Files and hub data sets as a stream of numbered rows, where each number has a readable place.
 
-Everything is read through `datasets`. A .txt file is cut at blank lines into rows of about one bin
-each.
+A .txt file is cut at blank lines into rows of about one bin each. Anything that is wrong with a
+file, from its permissions to a single byte, is a `DataError` with its place.
 """
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_lite.data.hf_datasets import read_lines, stream_rows
-from qlora_lite.data.hub import load_hub_rows, parse_hub_id
+from qlora_lite.data.file_kinds import require_kind
+from qlora_lite.data.hub import load_hub_rows
 from qlora_lite.data.json_rows import is_json_array, read_json_array, read_json_lines
+from qlora_lite.data.lines import read_lines
+from qlora_lite.data.parquet_rows import read_parquet
+from qlora_lite.data.source_names import SUFFIXES, require_hub_id, to_path
 from qlora_lite.data.tables import line_of_record, read_table
 from qlora_lite.foundation.errors import DataError
 from qlora_lite.foundation.files import file_hash
 
 Rows = Iterator[tuple[int, dict[str, Any]]]
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 TABLES = (".csv", ".tsv")
 
 
@@ -47,9 +51,9 @@ def open_source(name: str, columns: list[str] | None = None, block_chars: int = 
         DataError: if it does not exist or its kind is not supported; and while its rows are read,
             if it is empty or a row is broken.
     """
-    path = Path(name).expanduser()
-    if not path.is_file():
-        rows, fingerprint = load_hub_rows(*_require_hub_id(name, repr(name)), name)
+    path = to_path(name)
+    if not os.path.isfile(path):
+        rows, fingerprint = load_hub_rows(*require_hub_id(name, repr(name)), name)
         return Source(name, fingerprint, rows, lambda number: f"{name}, row {number}")
     if path.suffix not in SUFFIXES:
         raise DataError(
@@ -58,34 +62,28 @@ def open_source(name: str, columns: list[str] | None = None, block_chars: int = 
         )
     if columns and path.suffix not in TABLES:
         raise DataError(f"{path}: data.columns is only for csv and tsv files. Remove it")
+    with _os_errors(path):
+        require_kind(path)
+        fingerprint = file_hash(path)
     read, place = _reader(path, columns, block_chars)
     return Source(
         str(path),
-        file_hash(path),
+        fingerprint,
         lambda: _checked(path, read),
         lambda number: f"{path}, {place(number)}",
         is_text_file=path.suffix == ".txt",
     )
 
 
-def require_source(setting: str, name: str) -> None:
-    """Check the name of a source without opening it.
-
-    Raises:
-        DataError: if the value of `setting` is neither a file nor the id of a data set.
-    """
-    if not Path(name).expanduser().is_file():
-        _require_hub_id(name, f"{setting}={name!r}")
-
-
-def _require_hub_id(name: str, got: str) -> tuple[str, str | None, str | None]:
-    parts = parse_hub_id(name)
-    if parts is None or Path(name).suffix in SUFFIXES or Path(name).exists():
+@contextmanager
+def _os_errors(path: Path) -> Iterator[None]:
+    """Turn errors of the operating system into a `DataError`."""
+    try:
+        yield
+    except OSError as error:
         raise DataError(
-            f"got {got}, which is not a file. Give a file ({', '.join(SUFFIXES)}), or a hub id "
-            "with its configuration and split, such as openai/gsm8k:main::train"
-        )
-    return parts
+            f"{path} cannot be read: {error.strerror or error}. Check its permissions and its disk"
+        ) from None
 
 
 def _reader(
@@ -99,7 +97,7 @@ def _reader(
             lambda number: f"line {line_of_record(path, number, has_header=has_header)}",
         )
     if path.suffix == ".parquet":
-        return lambda: _parquet(path), "row {}".format
+        return lambda: read_parquet(path), "row {}".format
     if path.suffix == ".txt":
         return lambda: _text_blocks(path, block_chars), "line {}".format
     if path.suffix == ".json" and is_json_array(path):
@@ -111,25 +109,14 @@ def _checked(path: Path, read: Callable[[], Rows]) -> Rows:
     """The rows of a file; an error if there are none, or if it is not UTF-8."""
     is_empty = True
     try:
-        for number, row in read():
-            is_empty = False
-            yield number, row
+        with _os_errors(path):
+            for number, row in read():
+                is_empty = False
+                yield number, row
     except UnicodeDecodeError:
         raise DataError(_invalid_utf8(path)) from None
     if is_empty:
         raise DataError(f"{path} is empty; at least one row is needed. Was it written completely?")
-
-
-def _parquet(path: Path) -> Rows:
-    from pyarrow import ArrowInvalid
-
-    try:
-        yield from enumerate(stream_rows("parquet", path), start=1)
-    except ArrowInvalid as error:
-        raise DataError(
-            f"{path} is not a parquet file, or is incomplete: {str(error).splitlines()[0]}. "
-            "Write or download it again"
-        ) from None
 
 
 def _text_blocks(path: Path, block_chars: int) -> Rows:

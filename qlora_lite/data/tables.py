@@ -1,8 +1,9 @@
 """csv and tsv files: every cell is text, and every record has one cell for each column.
 
-The csv builder of `datasets` alone would turn "NA" into null and "007" into 7, fill up short
-records, and let an unpaired quotation mark swallow lines. So a file is checked before it is read.
-If the quotation marks of a tsv file are not paired, they are read as ordinary characters.
+Readers of tables turn "NA" into null and "007" into 7, fill up short records, and let an unpaired
+quotation mark swallow lines; so cells are read with `csv` and checked here. If the quotation marks
+of a tsv file are not paired, they are read as ordinary characters. Blank lines are no records. In a
+file of one column they could be: they are skipped too, and `num_blank_records` counts them.
 """
 
 import csv
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora_lite.data.hf_datasets import stream_rows
+from qlora_lite.data.lines import read_lines
 from qlora_lite.foundation.errors import DataError
 
 Quoting = Literal[0, 3]
@@ -28,29 +29,37 @@ def read_table(path: Path, columns: list[str] | None) -> Iterator[tuple[int, dic
         DataError: if a record has too many or too few cells, the column names are unusable, or the
             separator is not a comma; with the line.
     """
-    import datasets
-
     quoting = _quoting(path)
     _, first = next(_records(path, quoting), (1, []))
     if not first:
-        return iter(())
+        return
     if columns is None or len(columns) > 1:
         _require_commas(path, first)
     names = columns or first
-    _check_records(path, quoting, names, has_header=columns is None)
-    rows = stream_rows(
-        "csv",
-        path,
-        sep=_delimiter(path),
-        encoding="utf-8-sig",
-        quoting=quoting,
-        header=0 if columns is None else None,
-        column_names=names,
-        features=datasets.Features({name: datasets.Value("string") for name in names}),
-        keep_default_na=False,
-        na_filter=False,
-    )
-    return enumerate(rows, start=1)
+    _check_names(path, names)
+    has_header = columns is None
+    for number, (line, cells) in enumerate(_records(path, quoting), start=1 - has_header):
+        if len(cells) != len(names):
+            source = "the header" if has_header else "data.columns"
+            raise DataError(
+                f"{path}, line {line}: got {len(cells)} cells, but {source} has {len(names)} "
+                f"({', '.join(names)}): {cells!r:.120}"
+            )
+        if number > 0:
+            yield number, dict(zip(names, cells, strict=True))
+
+
+def num_blank_records(path: Path) -> int:
+    """How many records of a file of one column are blank, up to the last one that is not."""
+    blank = pending = 0
+    for _, cells in _all_records(path, _quoting(path)):
+        if len(cells) > 1:
+            return 0
+        if _is_blank(cells):
+            pending += 1
+        else:
+            blank, pending = blank + pending, 0
+    return blank
 
 
 def line_of_record(path: Path, number: int, *, has_header: bool) -> int:
@@ -85,17 +94,30 @@ def _quoting(path: Path) -> Quoting:
 
 def _records(path: Path, quoting: Quoting) -> Iterator[tuple[int, list[str]]]:
     """The line on which each record starts, and its cells. Blank lines are skipped."""
+    width = 0
+    for line, cells in _all_records(path, quoting):
+        if cells and not (width < 2 and _is_blank(cells)):
+            width = width or len(cells)
+            yield line, cells
+
+
+def _all_records(path: Path, quoting: Quoting) -> Iterator[tuple[int, list[str]]]:
+    """The same with blank lines."""
     limit = csv.field_size_limit(sys.maxsize)
+    lines = (line for _, line in read_lines(path, newline=""))
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=_delimiter(path), quoting=quoting, strict=True)
-            first_line = 1
-            for cells in reader:
-                if cells:
-                    yield first_line, cells
-                first_line = reader.line_num + 1
+        reader = csv.reader(lines, delimiter=_delimiter(path), quoting=quoting, strict=True)
+        first_line = 1
+        for cells in reader:
+            yield first_line, cells
+            first_line = reader.line_num + 1
     finally:
         csv.field_size_limit(limit)
+
+
+def _is_blank(cells: list[str]) -> bool:
+    """Whether a record is blank if the file has one column."""
+    return not "".join(cells).strip(" \t") and len(cells) < 2
 
 
 def _require_commas(path: Path, first: list[str]) -> None:
@@ -109,16 +131,9 @@ def _require_commas(path: Path, first: list[str]) -> None:
         )
 
 
-def _check_records(path: Path, quoting: Quoting, names: list[str], *, has_header: bool) -> None:
+def _check_names(path: Path, names: list[str]) -> None:
     if len(set(names)) < len(names) or not all(names):
         raise DataError(
             f"{path}, line 1: got the column names {names}. No name may be empty or occur twice. "
             'If this line is data, name the columns: data.columns=\'["text", "label"]\''
         )
-    for line, cells in _records(path, quoting):
-        if len(cells) != len(names):
-            header = "the header" if has_header else "data.columns"
-            raise DataError(
-                f"{path}, line {line}: got {len(cells)} cells, but {header} has {len(names)} "
-                f"({', '.join(names)}): {cells!r:.120}"
-            )

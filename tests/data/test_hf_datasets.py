@@ -1,4 +1,4 @@
-"""Reading through `datasets` leaves no files behind and prints nothing."""
+"""Local files leave nothing in the cache of `datasets`, which prints nothing."""
 
 import datasets
 import pytest
