@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from qlora_lite.foundation.console import visible
 from qlora_lite.foundation.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def converse(console: Console, session: "ChatSession") -> None:
             try:
                 print_answer(console, session, text)
             except DataError as error:  # the prompt is too long; the conversation goes on
-                console.print(str(error), style="yellow", markup=False, soft_wrap=True)
+                console.print(visible(str(error)), style="yellow", markup=False, soft_wrap=True)
 
 
 def print_answer(console: Console, session: "ChatSession", text: str) -> None:
@@ -40,7 +41,7 @@ def print_answer(console: Console, session: "ChatSession", text: str) -> None:
         DataError: if the prompt does not fit the context.
     """
     for piece in session.ask(text):
-        console.file.write(piece)
+        console.file.write(visible(piece))
         console.file.flush()
     console.print()
     if session.num_dropped:

@@ -6,6 +6,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from qlora_lite.foundation.console import visible
+
 MAX_SILENCE = 20.0
 """Seconds after which a plain line is printed in any case."""
 
@@ -40,7 +42,7 @@ class Bars:
 
     def move(self, done: int, text: str) -> None:
         if self._progress is not None:
-            self._progress.update(self._task, completed=done, text=text)
+            self._progress.update(self._task, completed=done, text=visible(text))
 
     def end(self) -> None:
         if self._progress is not None:
@@ -66,7 +68,7 @@ class Lines:
         now = time.monotonic()
         is_due = self._every is not None and done >= self._next
         if is_due or now - self._last_line > MAX_SILENCE:
-            self.console.print(f"{self._what} {text}", markup=False, soft_wrap=True)
+            self.console.print(visible(f"{self._what} {text}"), markup=False, soft_wrap=True)
             self._last_line = now
             if self._every is not None:
                 self._next = (done // self._every + 1) * self._every

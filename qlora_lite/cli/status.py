@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 
 from qlora_lite.cli.terminal import prepare_process
-from qlora_lite.foundation.console import errors
+from qlora_lite.foundation.console import errors, visible
 from qlora_lite.foundation.errors import DataError, Interrupted, QloraLiteError
 
 DONE, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 130
@@ -58,7 +58,7 @@ def _explain(error: BaseException) -> int:
         case KeyboardInterrupt():
             status, kind, message = INTERRUPTED, "interrupted", "stopped from the keyboard"
         case _:
-            traceback.print_exception(error)
+            sys.stderr.write(visible("".join(traceback.format_exception(error))))
             status, kind, message = BUG, "bug", _PLEASE_REPORT
     _say(message, kind)
     if isinstance(error, DataError):
@@ -77,4 +77,4 @@ def _show_sample(error: DataError) -> None:
 
 def _say(message: str, kind: str) -> None:
     errors.print(f"[bold red]{kind}:[/]", end=" ")
-    errors.print(message, markup=False, soft_wrap=True)
+    errors.print(visible(message), markup=False, soft_wrap=True)

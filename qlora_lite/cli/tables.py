@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qlora_lite.foundation.console import Terminal
 from qlora_lite.foundation.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ PIPE_WIDTH = 200
 def show(console: Console, table: Table) -> None:
     """Print a table. Do not fold cells when stdout is not a terminal."""
     if not console.is_terminal:
-        console = Console(file=console.file, width=PIPE_WIDTH, color_system=None)
+        console = Terminal(file=console.file, width=PIPE_WIDTH, color_system=None)
     console.print(table)
 
 

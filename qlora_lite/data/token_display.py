@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from qlora_lite.foundation.console import visible
+
 TRAINED = "bold green"
 NOT_TRAINED = "dim"
 
@@ -45,7 +47,7 @@ def coloured(pieces: Sequence[Piece]) -> Text:
     text = Text()
     for i, piece in enumerate(pieces):
         style = TRAINED if piece.is_trained else NOT_TRAINED
-        text.append(piece.text, f"{style} underline" if i % 2 else style)
+        text.append(visible(piece.text), f"{style} underline" if i % 2 else style)
     return text
 
 
@@ -57,5 +59,5 @@ def bracketed(pieces: Sequence[Piece]) -> str:
         if piece.is_trained != inside:
             text += "]]" if inside else "[["
             inside = piece.is_trained
-        text += piece.text
+        text += visible(piece.text)
     return text + "]]" * inside

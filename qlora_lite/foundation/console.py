@@ -1,19 +1,46 @@
-"""The consoles that the commands print to. Library functions print nothing."""
+"""The consoles that the commands print to. Library functions print nothing.
 
-from collections.abc import Sequence
+Rows, names of files and answers of a model may contain control characters, which a terminal obeys:
+`visible` shows them instead. Everything that is printed passes through it.
+"""
 
-from rich.console import Console
+import re
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""Control characters except tab and line feed, and marks that reverse the direction of text."""
+
+
+def visible(text: str) -> str:
+    r"""The text with control characters as escapes: ESC as `\x1b`. Tabs and line feeds stay."""
+    return _CONTROL.sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 class Terminal(Console):
-    """Raises BrokenPipeError when stdout is closed, where rich itself would exit."""
+    """Prints control characters in texts as escapes, and raises BrokenPipeError when stdout is
+    closed, where rich itself would exit."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            is_text = segment.control is None
+            yield segment._replace(text=visible(segment.text)) if is_text else segment
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
 
-console = Terminal(highlight=False, soft_wrap=False)
-errors = Terminal(stderr=True, highlight=False)
+console = Terminal(highlight=False, soft_wrap=False, emoji=False)
+errors = Terminal(stderr=True, highlight=False, emoji=False)
 
 _BARS = "▁▂▃▄▅▆▇█"
 
