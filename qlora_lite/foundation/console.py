@@ -6,9 +6,11 @@ Rows, names of files and answers of a model may contain control characters, whic
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.text import Text
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 """Control characters except tab and line feed, and marks that reverse the direction of text."""
@@ -27,6 +29,9 @@ def _escape(match: re.Match[str]) -> str:
 class Terminal(Console):
     """Prints control characters in texts as escapes, and raises BrokenPipeError when stdout is
     closed, where rich itself would exit."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
