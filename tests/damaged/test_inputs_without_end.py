@@ -54,7 +54,7 @@ def test_a_template_without_end_is_refused(name, monkeypatch):
 )
 def test_sizes_of_no_possible_model_are_refused_before_it_is_built(sizes):
     start = time.monotonic()
-    with pytest.raises(BaseModelError, match="hidden_size|layers|vocab_size|intermediate_size"):
+    with pytest.raises(BaseModelError, match=r"hidden_size|layers|vocab_size|intermediate_size"):
         facts_of(CONFIG_MAPPING["llama"](**sizes))
     assert time.monotonic() - start < 10
 
