@@ -195,19 +195,12 @@ def _require_no_control_token(
 
 
 def _require_trainable(row: Encoded, template: ChatTemplate, source: Source, number: int) -> None:
-    """Check that a row has a trained token and at most one BOS.
+    """Check that a row has a trained token.
 
     Raises:
-        DataError: if it has not.
+        NothingTrained: if it has none.
     """
     tokenizer = template.tokenizer
-    bos = tokenizer.bos_token_id
-    if bos is not None and bos != tokenizer.eos_token_id and row.ids.count(bos) > 1:
-        raise DataError(
-            f"{source.where(number)}: the row has {row.ids.count(bos)} BOS tokens "
-            f"({tokenizer.bos_token!r}), but at most one is allowed. Remove it from the text or "
-            "from the chat template"
-        )
     if not any(row.loss_mask):
         raise NothingTrained(
             f"{source.where(number)}: no token of this row is trained. The assistant's message is "
