@@ -5,14 +5,14 @@ command line overrides settings with `key=value`, as `recipe.but("optim.lr=1e-4"
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from qlora_lite.data.settings import Data
 from qlora_lite.foundation.errors import RecipeError
 from qlora_lite.foundation.overrides import apply_overrides, explicit_values, validate
-from qlora_lite.foundation.settings import Settings
+from qlora_lite.foundation.settings import Settings, kind_of_name
 from qlora_lite.foundation.units import parse_bytes
 from qlora_lite.methods.catalogue import Adapter
 from qlora_lite.methods.lora import LoRA
@@ -29,7 +29,7 @@ class Recipe(Settings):
     base: Base
     """The frozen model and its quantisation."""
 
-    adapter: Adapter = LoRA()
+    adapter: Annotated[Adapter, BeforeValidator(kind_of_name)] = LoRA()
     """The adapter method (`kind`) and its settings."""
 
     data: Data
@@ -94,8 +94,37 @@ class Recipe(Settings):
 
 def vary(recipe: Recipe, assignments: Sequence[str]) -> tuple[Recipe, list[str]]:
     """`recipe.but`, and notes about what changed besides the assignments."""
-    values, notes = apply_overrides(explicit_values(recipe), assignments, Recipe)
-    return validate(Recipe, values), notes
+    values = explicit_values(recipe)
+    notes = _replace_length(values, assignments)
+    values, more = apply_overrides(values, assignments, Recipe)
+    return validate(Recipe, values), [*notes, *more]
+
+
+def _replace_length(values: dict[str, Any], assignments: Sequence[str]) -> list[str]:
+    """A new `optim.steps` replaces the recipe's `optim.epochs`, and the other way round.
+
+    Raises:
+        RecipeError: if both are given.
+    """
+    given = dict(text.split("=", 1) for text in assignments if "=" in text)
+    lengths = [n for n in ("steps", "epochs") if given.get(f"optim.{n}", "null") not in _UNSET]
+    if len(lengths) == 2:
+        raise RecipeError(
+            f"got optim.steps={given['optim.steps']} and optim.epochs={given['optim.epochs']}, "
+            "which are two lengths of one run. Give one of them"
+        )
+    optim = values.get("optim")
+    if not lengths or not isinstance(optim, dict):
+        return []
+    other = "epochs" if lengths == ["steps"] else "steps"
+    old = optim.pop(other, None)
+    if old in (None, Optim.model_fields[other].default):
+        return []
+    name = f"optim.{lengths[0]}"
+    return [f"{name}={given[name]} replaces optim.{other}={old} of the recipe"]
+
+
+_UNSET = ("null", "None")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:

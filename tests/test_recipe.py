@@ -4,6 +4,8 @@ import pytest
 
 from qlora_lite.data.settings import Data
 from qlora_lite.foundation.errors import RecipeError
+from qlora_lite.foundation.peer_names import PEER_NAMES
+from qlora_lite.foundation.validation_messages import settings_models
 from qlora_lite.methods.lora import LoRA
 from qlora_lite.methods.rslora import RsLoRA
 from qlora_lite.model.quant import NF4, Int8
@@ -31,7 +33,9 @@ def test_another_kind_keeps_shared_settings_and_notes_them():
     assert other.adapter == RsLoRA(rank=8, targets="mlp")
     assert other.base.quant == Int8()
     assert notes == [
-        "adapter=rslora: kept rank=8, targets=mlp; the other fields get the defaults of rslora"
+        "adapter=rslora: kept rank=8, targets=mlp; the other fields get the defaults of rslora",
+        "base.quant=int8: dropped block_size=128, which int8 does not have; the other fields get "
+        "the defaults of int8",
     ]
 
 
@@ -117,3 +121,77 @@ def test_a_key_of_data_fields_is_a_field_of_a_format():
 
 def test_a_budget_may_be_plain_bytes():
     assert RECIPE.but("budget=800000000").budget == "800000000"
+
+
+# -- what is given twice, or elsewhere has another name --------------------------------------------
+
+
+def recipe_of(**optim):
+    return Recipe.model_validate(
+        {"base": {"model": "a/b"}, "data": {"train": "x.jsonl"}, "optim": optim, "output": "runs/x"}
+    )
+
+
+def test_two_lengths_of_a_run_are_refused():
+    with pytest.raises(RecipeError, match=r"optim\.steps=5 and optim\.epochs=2.*Give one"):
+        recipe_of().but("optim.steps=5", "optim.epochs=2")
+    with pytest.raises(ValueError, match="steps=5 and epochs=2"):
+        recipe_of(steps=5, epochs=2)
+
+
+def test_a_length_on_the_command_line_replaces_that_of_the_recipe():
+    longer, notes = vary(recipe_of(epochs=3), ["optim.steps=5"])
+    assert (longer.optim.steps, longer.optim.epochs) == (5, 1)
+    assert notes == ["optim.steps=5 replaces optim.epochs=3.0 of the recipe"]
+    assert longer.but("optim.epochs=2").optim.steps is None
+    assert recipe_of(steps=5).but("optim.steps=null", "optim.epochs=2").optim.epochs == 2
+    assert Recipe.model_validate(longer.to_dict()) == longer
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["optim.lr=1", "optim.lr=2"], r"optim\.lr is given twice: 1 and 2"),
+        (['optim={"lr": 1}', "optim.lr=2"], r"optim\.lr is given twice: alone and in optim"),
+    ],
+)
+def test_a_setting_that_is_given_twice_is_refused(assignments, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe_of().but(*assignments)
+
+
+def test_the_order_of_a_kind_and_its_fields_does_not_matter():
+    first = recipe_of().but("adapter=sora", "adapter.rank=4")
+    assert recipe_of().but("adapter.rank=4", "adapter=sora") == first
+
+
+def test_settings_that_another_method_does_not_have_are_named():
+    dylora = recipe_of().but("adapter=dylora", "adapter.min_rank=2", "adapter.rank=4")
+    _, notes = vary(dylora, ["adapter=lora"])
+    assert "kept rank=4" in notes[0]
+    assert "dropped min_rank=2, which lora does not have" in notes[0]
+    with pytest.raises(RecipeError, match="min_rank"):
+        recipe_of().but("adapter.min_rank=2", "adapter=lora")
+
+
+@pytest.mark.parametrize("name", PEER_NAMES)
+def test_names_of_other_trainers_are_answered_with_ours(name):
+    path, _, value = PEER_NAMES[name].partition("=")
+    model = Recipe
+    for part in path.split("."):
+        assert part in model.model_fields, path
+        model = next(settings_models(model.model_fields[part].annotation), model)
+    if value:
+        recipe_of().but(f"{path}={value}")
+    if name not in Recipe.model_fields:
+        with pytest.raises(RecipeError, match=f"Did you mean '{path}"):
+            recipe_of().but(f"{name}=1")
+
+
+def test_a_kind_may_be_a_bare_name_in_python():
+    assert Base(model="a/b", quant="int8").quant == Int8()
+    values = {"base": {"model": "a/b", "quant": "nf4"}, "adapter": "dora"}
+    recipe = Recipe.model_validate(values | {"data": {"train": "x"}, "output": "o"})
+    assert (recipe.base.quant, recipe.adapter.kind) == (NF4(), "dora")
+    with pytest.raises(ValueError, match="nf5"):
+        Base(model="a/b", quant="nf5")

@@ -9,7 +9,12 @@ import typer
 
 from qlora_lite.cli.display import Display
 from qlora_lite.cli.inspect import inspect
-from qlora_lite.cli.script import Assignments, Extend, train_recipe
+from qlora_lite.cli.script import (
+    Assignments,
+    Extend,
+    refuse_options_as_settings,
+    train_recipe,
+)
 from qlora_lite.cli.status import status_of
 from qlora_lite.cli.tables import show, time_line
 from qlora_lite.cli.trust import TrustOnly, is_trusted, split_trust
@@ -36,7 +41,12 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line, and exit with its status."""
-    sys.exit(status_of(lambda: app(arguments)))
+
+    def run() -> None:
+        refuse_options_as_settings(sys.argv[1:] if arguments is None else arguments)
+        app(arguments)
+
+    sys.exit(status_of(run))
 
 
 def _print_version(is_requested: bool) -> None:
@@ -98,7 +108,7 @@ def init(
 
 @app.command()
 def plan(recipe: RecipeFile, settings: Assignments = None) -> None:
-    """Will it fit? Predict memory and time from config.json alone."""
+    """Will it fit? Predict memory and time from config.json alone. Status 2 if it does not fit."""
     from qlora_lite.foundation import device as devices
     from qlora_lite.memory.measure import matmul_flops_per_second
     from qlora_lite.memory.plan import require_fit
@@ -121,8 +131,7 @@ def plan(recipe: RecipeFile, settings: Assignments = None) -> None:
         if rule.is_available:
             rate = matmul_flops_per_second(rule.device, rule.compute)
             display.print_line(time_line(rate, planned.flops_per_token, changed.optim))
-    if changed.budget:
-        require_fit(planned)
+    require_fit(planned)
 
 
 @app.command()

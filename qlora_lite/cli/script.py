@@ -1,12 +1,15 @@
 """A recipe file as a command: `python recipes/qwen3_8b.py optim.lr=1e-4`."""
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qlora_lite.cli.display import Display
 from qlora_lite.cli.status import status_of
+from qlora_lite.foundation.errors import RecipeError
+from qlora_lite.foundation.peer_names import own_name
 
 if TYPE_CHECKING:
     from qlora_lite.recipe import Recipe
@@ -34,7 +37,30 @@ def main(recipe: "Recipe") -> None:
 
         train_recipe(*vary(recipe, settings or []), extend)
 
-    sys.exit(status_of(lambda: typer.run(train)))
+    def run() -> None:
+        refuse_options_as_settings(["train", *sys.argv[1:]])
+        typer.run(train)
+
+    sys.exit(status_of(run))
+
+
+def refuse_options_as_settings(arguments: Sequence[str]) -> None:
+    """Refuse `--lr 1e-4` where a recipe is used, and say that it is `optim.lr=1e-4` here.
+
+    Raises:
+        RecipeError: for an option that is a setting, here or in another trainer.
+    """
+    if not arguments or arguments[0] not in ("train", "plan", "preview"):
+        return
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, _, value = argument.partition("=")
+        own = own_name(option) if option.startswith("--") else None
+        if own is not None:
+            value = value or ("" if following.startswith("-") else following)
+            written = own if "=" in own else f"{own}={value or 'VALUE'}"
+            raise RecipeError(
+                f"got {option}, and settings are written as key=value. Write {written}"
+            )
 
 
 def train_recipe(recipe: "Recipe", notes: list[str], extend: bool) -> None:

@@ -38,14 +38,34 @@ def apply_overrides(
     """
     result = copy.deepcopy(values)
     notes: list[str] = []
-    for assignment in assignments:
-        path, separator, text = assignment.partition("=")
-        if not separator or not path:
-            raise RecipeError(f"got {assignment!r}: write key=value, for example optim.lr=1e-4")
+    for path, text in _in_order(assignments):
         note = _assign(result, path.split("."), _read_value(text), model, path)
         if note:
             notes.append(note)
     return result, notes
+
+
+def _in_order(assignments: Sequence[str]) -> list[tuple[str, str]]:
+    """Paths and texts, a whole object before its fields: `adapter.rank=8 adapter=dora` is the same
+    as `adapter=dora adapter.rank=8`.
+
+    Raises:
+        RecipeError: if an assignment has no `=`, or a path is given twice.
+    """
+    found: dict[str, str] = {}
+    for assignment in assignments:
+        path, separator, text = assignment.partition("=")
+        if not separator or not path:
+            raise RecipeError(f"got {assignment!r}: write key=value, for example optim.lr=1e-4")
+        if path in found:
+            raise RecipeError(f"{path} is given twice: {found[path]} and {text}. Leave one out")
+        found[path] = text
+    for path, text in found.items():
+        value = _read_value(text)
+        for name in value if isinstance(value, dict) else ():
+            if (inner := f"{path}.{name}") in found:
+                raise RecipeError(f"{inner} is given twice: alone and in {path}. Leave one out")
+    return sorted(found.items(), key=lambda item: item[0].count("."))
 
 
 def explicit_values(model: BaseModel) -> dict[str, Any]:
@@ -122,11 +142,16 @@ def _switch_kind(
     old = values.get(name)
     old = old if isinstance(old, dict) else {}
     kept = {k: v for k, v in old.items() if k != "kind" and k in kinds[kind].model_fields}
+    lost = [f"{k}={v}" for k, v in old.items() if k != "kind" and k not in kept]
     values[name] = {"kind": kind, **kept}
-    if not kept or old.get("kind") == kind:
+    if not (kept or lost) or old.get("kind") == kind:
         return None
-    shown = ", ".join(f"{k}={v}" for k, v in kept.items())
-    return f"{full_path}={kind}: kept {shown}; the other fields get the defaults of {kind}"
+    parts = []
+    if kept:
+        parts.append(f"kept {', '.join(f'{k}={v}' for k, v in kept.items())}")
+    if lost:
+        parts.append(f"dropped {', '.join(lost)}, which {kind} does not have")
+    return f"{full_path}={kind}: {'; '.join(parts)}; the other fields get the defaults of {kind}"
 
 
 def _variant(

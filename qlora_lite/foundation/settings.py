@@ -1,5 +1,7 @@
 """The base class of every settings model."""
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -15,3 +17,8 @@ class Settings(BaseModel):
         # a field may be called `model`, or start with model_
         protected_namespaces=(),
     )
+
+
+def kind_of_name(value: Any) -> Any:
+    """`"nf4"` as `{"kind": "nf4"}`, for a field that is a union of settings by their kind."""
+    return {"kind": value} if isinstance(value, str) and value.isidentifier() else value

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from qlora_lite.foundation.peer_names import own_name
+
 _NEEDED = {
     "list_type": 'a list is needed, such as ["a", "b"]',
     "tuple_type": "a list is needed, such as [0.9, 0.999]",
@@ -131,7 +133,8 @@ def _user_path(model: type[BaseModel], location: Sequence[str]) -> list[str]:
 def unknown_name(path: str, got: str, allowed: Sequence[str]) -> str:
     """The message for a name that is not allowed: the allowed ones and the closest match."""
     near = difflib.get_close_matches(got, allowed, n=1, cutoff=0.6)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    own = own_name(got) if path.rpartition(".")[2] == got else None
+    hint = f" Did you mean {own or near[0]!r}?" if own or near else ""
     return f"{path}: {got!r} is not known here.{hint} Allowed: {', '.join(allowed)}"
 
 

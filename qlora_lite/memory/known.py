@@ -20,7 +20,10 @@ class KnownModel:
     num_parameters: int
     """As published; tied weights are counted once."""
     config: dict[str, Any]
-    """Enough for transformers' config class, with `model_type`."""
+    """Enough for transformers' config class, with `model_type`. It has every field that a message
+    states, so that no default of the class is stated as a fact."""
+    differences: dict[str, dict[str, Any]]
+    """Fields that differ in single models, by hub id."""
 
 
 @cache
@@ -28,10 +31,20 @@ def known_models() -> tuple[KnownModel, ...]:
     """All known models, smallest first."""
     folder = files("qlora_lite.memory") / "known"
     facts = [json.loads(file.read_text(encoding="utf-8")) for file in folder.iterdir()]
-    models = [KnownModel(tuple(f["models"]), f["num_parameters"], f["config"]) for f in facts]
+    models = [
+        KnownModel(tuple(f["models"]), f["num_parameters"], f["config"], f.get("differences", {}))
+        for f in facts
+    ]
     return tuple(sorted(models, key=lambda known: known.num_parameters))
 
 
 def known_config(model: str) -> dict[str, Any] | None:
     """The shipped part of a hub model's config; None if the model is unknown."""
-    return next((dict(known.config) for known in known_models() if model in known.models), None)
+    return next(
+        (
+            known.config | known.differences.get(model, {})
+            for known in known_models()
+            if model in known.models
+        ),
+        None,
+    )

@@ -202,6 +202,11 @@ def require_hub_id(model: str) -> str:
     Raises:
         BaseModelError: if it is an address, or a path that does not exist.
     """
+    if _is_local_name(model):
+        raise BaseModelError(
+            f"base.model={model}: there is no such run or model here. Give the folder of a run or "
+            "of a model, or a hub id such as Qwen/Qwen3-0.6B"
+        )
     try:
         validate_repo_id(model)
     except HFValidationError as error:
@@ -215,6 +220,18 @@ def require_hub_id(model: str) -> str:
             "its config.json, or a hub id such as Qwen/Qwen3-0.6B"
         ) from error
     return model
+
+
+def _is_local_name(model: str) -> bool:
+    """Whether a name that does not exist was meant as a path: it is in `runs`, or in a folder that
+    has runs. The hub is not asked for these."""
+    parent, _, name = model.partition("/")
+    if parent in ("", ".", "..", "~") or not name:
+        return False  # no hub id has this form
+    try:
+        return parent == "runs" or any(Path(parent).glob("*/recipe.json"))
+    except (OSError, ValueError):
+        return False
 
 
 def _fetch_config(model: str, revision: str | None) -> Path:

@@ -39,7 +39,12 @@ from qlora_lite.model.config import (
 )
 from qlora_lite.model.facts import BaseFacts, read_facts
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear, Scratch, Source
-from qlora_lite.model.prequantised import is_packed, read_packed, stored_quant
+from qlora_lite.model.prequantised import (
+    is_packed,
+    read_packed,
+    require_readable_dtypes,
+    stored_quant,
+)
 from qlora_lite.model.probes import probe
 from qlora_lite.model.quant import BF16, FP32, NF4, Int8, Quant
 from qlora_lite.model.quantise import Split, StoredWeight, copy_weight, quantise
@@ -175,6 +180,7 @@ def load_base(
     stored = stored_quant(facts.config, base.quant)
     checkpoint = Checkpoint.open(path)
     require_generation_settings(path)
+    require_readable_dtypes(checkpoint)
     model = build_empty(facts.config, base)
     _Loading(model, checkpoint, facts, base, rule, split, stored is not None).run(progress)
     if (path / "generation_config.json").exists():

@@ -87,6 +87,22 @@ def stored_quant(config: Any, wanted: Quant) -> Quant | None:
     return quant
 
 
+def require_readable_dtypes(checkpoint: Checkpoint) -> None:
+    """Check that weights are 16, 32 or 64 bit numbers, or codes of bitsandbytes.
+
+    Raises:
+        BaseModelError: for fp8, which needs scales that are not applied here.
+    """
+    for name in checkpoint.names:
+        dtype = checkpoint.info(name).dtype
+        if dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            raise BaseModelError(
+                f"the checkpoint is quantised: {name} is {dtype}. Only weights of bitsandbytes "
+                "(nf4, fp4, int8) and unquantised ones can be read. Use the model's original: it "
+                "is quantised here"
+            )
+
+
 def is_packed(checkpoint: Checkpoint, name: str) -> bool:
     """Whether the tensor `name` contains codes instead of weights."""
     return name.endswith(".weight") and (

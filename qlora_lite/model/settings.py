@@ -1,8 +1,10 @@
 """The settings of the frozen base: which model, and in what form it is loaded."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from qlora_lite.foundation.settings import Settings
+from pydantic import BeforeValidator
+
+from qlora_lite.foundation.settings import Settings, kind_of_name
 from qlora_lite.model.quant import NF4, Quant
 
 
@@ -15,7 +17,7 @@ class Base(Settings):
     revision: str | None = None
     """Branch, tag or commit on the hub."""
 
-    quant: Quant = NF4()
+    quant: Annotated[Quant, BeforeValidator(kind_of_name)] = NF4()
     """Quantisation of the linear layers: nf4, fp4, int8, bf16 or fp32."""
 
     head: Literal["16bit", "int8", "nf4"] = "16bit"

@@ -214,8 +214,14 @@ def _role(module: nn.Module, kind: str, parameter: nn.Parameter) -> Role:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether this is a plain linear layer. Subclasses are left alone: their forward may differ."""
-    return type(module) in (nn.Linear, Conv1D)
+    """Whether this is a plain linear layer. Other subclasses are left alone: their forward may
+    differ."""
+    is_plain = type(module) in (nn.Linear, Conv1D)
+    return is_plain or (isinstance(module, nn.Linear) and type(module).__name__ in PLAIN_SUBCLASSES)
+
+
+PLAIN_SUBCLASSES = ("FalconLinear",)
+"""Subclasses of nn.Linear that compute the same."""
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -251,7 +257,7 @@ def _mlp(parameters: list[ParameterShape], hidden: int, width: int | None) -> tu
     A mixture of experts has fused parameters, and counts as not gated.
     """
     last = max(p.block for p in parameters if p.block is not None)
-    # linear layers that are not quantised (Falcon's) have another role, and count here too
+    # linear layers of other classes have another role, and count here too
     roles = ("linear", "other")
     block = [p for p in parameters if p.role in roles and len(p.shape) == 2 and p.block == last]
     ff = width or max(p.d_in for p in block if p.d_out == hidden)

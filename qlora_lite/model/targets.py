@@ -85,7 +85,8 @@ def _matches(spec: LinearSpec, target: str) -> bool:
 
 def _nothing(target: str, specs: Sequence[LinearSpec]) -> str:
     names = sorted({spec.name for spec in specs})
-    near = difflib.get_close_matches(target, [*names, "all-linear", "attention", "mlp"], n=1)
+    words = [word for word in (*names, "all-linear", "attention", "mlp") if word != target]
+    near = difflib.get_close_matches(target, words, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     if target.startswith("[") and "," in target:
         hint = """ A list of names is written '["q_proj", "v_proj"]', with both kinds of quotes"""

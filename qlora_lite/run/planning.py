@@ -10,15 +10,22 @@ from qlora_lite.adapters.warm_start import require_adapter
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import BudgetError, RecipeError
+from qlora_lite.foundation.files import is_file
 from qlora_lite.foundation.units import parse_bytes
 from qlora_lite.memory.ledger import RunShape
 from qlora_lite.memory.measure import available_bytes
 from qlora_lite.memory.plan import Plan, make_plan
-from qlora_lite.model.prequantised import is_skipped, skipped_layers
+from qlora_lite.model.prequantised import (
+    is_skipped,
+    require_readable_dtypes,
+    skipped_layers,
+    stored_quant,
+)
 from qlora_lite.model.quant import NF4, FourBit
 from qlora_lite.recipe import Recipe
 from qlora_lite.run.savings import alternatives
 from qlora_lite.run.setup import RunSetup, set_up
+from qlora_lite.shards.reader import INDEX, SINGLE, Checkpoint
 
 NO_BUDGET = "no budget=... is given, so the memory that is free now is the limit"
 
@@ -71,7 +78,13 @@ def check_settings(setup: RunSetup) -> list[str]:
     recipe = setup.recipe
     if recipe.adapter.start:
         require_adapter(Path(recipe.adapter.start))
+    _check_files(setup)
     notes = [*_check_context(setup), *_check_ranks(setup)]
+    if (tokens := recipe.optim.tokens_per_step) < recipe.data.max_tokens and recipe.data.packing:
+        notes.append(
+            f"optim.tokens_per_step={tokens} is less than one bin of data.max_tokens="
+            f"{recipe.data.max_tokens}: every step has one bin"
+        )
     if not setup.facts.packs and recipe.data.packing:
         notes.append(not_packed(recipe))
     if Requirement.ORIGINAL_WEIGHTS in setup.method.requires:
@@ -82,6 +95,22 @@ def check_settings(setup: RunSetup) -> list[str]:
     if recipe.evaluation.patience and not recipe.data.heldout and not recipe.data.heldout_share:
         notes.append("evaluation.patience has no effect: no rows are held out to score")
     return notes
+
+
+def _check_files(setup: RunSetup) -> None:
+    """Check the names, dtypes and quantisation of a checkpoint that is here, as loading does.
+
+    Raises:
+        BaseModelError: if training would refuse it.
+    """
+    base = setup.recipe.base
+    stored_quant(setup.facts.config, base.quant)
+    directory = Path(base.model)
+    if is_file(directory / SINGLE) or is_file(directory / INDEX):
+        checkpoint = Checkpoint.open(directory)
+        setup.facts.match_names(checkpoint.names)
+        require_readable_dtypes(checkpoint)
+        checkpoint.close()
 
 
 def not_packed(recipe: Recipe) -> str:

@@ -56,6 +56,13 @@ def match(
             stored_name[source] = stored_name[copy]
         stored_name.pop(copy, None)
     missing = [name for name in parameters if name not in stored_name and name not in tied]
+    if missing and unknown:
+        raise BaseModelError(
+            f"the checkpoint has other names than the model: it has {_shorten(unknown)}, but no "
+            f"{_shorten(missing)}. transformers renames the tensors of some families when it loads "
+            "them, which is not supported yet; or its config.json belongs to another model. Use a "
+            "model of another family"
+        )
     if missing:
         raise BaseModelError(
             f"the checkpoint has no {_shorten(missing)}. It is incomplete, or its config.json "

@@ -57,14 +57,30 @@ def check_heldout_loss(
     )
 
 
-def check_gradient(norm: float, batch: Batch, step: int, show_rows: ShowRows) -> None:
-    """Check the gradient norm of `step` (from 0), before clipping.
+def check_gradient(
+    norm: float,
+    loss: float,
+    batch: Batch,
+    step: int,
+    vocabulary: int,
+    lr: float,
+    show_rows: ShowRows,
+) -> None:
+    """Check the gradient norm of `step` (from 0), before clipping. `loss` is the mean of the step.
 
     Raises:
         TrainingError: if it is zero or not finite.
     """
-    if norm == 0 or not math.isfinite(norm):
+    if norm != 0 and math.isfinite(norm):
+        return
+    limit = WORSE_THAN_GUESSING * math.log(vocabulary)
+    if step > 0 and (loss > limit or not math.isfinite(norm)):
         raise TrainingError(
-            f"step {step + 1}: the gradient norm is {norm}, so nothing can be learned. Check "
-            f"adapter.targets and adapter.ranks, and look at these rows\n{show_rows(batch)}"
+            f"step {step + 1}: training diverged: the loss is {loss:.4g} and the gradient norm "
+            f"{norm}. The learning rate is too high: try a lower optim.lr (now {lr:g})\n"
+            f"{show_rows(batch)}"
         )
+    raise TrainingError(
+        f"step {step + 1}: the gradient norm is {norm}, so nothing can be learned. Check "
+        f"adapter.targets and adapter.ranks, and look at these rows\n{show_rows(batch)}"
+    )

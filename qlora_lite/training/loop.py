@@ -153,7 +153,15 @@ def _one_step(job: TrainingJob, progress: Progress) -> None:
         ),
     )
     if not result.skipped:
-        check_gradient(result.grad_norm, batches[0], number, job.show_rows)
+        check_gradient(
+            result.grad_norm,
+            result.loss,
+            batches[0],
+            number,
+            job.vocabulary,
+            job.optim.lr,
+            job.show_rows,
+        )
     elapsed = time.perf_counter() - start
     progress.step += 1
     progress.tokens += result.num_tokens

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qlora_lite.foundation.settings import Settings
 from qlora_lite.memory.formulas import States
@@ -29,7 +29,7 @@ class Optim(Settings):
     """Passes over the data, in whole steps: the last step is filled from the next pass."""
 
     steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps; overrides `epochs`."""
+    """Optimizer steps, instead of `epochs`."""
 
     schedule: ScheduleName = "cosine"
     """Shape of the learning-rate schedule after the warm-up."""
@@ -60,6 +60,15 @@ class Optim(Settings):
 
     rounding: Rounding = "master"
     """How bf16 parameters keep small updates: fp32 master copies, or stochastic rounding."""
+
+    @model_validator(mode="after")
+    def _has_one_length(self) -> "Optim":
+        if self.steps is not None and self.epochs != type(self).model_fields["epochs"].default:
+            raise ValueError(
+                f"got steps={self.steps} and epochs={self.epochs:g}, which are two lengths of one "
+                "run. Give one of them"
+            )
+        return self
 
 
 class Evaluation(Settings):

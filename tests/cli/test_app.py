@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -151,6 +152,30 @@ def test_extract_writes_the_trained_rank_and_refuses_another(trained, tmp_path):
     refused = run_command("extract", trained.run, tmp_path / "less", "--rank", rank - 1)
     assert refused.status == 2
     assert f"no adapter of rank {rank - 1}" in refused.err
+
+
+def test_a_plan_that_does_not_fit_the_free_memory_has_status_2(recipe, monkeypatch):
+    monkeypatch.setattr("qlora_lite.run.planning.available_bytes", lambda device: 2**20)
+    ended = run_command("plan", recipe)
+    assert ended.status == 2
+    assert "no budget=... is given" in ended.out
+
+
+@pytest.mark.parametrize("arguments", [["--lr", "1e-4"], ["--learning-rate=1e-4"]])
+def test_an_option_that_is_a_setting_is_answered_with_the_setting(recipe, arguments):
+    ended = run_command("train", recipe, *arguments)
+    assert ended.status == 2
+    assert "Write optim.lr=1e-4" in ended.err
+
+
+def test_a_run_that_does_not_exist_is_not_looked_for_on_the_hub(trained, monkeypatch):
+    monkeypatch.chdir(trained.run.parent.parent)
+    for name in ("runs/typo", f"{trained.run.parent.name}/typo"):
+        start = time.monotonic()
+        ended = run_command("chat", name)
+        assert ended.status == 2
+        assert "no such run or model here" in ended.err
+        assert time.monotonic() - start < 10
 
 
 def test_init_writes_a_formatted_recipe_that_loads(tiny_base, tmp_path):

@@ -52,7 +52,10 @@ def test_a_bare_name_switches_the_kind_and_keeps_shared_fields():
     values = {"shape": {"kind": "circle", "size": 7, "smooth": False}}
     result, notes = apply_overrides(values, ["shape=square", "shape.corner=round"], Outer)
     assert validate(Outer, result).shape == Square(size=7, corner="round")
-    assert notes == ["shape=square: kept size=7; the other fields get the defaults of square"]
+    assert notes == [
+        "shape=square: kept size=7; dropped smooth=False, which square does not have; the other "
+        "fields get the defaults of square"
+    ]
 
 
 def test_a_field_of_the_default_kind_needs_no_kind():

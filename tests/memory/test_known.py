@@ -50,5 +50,30 @@ def test_an_instruct_model_has_the_dimensions_of_its_base():
     assert known_config("meta-llama/Llama-3.1-8B-Instruct") is not None
 
 
+CONTEXTS = {
+    "openai-community/gpt2": 1024,
+    "Qwen/Qwen3-0.6B": 40_960,
+    "Qwen/Qwen3-0.6B-Base": 32_768,
+    "Qwen/Qwen3-8B": 40_960,
+    "Qwen/Qwen3-8B-Base": 32_768,
+    "mistralai/Mistral-7B-v0.3": 32_768,
+    "meta-llama/Llama-3.1-8B": 131_072,
+}
+"""max_position_embeddings of the published configs."""
+
+
+@pytest.mark.parametrize("model", CONTEXTS)
+def test_the_context_is_the_published_one_and_no_default_of_a_class(model):
+    known = known_config(model)
+    assert known is not None
+    assert {"max_position_embeddings", "n_positions"} & known.keys()
+    assert read_config(model, known=known).max_position_embeddings == CONTEXTS[model]
+
+
+def test_positions_rotate_as_published():
+    rope = read_config("m/l", known=known_config("meta-llama/Llama-3.1-8B")).rope_parameters
+    assert (rope["rope_type"], rope["rope_theta"], rope["factor"]) == ("llama3", 500_000, 8)
+
+
 def test_an_unknown_model_is_none():
     assert known_config("no-owner/no-model") is None

@@ -1,20 +1,27 @@
 """The memory plan of a recipe, and checks of settings that depend on each other."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qlora_lite.foundation import device
-from qlora_lite.foundation.errors import BudgetError, RecipeError
-from qlora_lite.model.facts import read_facts
+from qlora_lite.foundation.errors import AdapterError, BaseModelError, BudgetError, RecipeError
+from qlora_lite.model.facts import facts_of, read_facts
 from qlora_lite.model.load import build_empty
 from qlora_lite.model.settings import Base
+from qlora_lite.model.targets import select
 from qlora_lite.run.planning import check_settings, plan_recipe
 from qlora_lite.run.setup import set_up
-from tests.end_to_end.small_run import recipe_in
+from tests.end_to_end.small_run import recipe_in, small_recipe
 from tests.tiny import save_tiny
 
 CPU = device.choose("cpu")
+BIN = "optim.tokens_per_step=1024"
+"""At least one bin of the longest rows here."""
 
 
 def notes_of(folder, *changes, base="base"):
@@ -47,16 +54,16 @@ def test_a_plan_for_a_card_that_is_not_here_needs_a_budget(folder):
 
 def test_rows_longer_than_learned_positions_are_refused(folder):
     save_tiny(folder / "gpt2", "gpt2", tied=True)
-    assert notes_of(folder, "data.max_tokens=512", base="gpt2") == []
+    assert notes_of(folder, "data.max_tokens=512", BIN, base="gpt2") == []
     with pytest.raises(RecipeError, match=r"512 positions.*learned.*max_tokens=512"):
         notes_of(folder, "data.max_tokens=513", base="gpt2")
 
 
 def test_rows_longer_than_the_context_of_rotary_positions_are_noted(folder):
-    (note,) = notes_of(folder, "data.max_tokens=513")
+    (note,) = notes_of(folder, "data.max_tokens=513", BIN)
     assert note.startswith("data.max_tokens=513, and ")
     assert "trained on 512 positions" in note
-    assert notes_of(folder, "data.max_tokens=512") == []
+    assert notes_of(folder, "data.max_tokens=512", BIN) == []
 
 
 def test_ranks_that_have_no_effect_are_noted(folder):
@@ -79,3 +86,44 @@ def test_patience_without_held_out_rows_is_noted(folder):
 def test_a_method_that_changes_the_base_is_noted(folder):
     (note,) = notes_of(folder, "adapter=loftq")
     assert note.startswith("adapter=loftq with these settings changes the base weights")
+
+
+def test_a_plan_refuses_what_training_refuses(folder, tmp_path):
+    base = shutil.copytree(folder / "base", tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, base / "model.safetensors")
+    with pytest.raises(BaseModelError, match=rf"{name} is torch\.float8_e4m3fn"):
+        check_settings(set_up(small_recipe(base, folder / "train.jsonl", tmp_path / "r"), CPU))
+    renamed = {name.replace("mlp", "ffn"): tensor for name, tensor in tensors.items()}
+    save_file(renamed, base / "model.safetensors")
+    with pytest.raises(BaseModelError, match=r"has other names.*not supported yet"):
+        check_settings(set_up(small_recipe(base, folder / "train.jsonl", tmp_path / "r"), CPU))
+
+
+def test_a_step_of_less_than_one_bin_is_noted(folder):
+    (note,) = notes_of(folder, "optim.tokens_per_step=1")
+    assert note.startswith("optim.tokens_per_step=1 is less than one bin")
+
+
+def test_the_linear_layers_of_falcon_are_found():
+    config = CONFIG_MAPPING["falcon"](
+        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
+    )
+    facts = facts_of(config)
+    assert len(select(facts.specs, "all-linear")) == 4
+
+
+def test_a_target_is_not_suggested_for_itself(folder):
+    specs = [s for s in read_facts(Base(model=str(folder / "base"))).specs if s.kind == "head"]
+    with pytest.raises(AdapterError) as error:
+        select(specs, "all-linear")
+    assert "Did you mean 'all-linear'" not in str(error.value)
+
+
+def test_falcons_linear_layer_computes_what_nn_linear_does():
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    theirs, plain, x = FalconLinear(5, 3), torch.nn.Linear(5, 3), torch.randn(2, 5)
+    plain.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(theirs(x), plain(x))

@@ -50,6 +50,13 @@ def test_a_held_out_loss_that_is_not_finite_names_the_rate_only_after_training()
 
 @pytest.mark.parametrize("norm", [0.0, math.nan, math.inf])
 def test_a_gradient_that_is_zero_or_not_finite_stops(norm):
-    check_gradient(1e-12, "the batch", 3, show)
-    with pytest.raises(TrainingError, match=rf"step 4: the gradient norm is {norm}(.|\n)*rows of"):
-        check_gradient(norm, "the batch", 3, show)
+    check_gradient(1e-12, 3.0, "the batch", 3, VOCABULARY, 2e-4, show)
+    with pytest.raises(TrainingError, match=rf"step 1: the gradient norm is {norm}(.|\n)*rows of"):
+        check_gradient(norm, 3.0, "the batch", 0, VOCABULARY, 2e-4, show)
+
+
+@pytest.mark.parametrize(("norm", "loss"), [(0.0, 50.0), (math.nan, 3.0), (math.inf, 50.0)])
+def test_training_that_diverged_names_the_learning_rate_and_not_the_targets(norm, loss):
+    with pytest.raises(TrainingError, match=r"step 4: training diverged.*now 1000\)") as error:
+        check_gradient(norm, loss, "the batch", 3, VOCABULARY, 1000, show)
+    assert "adapter.targets" not in str(error.value)
