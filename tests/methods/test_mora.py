@@ -1,6 +1,7 @@
 """MoRA: a square matrix between compression and decompression, and the restarts of ReMoRA."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from qlora_lite.methods.mora import MoRA, MoRALayer, MoRAMethod, side_of_square
 from qlora_lite.model.quant import FP32
 from qlora_lite.model.targets import LinearSpec
 from qlora_lite.training import checkpoint
+from qlora_lite.training.loop import Progress
 from tests.tiny import save_tiny
 from tests.workbench import CLOSE, Bench, one_layer, perturb
 
@@ -393,7 +395,10 @@ def test_a_resumed_run_ends_with_the_same_bits(directory, tmp_path, steps):
     for _ in range(steps):
         first.step()
     state = checkpoint.TrainingState(
-        first.attached.state(), first.optimizer.state_dict(), first.method.state_dict(), {}
+        first.attached.state(),
+        first.optimizer.state_dict(),
+        first.method.state_dict(),
+        asdict(Progress(step=steps)),
     )
     saved = checkpoint.load(checkpoint.save(tmp_path, steps, state, keep=1))
     second = bench(directory, **settings, saved=saved.adapter)

@@ -4,6 +4,7 @@ By default every method runs on NF4; other base precisions are slow tests.
 """
 
 import copy
+from dataclasses import asdict
 from functools import cache, partial
 
 import peft
@@ -19,6 +20,7 @@ from qlora_lite.model.load import load_base
 from qlora_lite.model.settings import Base
 from qlora_lite.training import checkpoint
 from qlora_lite.training.engine import TorchEngine
+from qlora_lite.training.loop import Progress
 from tests.dense_twin import dense_twin
 from tests.properties.cases import CASES, SAME_TRAINING
 from tests.properties.test_layers import FP32_SUMS, QUANTS, UNQUANTISED
@@ -83,7 +85,10 @@ def test_an_interrupted_run_ends_with_the_same_bits(directory, tmp_path, name, q
     for _ in range(STEPS // 2):
         first.step()
     state = checkpoint.TrainingState(
-        first.attached.state(), first.optimizer.state_dict(), first.method.state_dict(), {}
+        first.attached.state(),
+        first.optimizer.state_dict(),
+        first.method.state_dict(),
+        asdict(Progress(step=first.number)),
     )
     checkpoint.save(tmp_path, first.number, state, keep=1)
     saved = checkpoint.load(checkpoint.newest(tmp_path))
