@@ -151,7 +151,8 @@ def preview(
     with Display() as display:
         for note in notes:
             display.note(note)
-    data = load_data(changed.data, load_tokenizer(changed.base), changed.seed)
+        tokenizer = load_tokenizer(changed.base)
+        data = load_data(changed.data, tokenizer, changed.seed, display.reading)
     show_preview(console, previewing.preview(data, rows))
 
 

@@ -26,6 +26,7 @@ class Display(Watcher):
         self.meter: Meter = Bars(console) if console.is_terminal else Lines(console)
         self._losses: list[float] = []
         self._loading = False
+        self._reading_since: float | None = None
         self._start = (0.0, 0)
         """Clock and step at which this process started to train."""
         self._total = 0
@@ -61,6 +62,17 @@ class Display(Watcher):
         if lost := lost_rows(stats):
             self.print_line(lost, style="yellow")
         show_row(self.console, preview_row(train[0], data.train_source, data.template.tokenizer))
+
+    def reading(self, done_rows: int, total_rows: int | None) -> None:
+        now = time.monotonic()
+        if self._reading_since is None:
+            self.meter.begin("reading rows", None, lines=0)
+            self._reading_since = now
+        rate = done_rows / max(now - self._reading_since, 1e-3)
+        self.meter.move(done_rows, f"{done_rows:,} rows  {rate:,.0f} rows/s")
+        if total_rows is not None:
+            self.meter.end()
+            self._reading_since = None
 
     def loading(self, done_bytes: int, total_bytes: int) -> None:
         self._bytes("reading the base", done_bytes, total_bytes)

@@ -15,7 +15,7 @@ MAX_SILENCE = 20.0
 class Meter(Protocol):
     """Shows progress. `lines` is about how many plain lines the whole of it may take."""
 
-    def begin(self, what: str, total: int, lines: int) -> None: ...
+    def begin(self, what: str, total: int | None, lines: int) -> None: ...
 
     def move(self, done: int, text: str) -> None: ...
 
@@ -30,7 +30,7 @@ class Bars:
         self._progress: Progress | None = None
         self._task = TaskID(0)
 
-    def begin(self, what: str, total: int, lines: int) -> None:
+    def begin(self, what: str, total: int | None, lines: int) -> None:
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -59,9 +59,9 @@ class Lines:
         self._every: int | None = None
         self._next, self._last_line = 0, 0.0
 
-    def begin(self, what: str, total: int, lines: int) -> None:
+    def begin(self, what: str, total: int | None, lines: int) -> None:
         self._what = what
-        self._every = max(1, total // lines) if lines else None
+        self._every = max(1, total // lines) if lines and total else None
         self._next, self._last_line = 0, time.monotonic()
 
     def move(self, done: int, text: str) -> None:

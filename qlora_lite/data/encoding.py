@@ -28,7 +28,11 @@ def encode(
 ) -> list[Encoded]:
     """Tokenise conversations. A token that is partly inside a trained span is trained."""
     batch = template.tokenizer(
-        [row.text for row in rendered], add_special_tokens=False, verbose=False
+        [row.text for row in rendered],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
     )
     encoded = []
     for i, row in enumerate(rendered):
@@ -46,7 +50,11 @@ def encode_text(template: ChatTemplate, documents: Sequence[Document]) -> list[E
     """Tokenise plain text: BOS if the tokenizer adds one, the text, EOS if the text ends here."""
     tokenizer = template.tokenizer
     batch = tokenizer(
-        [document.text for document in documents], add_special_tokens=False, verbose=False
+        [document.text for document in documents],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
     )
     bos = [tokenizer.bos_token_id] if template.adds_bos else []
     encoded = []

@@ -15,7 +15,7 @@ from qlora_lite.data.settings import Data
 from qlora_lite.data.source_names import require_source
 from qlora_lite.data.sources import Source
 from qlora_lite.data.templates import ChatTemplate
-from qlora_lite.data.tokenise import Stats, Tokenised, tokenise
+from qlora_lite.data.tokenise import Report, Stats, Tokenised, ignore, tokenise
 from qlora_lite.foundation.errors import DataError
 from qlora_lite.foundation.seeds import derive
 
@@ -45,8 +45,12 @@ class PreparedData:
         return _hash(json.dumps(self.fingerprints))
 
 
-def load_data(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreparedData:
+def load_data(
+    data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, report: Report = ignore
+) -> PreparedData:
     """Read, tokenise and split. The result depends on content, settings and seed only.
+
+    `report` is called several times a second with the number of rows read.
 
     Raises:
         DataError: for anything wrong with a file or a row, with its place; or if no row is left
@@ -56,8 +60,10 @@ def load_data(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Prep
     require_source("data.train", data.train)
     if data.heldout is not None:  # fail before tokenising the training rows
         require_source("data.heldout", data.heldout)
-    train = tokenise(data, data.train, template, data.max_rows)
-    heldout = train if data.heldout is None else tokenise(data, data.heldout, template)
+    train = tokenise(data, data.train, template, data.max_rows, report)
+    heldout = train
+    if data.heldout is not None:
+        heldout = tokenise(data, data.heldout, template, report=report)
     scored, excluded = _heldout_keys(data, train, heldout, seed)
     kept = [i for i, key in enumerate(train.keys) if key not in excluded]
     if not kept:

@@ -76,6 +76,7 @@ class ChatTemplate:
         if tokenizer.eos_token is None:
             raise DataError("the tokenizer has no eos token; set eos_token in its configuration")
         self.tokenizer = tokenizer
+        self._special_tokens = dict(tokenizer.special_tokens_map)
         self.adds_bos = tokenizer.bos_token_id in tokenizer("a").input_ids[:1]
         self.is_plain = tokenizer.chat_template is None
         self.source = self._plain() if self.is_plain else tokenizer.get_chat_template()
@@ -133,7 +134,7 @@ class ChatTemplate:
                     chat_template=FIXED_DATE + self.source if dated else self.source,
                     return_assistant_tokens_mask=self.marks_answers,
                     add_generation_prompt=add_generation_prompt,
-                    **self.tokenizer.special_tokens_map,
+                    **self._special_tokens,
                 )
         except LimitReached as error:
             raise DataError(

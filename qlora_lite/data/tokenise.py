@@ -2,7 +2,7 @@
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -19,6 +19,9 @@ from qlora_lite.foundation.errors import DataError
 
 CHUNK_ROWS = 1000
 """Rows that are tokenised at a time; the tokenizer runs in parallel."""
+CHUNK_CHARS = 250_000
+"""About how many characters are tokenised at a time, so that progress is reported several times a
+second."""
 CHARS_PER_TOKEN = 4
 """An estimate, to cut a .txt file into rows of about one bin. Packing evens out the error."""
 MAX_DROPPED = 0.01
@@ -75,10 +78,24 @@ class NothingTrained(DataError):
         self.pieces = pieces
 
 
+Report = Callable[[int, int | None], None]
+"""Receives the number of rows that are tokenised, and at the end their total; it may raise."""
+
+
+def ignore(done_rows: int, total_rows: int | None) -> None:
+    """A `Report` that does nothing."""
+
+
 def tokenise(
-    data: Data, name: str, template: ChatTemplate, max_rows: int | None = None
+    data: Data,
+    name: str,
+    template: ChatTemplate,
+    max_rows: int | None = None,
+    report: Report = ignore,
 ) -> Tokenised:
     """Tokenise all rows of a file or a hub data set; `data.too_long` decides about long rows.
+
+    `report` is called several times a second.
 
     Raises:
         DataError: for anything wrong with the file or a row, with its place; if a row is too long
@@ -87,7 +104,8 @@ def tokenise(
     source = open_source(name, data.columns, CHARS_PER_TOKEN * data.max_tokens)
     collected = _Collected()
     rows = islice(read_rows(source, data), max_rows)
-    while chunk := list(islice(rows, CHUNK_ROWS)):
+    report(0, None)
+    for chunk in _chunks(rows):
         policy = _policy(data, chunk[0][1], source)
         for (number, item), row in zip(chunk, _encode(source, chunk, template, data), strict=True):
             _require_trainable(row, template, source, number)
@@ -98,9 +116,26 @@ def tokenise(
                 )
             pieces = fit(row, data.max_tokens, policy, keeps_first=template.adds_bos)
             collected.add(number, _key(item), row, pieces)
+        report(len(collected.lengths), None)
+    report(len(collected.lengths), len(collected.lengths))
     _limit_dropped(data, source, collected)
     examples = collected.builder.build()
     return Tokenised(source, examples, collected.keys, collected.stats(examples))
+
+
+def _chunks(rows: Iterable[tuple[int, Item]]) -> Iterator[list[tuple[int, Item]]]:
+    """The rows in groups of at most `CHUNK_ROWS` rows and about `CHUNK_CHARS` characters."""
+    chunk: list[tuple[int, Item]] = []
+    num_chars = 0
+    for number, item in rows:
+        chunk.append((number, item))
+        texts = [item.text] if isinstance(item, Document) else [m.content for m in item.messages]
+        num_chars += sum(map(len, texts))
+        if len(chunk) >= CHUNK_ROWS or num_chars >= CHUNK_CHARS:
+            yield chunk
+            chunk, num_chars = [], 0
+    if chunk:
+        yield chunk
 
 
 class _Collected:

@@ -18,6 +18,9 @@ class Watcher:
     def planned(self, plan: Any) -> None:
         """The memory plan is made. Nothing large is loaded yet."""
 
+    def reading(self, done_rows: int, total_rows: int | None) -> None:
+        """Rows are being read and tokenised. Their total is known when all are read."""
+
     def prepared(self, data: Any) -> None:
         """The data is tokenised."""
 

@@ -8,12 +8,12 @@ may change (`alternatives`), because this module does not know recipes.
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora_lite.foundation.errors import BudgetError
 from qlora_lite.foundation.units import format_bytes
 from qlora_lite.memory import formulas
-from qlora_lite.memory.ledger import Ledger, RunShape, make_ledger, num_trained
+from qlora_lite.memory.ledger import Ledger, RunShape, Term, make_ledger, num_trained
 from qlora_lite.model.shape import ModelShape
 
 CPU_MICRO_BATCH_TOKENS = 2048
@@ -112,6 +112,21 @@ def make_plan(
         savings=_savings(model, run, others, ledger.peak_bytes),
         sufficient_settings=_sufficient_settings(model, run, others, budget_bytes),
     )
+
+
+def with_rows(plan: Plan, num_tokens: int, num_rows: int, *, packing: bool, is_cpu: bool) -> Plan:
+    """The plan of a run whose rows are read: their memory is known only then.
+
+    Args:
+        is_cpu: the run computes where its rows are; otherwise they are in host memory.
+    """
+    term = Term(
+        "rows",
+        formulas.rows_bytes(num_tokens, num_rows, packing=packing),
+        f"{num_tokens:,} tokens x 5 B, {num_rows:,} rows",
+        "device" if is_cpu else "host",
+    )
+    return replace(plan, ledger=Ledger((*plan.ledger.terms, term)))
 
 
 def require_fit(plan: Plan) -> None:

@@ -178,7 +178,7 @@ class MergeCheck:
 
     def _rows(self, packs: bool) -> tuple[list[Batch], bool]:
         """Held-out rows, or a few of the trained ones; and whether they are held out."""
-        data = load_data(self.recipe.data, self.tokenizer, self.recipe.seed)
+        data = load_data(self.recipe.data, self.tokenizer, self.recipe.seed, self.watcher.reading)
         if data.fingerprint != self.folder.read_sidecar()["data_fingerprint"]:
             self.note(
                 "the data changed since the run: rows that are held out now may have been "

@@ -103,7 +103,7 @@ def _score(
     if data is None:
         batches = list(_held_out(target, loaded, watcher))
     else:
-        batches = list(_of_file(loaded, data, assignments))
+        batches = list(_of_file(loaded, data, assignments, watcher))
     if loaded.attached is None:
         return [ScoreRow(target, "model", score(loaded.causal, batches))]
     adapter = ScoreRow(target, "adapter", score(loaded.causal, batches))
@@ -117,7 +117,8 @@ def _score(
 def _held_out(target: str, loaded: LoadedModel, watcher: Watcher) -> Iterator[Batch]:
     """The run's held-out rows."""
     assert loaded.recipe is not None
-    prepared = load_data(loaded.recipe.data, loaded.tokenizer, loaded.recipe.seed)
+    recipe = loaded.recipe
+    prepared = load_data(recipe.data, loaded.tokenizer, recipe.seed, watcher.reading)
     if not len(prepared.heldout):
         raise DataError(f"{target} held out no rows. Give the rows to score: --data FILE")
     if prepared.fingerprint != RunFolder(Path(target)).read_sidecar()["data_fingerprint"]:
@@ -128,7 +129,9 @@ def _held_out(target: str, loaded: LoadedModel, watcher: Watcher) -> Iterator[Ba
     return held_out_batches(loaded.recipe, prepared, loaded.base.packs)
 
 
-def _of_file(loaded: LoadedModel, file: str, assignments: Sequence[str]) -> Iterator[Batch]:
+def _of_file(
+    loaded: LoadedModel, file: str, assignments: Sequence[str], watcher: Watcher
+) -> Iterator[Batch]:
     """Every row of a file, read with the run's data settings and `assignments` on top."""
     values: dict[str, Any] = {"max_tokens": _context(loaded)}
     if loaded.recipe is not None:
@@ -136,7 +139,8 @@ def _of_file(loaded: LoadedModel, file: str, assignments: Sequence[str]) -> Iter
         values.pop("max_rows", None)
     changed, _ = apply_overrides({"data": values | {"train": file}}, assignments, _Rows)
     data = validate(_Rows, changed).data
-    rows = tokenise(data, data.train, ChatTemplate(loaded.tokenizer), data.max_rows)
+    template = ChatTemplate(loaded.tokenizer)
+    rows = tokenise(data, data.train, template, data.max_rows, watcher.reading)
     return evaluation_batches(
         rows.examples,
         max_tokens=data.max_tokens,

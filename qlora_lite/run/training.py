@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora_lite.adapters.warm_start import saved_state
-from qlora_lite.data.load import load_data
+from qlora_lite.data.load import PreparedData, load_data
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.errors import BudgetError
 from qlora_lite.foundation.files import lock
@@ -18,7 +18,7 @@ from qlora_lite.foundation.units import format_bytes
 from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.memory.allocator import give_back_freed_memory
 from qlora_lite.memory.measure import reset_peak
-from qlora_lite.memory.plan import Plan, require_fit
+from qlora_lite.memory.plan import Plan, require_fit, with_rows
 from qlora_lite.model.load import load_tokenizer
 from qlora_lite.recipe import Recipe
 from qlora_lite.recipe_files import with_absolute_paths
@@ -87,8 +87,14 @@ def _train(
     _require_budget(recipe, plan, watcher)
     for note in check_settings(setup):
         watcher.note(note)
-    data = load_data(recipe.data, load_tokenizer(recipe.base), recipe.seed)
+
+    def report(done_rows: int, total_rows: int | None) -> None:
+        stop_request.raise_if_requested("while rows were read")
+        watcher.reading(done_rows, total_rows)
+
+    data = load_data(recipe.data, load_tokenizer(recipe.base), recipe.seed, report)
     require_known_tokens(data, setup)
+    plan = _with_rows(plan, data, setup, watcher)
     watcher.prepared(data)
     stop_request.raise_if_requested("before anything was trained")
 
@@ -159,6 +165,22 @@ def _require_budget(recipe: Recipe, plan: Plan, watcher: Watcher) -> None:
         require_fit(plan)
     elif not plan.fits:
         watcher.note(f"{plan.verdict}; {NO_BUDGET}, and the run may fail for lack of memory")
+
+
+def _with_rows(plan: Plan, data: PreparedData, setup: RunSetup, watcher: Watcher) -> Plan:
+    """The plan with the memory of the rows, and a note if the run fitted without them only."""
+    num_tokens = data.train.num_tokens + data.heldout.num_tokens
+    num_rows = len(data.train) + len(data.heldout)
+    packing = setup.recipe.data.packing and setup.facts.packs
+    is_cpu = setup.rule.device.type == "cpu"
+    changed = with_rows(plan, num_tokens, num_rows, packing=packing, is_cpu=is_cpu)
+    if plan.fits and not changed.fits:
+        watcher.note(
+            f"with its {num_rows:,} rows ({format_bytes(changed.peak_bytes - plan.peak_bytes)}) "
+            f"the run {changed.verdict}, and may fail for lack of memory. Set data.max_rows to "
+            "read fewer"
+        )
+    return changed
 
 
 def _out_of_memory(setup: RunSetup, plan: Plan) -> str:

@@ -65,3 +65,22 @@ def test_notes_are_printed_as_text_and_not_as_markup():
     display = Display(console(is_terminal=False))
     display.note("rows[/x] [bold]" + "x" * 200)
     assert display.console.file.getvalue() == "rows[/x] [bold]" + "x" * 200 + "\n"
+
+
+def test_reading_shows_rows_and_their_rate():
+    for has_terminal in (False, True):
+        out = console(has_terminal)
+        with Display(out) as display:
+            for done, total in ((0, None), (3000, None), (4000, 4000), (0, None), (7, 7)):
+                display.reading(done, total)
+        text = out.file.getvalue()
+        assert ("4,000 rows  " in text) == ("rows/s" in text) == has_terminal
+
+
+def test_reading_for_long_prints_lines_in_a_pipe(monkeypatch):
+    monkeypatch.setattr("qlora_lite.cli.meter.MAX_SILENCE", 0.0)
+    out = console(False)
+    display = Display(out)
+    display.reading(3000, None)
+    display.reading(4000, 4000)
+    assert "reading rows 3,000 rows  " in out.file.getvalue()
