@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from qlora_lite.cli.meter import Bars, Lines, Meter
-from qlora_lite.cli.rows import show_row
+from qlora_lite.cli.rows import odd_rows, show_row
 from qlora_lite.cli.tables import merge_table, plan_lines, plan_table, show
 from qlora_lite.foundation.console import console as default_console
 from qlora_lite.foundation.console import sparkline, visible
@@ -61,6 +61,8 @@ class Display(Watcher):
         )
         if lost := lost_rows(stats):
             self.print_line(lost, style="yellow")
+        for line in odd_rows(stats):
+            self.print_line(line, style="yellow")
         show_row(self.console, preview_row(train[0], data.train_source, data.template.tokenizer))
 
     def reading(self, done_rows: int, total_rows: int | None) -> None:

@@ -68,12 +68,28 @@ def show_preview(console: Console, preview: "Preview") -> None:
         )
     if preview.too_long:
         print_line(f"too long: {', '.join(preview.too_long)}", "yellow")
+    for stats in (preview.stats, preview.heldout_stats):
+        for line in [] if stats is None else odd_rows(stats):
+            print_line(line, "yellow")
     if preview.stats.rewritten_turns:
         print_line(
             f"{preview.stats.rewritten_turns:,} assistant turns are changed by the chat template; "
             "the text that it writes is trained",
             "yellow",
         )
+
+
+def odd_rows(stats: Any) -> list[str]:
+    """Lines about rows that repeat others, and about blank records."""
+    lines = []
+    if stats.equal_rows:
+        share = stats.equal_rows / stats.rows
+        lines.append(
+            f"{stats.equal_rows:,} of {stats.rows:,} rows ({share:.1%}) are equal to an earlier row"
+        )
+    if stats.blank_rows:
+        lines.append(f"{stats.blank_rows:,} blank records are skipped")
+    return lines
 
 
 def _lengths_line(name: str, stats: Any) -> str:

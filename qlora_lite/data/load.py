@@ -100,6 +100,11 @@ def _no_row_left(train: Tokenised, heldout: Tokenised) -> str:
             f"{train.source.name}: every row is also in data.heldout ({heldout.source.name}), so "
             "none is left to train on. Give different rows"
         )
+    if len(set(train.keys)) == 1 and train.stats.rows > 1:
+        return (
+            f"{train.source.name}: all {train.stats.rows:,} rows are equal, so none is left to "
+            "train on when one is held out. Add different rows, or set data.heldout_share=0"
+        )
     return (
         f"{train.source.name}: no row is left to train on, all are held out. Add different rows, "
         "or set data.heldout_share=0"

@@ -80,6 +80,14 @@ def _unknown_format(row: Mapping[str, Any], names: Mapping[str, str], where: str
             f"{where}: there is no field {absent[0]!r}, which data.fields names.{hint} "
             f"The row has {present}"
         )
+    if {"chosen", "rejected"} <= row.keys():
+        is_chat = isinstance(row["chosen"], list | tuple)
+        field = "messages" if is_chat else "completion" if "prompt" in row else "text"
+        return (
+            f"{where}: this is a preference row (chosen and rejected), for which there is no "
+            "training yet. To train on the chosen answers alone, map them: "
+            f'data.fields=\'{{"{field}": "chosen"}}\''
+        )
     known = "; ".join(f"{kind}: {', '.join(f.needs)}" for kind, f in FORMATS.items())
     return (
         f"{where}: the fields {present} belong to no known format ({known}). Map them with "

@@ -6,7 +6,7 @@ import re
 import string
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from qlora_lite.foundation.settings import Settings
 
@@ -80,6 +80,26 @@ class Data(Settings):
 
     shuffle: bool = True
     """Use a new random order of the rows in every epoch."""
+
+    @field_validator("heldout", mode="before")
+    @classmethod
+    def _is_no_share(cls, heldout: Any) -> Any:
+        if isinstance(heldout, int | float):
+            raise ValueError(
+                f"a file or a hub id is needed. For a share of the training rows, set "
+                f"data.heldout_share={heldout}"
+            )
+        return heldout
+
+    @model_validator(mode="after")
+    def _has_one_source_of_heldout_rows(self) -> "Data":
+        default = type(self).model_fields["heldout_share"].default
+        if self.heldout is not None and self.heldout_share not in (0, default):
+            raise ValueError(
+                f"got heldout={self.heldout!r} and heldout_share={self.heldout_share:g}: rows are "
+                "held out from a file or from the training rows. Give one of them"
+            )
+        return self
 
     @field_validator("fields")
     @classmethod

@@ -17,7 +17,7 @@ from qlora_lite.data.json_rows import is_json_array, read_json_array, read_json_
 from qlora_lite.data.lines import read_lines
 from qlora_lite.data.parquet_rows import read_parquet
 from qlora_lite.data.source_names import SUFFIXES, require_hub_id, to_path
-from qlora_lite.data.tables import line_of_record, read_table
+from qlora_lite.data.tables import line_of_record, num_blank_records, read_table
 from qlora_lite.foundation.errors import DataError
 from qlora_lite.foundation.files import file_hash
 
@@ -38,6 +38,8 @@ class Source:
     """The place of a row: `train.jsonl, line 17`."""
     is_text_file: bool = False
     """Rows are `{"text": ..., "is_end": ...}`: pieces of one text, in order."""
+    num_blank: Callable[[], int] = lambda: 0
+    """Counts the records that are skipped because they are blank."""
 
 
 def open_source(name: str, columns: list[str] | None = None, block_chars: int = 4096) -> Source:
@@ -72,6 +74,7 @@ def open_source(name: str, columns: list[str] | None = None, block_chars: int = 
         lambda: _checked(path, read),
         lambda number: f"{path}, {place(number)}",
         is_text_file=path.suffix == ".txt",
+        num_blank=lambda: num_blank_records(path) if path.suffix in TABLES else 0,
     )
 
 

@@ -49,6 +49,10 @@ class Stats:
     """Numbers of the first rows that were longer than `max_tokens`."""
     rewritten_turns: int
     """Assistant messages that the chat template changed."""
+    equal_rows: int
+    """Rows with the same content as an earlier one, among those that were kept."""
+    blank_rows: int
+    """Blank records of a table, which were skipped."""
     p50: int
     """Tokens of the median row, before dropping and cutting."""
     p95: int
@@ -120,7 +124,9 @@ def tokenise(
     report(len(collected.lengths), len(collected.lengths))
     _limit_dropped(data, source, collected)
     examples = collected.builder.build()
-    return Tokenised(source, examples, collected.keys, collected.stats(examples))
+    return Tokenised(
+        source, examples, collected.keys, collected.stats(examples, source.num_blank())
+    )
 
 
 def _chunks(rows: Iterable[tuple[int, Item]]) -> Iterator[list[tuple[int, Item]]]:
@@ -164,7 +170,7 @@ class _Collected:
         if (lost or len(pieces) > 1) and len(self.too_long) < MAX_NAMED:
             self.too_long.append(number)
 
-    def stats(self, examples: Examples) -> Stats:
+    def stats(self, examples: Examples, num_blank: int) -> Stats:
         return Stats(
             rows=len(self.lengths),
             examples=len(examples),
@@ -176,6 +182,8 @@ class _Collected:
             lost_tokens=self.lost,
             too_long=tuple(self.too_long),
             rewritten_turns=self.rewritten,
+            equal_rows=len(self.lengths) - self.dropped - len(set(self.keys)),
+            blank_rows=num_blank,
             p50=percentile(self.lengths, 50),
             p95=percentile(self.lengths, 95),
             longest=max(self.lengths),

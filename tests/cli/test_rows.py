@@ -4,9 +4,13 @@ import io
 
 from rich.console import Console
 
-from qlora_lite.cli.rows import LONGEST_TEXT, row_text, show_row
-from qlora_lite.data.preview import PreviewRow
+from qlora_lite.cli.display import Display
+from qlora_lite.cli.rows import LONGEST_TEXT, odd_rows, row_text, show_preview, show_row
+from qlora_lite.data.load import load_data
+from qlora_lite.data.preview import PreviewRow, preview
+from qlora_lite.data.settings import Data
 from qlora_lite.data.token_display import Piece
+from tests.tiny import tiny_tokenizer
 
 PIECES = [Piece("ask ", False), Piece("an", True), Piece("swer", True), Piece(" [/b]", False)]
 
@@ -34,3 +38,22 @@ def test_a_row_is_printed_below_its_source_and_counts():
     first, second = console.file.getvalue().splitlines()
     assert first == "[a].jsonl, line 3: 4 tokens, 2 of them trained"
     assert second == "ask [[answer]] [/b]"
+
+
+def test_equal_rows_and_blank_records_are_counted_aloud(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text\n" + "one\n\n" * 30 + "two\n" * 10)
+    data = load_data(Data(train=str(path), heldout_share=0), tiny_tokenizer(), 0)
+    console = Console(file=io.StringIO(), width=200)
+    show_preview(console, preview(data))
+    Display(console).prepared(data)
+    text = console.file.getvalue()
+    assert text.count("38 of 40 rows (95.0%) are equal to an earlier row") == 2
+    assert text.count("30 blank records are skipped") == 2
+
+
+def test_rows_that_differ_are_not_mentioned(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,n\none,1\n\ntwo,2\n")
+    data = load_data(Data(train=str(path), heldout_share=0), tiny_tokenizer(), 0)
+    assert odd_rows(data.stats) == []

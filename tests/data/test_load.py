@@ -86,6 +86,13 @@ def test_a_single_row_needs_a_heldout_share_of_0(tmp_path):
     assert len(load(name, heldout_share=0).train) == 1
 
 
+def test_rows_that_are_all_equal_are_named(tmp_path):
+    name = write(tmp_path / "a.jsonl", pairs(1) * 1000)
+    with pytest.raises(DataError, match=r"all 1,000 rows are equal"):
+        load(name)
+    assert load(name, heldout_share=0).stats.equal_rows == 999
+
+
 def test_max_rows_stops_reading(tmp_path):
     path = tmp_path / "a.jsonl"
     write(path, pairs(*range(10)))

@@ -101,6 +101,25 @@ def test_a_header_that_is_missing_is_noticed_at_the_first_row(write):
         read(name)
 
 
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+PREFERENCES = {
+    "pair": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "completion"),
+    "conversations": ({"chosen": CHAT, "rejected": CHAT}, "messages"),
+    "texts": ({"chosen": "a", "rejected": "b"}, "text"),
+    "instructions": ({"instruction": "a", "chosen": "b", "rejected": "c"}, "text"),
+}
+
+
+@pytest.mark.parametrize(("row", "field"), PREFERENCES.values(), ids=PREFERENCES)
+def test_preference_rows_are_recognised_and_may_be_mapped(write, row, field):
+    name = write("a.jsonl", json.dumps(row))
+    with pytest.raises(DataError) as caught:
+        read(name)
+    assert "line 1: this is a preference row (chosen and rejected)" in str(caught.value)
+    assert f'data.fields=\'{{"{field}": "chosen"}}\'' in str(caught.value)
+    assert len(read(name, fields={field: "chosen"})) == 1
+
+
 def test_a_prompt_with_another_format_is_refused(write):
     with pytest.raises(DataError, match=r"data\.prompt needs the format completion"):
         read(write("a.jsonl", '{"text": "a"}'), prompt="{text}", format="text")

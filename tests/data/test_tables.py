@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lite.data.tables import line_of_record, read_table
+from qlora_lite.data.tables import line_of_record, num_blank_records, read_table
 from qlora_lite.foundation.errors import DataError
 
 
@@ -82,3 +82,22 @@ WRONG = {
 def test_a_broken_record_is_named_with_its_line(write, content, message):
     with pytest.raises(DataError, match=rf"a\.csv, {message}"):
         rows(write("a.csv", content))
+
+
+BLANK = {
+    "between": ("text\na\n\n  \nb\n", 2, ["a", "b"]),
+    "at the end": ("text\na\nb\n\n\n", 0, ["a", "b"]),
+    "quoted": ('text\na\n""\nb\n', 1, ["a", "b"]),
+    "before the header": ("\ntext\na\n", 1, ["a"]),
+    "several columns": ("text,label\na,b\n\nc,d\n", 0, ["a", "c"]),
+}
+
+
+@pytest.mark.parametrize(("content", "count", "texts"), BLANK.values(), ids=BLANK)
+def test_blank_records_of_one_column_are_skipped_and_counted(write, content, count, texts):
+    name = write("a.csv", content)
+    assert [row["text"] for _, row in rows(name)] == texts
+    assert num_blank_records(Path(name)) == count
+    for number, row in rows(name):
+        line = line_of_record(Path(name), number, has_header=True)
+        assert content.splitlines()[line - 1].startswith(row["text"])
