@@ -6,7 +6,7 @@ import re
 import string
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from qlora_lite.foundation.settings import Settings
 
@@ -91,15 +91,16 @@ class Data(Settings):
             )
         return heldout
 
-    @model_validator(mode="after")
-    def _has_one_source_of_heldout_rows(self) -> "Data":
-        default = type(self).model_fields["heldout_share"].default
-        if self.heldout is not None and self.heldout_share not in (0, default):
+    @field_validator("heldout_share")
+    @classmethod
+    def _is_the_only_source(cls, share: float, info: ValidationInfo) -> float:
+        default = cls.model_fields["heldout_share"].default
+        if info.data.get("heldout") is not None and share not in (0, default):
             raise ValueError(
-                f"got heldout={self.heldout!r} and heldout_share={self.heldout_share:g}: rows are "
-                "held out from a file or from the training rows. Give one of them"
+                f"data.heldout={info.data['heldout']!r} is given too. Rows are held out from a "
+                "file or from the training rows: remove one of the two settings"
             )
-        return self
+        return share
 
     @field_validator("fields")
     @classmethod

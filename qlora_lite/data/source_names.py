@@ -52,7 +52,7 @@ def _not_a_file(name: str, path: Path) -> str:
         found = [str(p) for p in inside if p.suffix in SUFFIXES and p.is_file()]
         more = f" and {len(found) - MAX_LISTED} more" if len(found) > MAX_LISTED else ""
         hint = f", such as {', '.join(found[:MAX_LISTED])}{more}" if found else f": {files}"
-        return f"a folder, which is not a file. Give one file{hint}"
+        return f"a folder, not a file. Give one file{hint}"
     if os.path.exists(path):
         return f"neither a file nor a folder. Give {files}"
     try:
@@ -61,7 +61,7 @@ def _not_a_file(name: str, path: Path) -> str:
         share = 0.0
     if 0 < share < 1:
         return (
-            f"a number, which is not a file. To hold out a share of the training rows, set "
+            f"a number, not a file. To hold out a share of the training rows, set "
             f"data.heldout_share={name}"
         )
     return (

@@ -110,7 +110,7 @@ def test_a_file_that_cannot_be_read_is_named_with_the_place(write, name, content
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "a/b/missing", "owner/missing.csv", "", "."])
 def test_a_file_that_does_not_exist_is_refused(name):
-    with pytest.raises(DataError, match="which is not a file"):
+    with pytest.raises(DataError, match="not a file"):
         open_source(name)
 
 
