@@ -6,6 +6,7 @@ adapter_config.json, adapter_model.safetensors   the PEFT form (`peft.py`)
 README.md                                        if there is no PEFT form: why, and what to do
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from qlora_lite.adapters.peft import WEIGHTS, to_peft
 from qlora_lite.adapters.peft_config import CONFIG
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.foundation.files import write_json, write_text
+from qlora_lite.foundation.sealed import hashes_of, read_sealed, require_files, write_sealed
 from qlora_lite.shards.writer import save_tensors
 
 NATIVE = "native.safetensors"
@@ -39,7 +41,9 @@ def save_adapter(
         base: the base's hub id or absolute path, for programs that load the adapter.
         sidecar: what the PEFT format does not record.
     """
-    save_tensors(attached.state(), directory / NATIVE)
+    state = attached.state()
+    require_finite(state, "the trained adapter")
+    save_tensors(state, directory / NATIVE)
     tensors, config = to_peft(attached) if attached.is_base_unchanged else ({}, {})
     if config:
         config |= {"base_model_name_or_path": base, "revision": revision}
@@ -47,7 +51,8 @@ def save_adapter(
         write_json(directory / CONFIG, config)
     else:
         write_text(directory / "README.md", _without_peft(attached))
-    write_json(directory / SIDECAR, sidecar | {"peft": bool(config)})
+    hashes = hashes_of(directory, [NATIVE, WEIGHTS, CONFIG] if config else [NATIVE])
+    write_sealed(directory / SIDECAR, sidecar | {"peft": bool(config)}, hashes)
 
 
 def save_at_rank(
@@ -57,10 +62,14 @@ def save_at_rank(
     *,
     base: str,
     revision: str | None,
+    request: str,
 ) -> float:
     """Write the PEFT form of an adapter cut to `rank`, and return the largest relative error.
 
     The error is 0 for DyLoRA, which trained every rank. MoRA is approximated.
+
+    Args:
+        request: a hash of what the user asked for, recorded so that the same call finds its result.
 
     Raises:
         AdapterError: if the method has no pair of this rank, or changed the base weights.
@@ -82,7 +91,8 @@ def save_at_rank(
     save_tensors(tensors, directory / WEIGHTS)
     write_json(directory / CONFIG, config)
     recorded = attached.method.settings.model_dump(mode="json")
-    write_json(directory / SIDECAR, {"adapter": recorded, "rank": rank, "relative_error": error})
+    sidecar = {"adapter": recorded, "rank": rank, "relative_error": error, "request": request}
+    write_sealed(directory / SIDECAR, sidecar, hashes_of(directory, [WEIGHTS, CONFIG]))
     return error
 
 
@@ -114,20 +124,37 @@ def read_native(directory: Path) -> dict[str, Tensor]:
     """Read `native.safetensors`: all tensors of a run's adapter by `path.name`.
 
     Raises:
-        AdapterError: if the file is damaged or missing.
+        AdapterError: if the file is missing, damaged, or holds values that are not finite.
     """
     try:
-        tensors = load_file(directory / NATIVE)
-        if not tensors:
+        require_files(directory, read_sealed(directory / SIDECAR), NATIVE)
+        state = load_file(directory / NATIVE)
+        if not state:
             raise ValueError("it has no tensors")
-        return tensors
     except (OSError, SafetensorError, ValueError) as error:
-        has_checkpoint = any((directory.parent / "checkpoints").glob("step-*"))
-        alternative = (
-            f", or delete {directory} and train the run again: it continues from its last "
-            "checkpoint"
-        )
         raise AdapterError(
-            f"{directory / NATIVE} cannot be read ({error}). Restore it"
-            f"{alternative if has_checkpoint else ''}"
+            f"{directory / NATIVE} cannot be read ({error}). Restore it{how_to_rebuild(directory)}"
         ) from error
+    require_finite(state, str(directory / NATIVE))
+    return state
+
+
+def how_to_rebuild(directory: Path) -> str:
+    """How to get a run's adapter again, as the end of a message; empty without a checkpoint."""
+    if not any((directory.parent / "checkpoints").glob("step-*")):
+        return ""
+    return f", or delete {directory} and train the run again: it continues from its last checkpoint"
+
+
+def require_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """Check that no tensor of an adapter holds NaN or infinity.
+
+    Raises:
+        AdapterError: naming the tensor.
+    """
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise AdapterError(
+                f"{name} of {where} is not finite: training diverged, or the file is damaged. Use "
+                "an earlier checkpoint, or train again with a lower optim.lr"
+            )

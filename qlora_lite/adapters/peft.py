@@ -24,6 +24,7 @@ from qlora_lite.adapters.attach import AttachedAdapter
 from qlora_lite.adapters.layer import Factors
 from qlora_lite.adapters.peft_config import CONFIG, read_peft_config, require_plain_lora
 from qlora_lite.foundation.errors import AdapterError
+from qlora_lite.foundation.sealed import read_sealed, require_files
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.quantise import StoredWeight
 
@@ -203,6 +204,8 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
     """
     try:
         tensors = load_file(directory / WEIGHTS)
+        if (directory / "qlora_lite.json").is_file():  # one of ours
+            require_files(directory, read_sealed(directory / "qlora_lite.json"), WEIGHTS)
     except (OSError, SafetensorError, ValueError) as error:
         raise AdapterError(
             f"{directory / WEIGHTS} is damaged ({error}). Copy the adapter again"

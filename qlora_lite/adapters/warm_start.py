@@ -18,7 +18,8 @@ from qlora_lite.adapters.peft import WEIGHTS, PeftAdapter, is_transposed, read_p
 from qlora_lite.adapters.peft_config import CONFIG, read_peft_config
 from qlora_lite.adapters.split_state import by_layer
 from qlora_lite.foundation.errors import AdapterError
-from qlora_lite.foundation.json_files import JsonFile, Malformed, read_as
+from qlora_lite.foundation.json_files import JsonFile, check_as
+from qlora_lite.foundation.sealed import read_sealed
 
 FREE_TO_CHANGE = ("start", "dropout", "dtype", "lr_ratio")
 """Settings that may differ from those of an adapter whose native state is loaded."""
@@ -159,8 +160,8 @@ def saved_state(directory: Path, settings: AdapterSettings) -> dict[str, Tensor]
 def _was_trained_with(directory: Path, settings: AdapterSettings) -> bool:
     """Whether all settings but `FREE_TO_CHANGE` are those of the saved adapter."""
     try:
-        recorded = read_as(directory / SIDECAR, _OwnSettings).adapter.model_dump()
-    except Malformed as error:
+        recorded = check_as(read_sealed(directory / SIDECAR), _OwnSettings).adapter.model_dump()
+    except (OSError, ValueError) as error:
         raise AdapterError(
             f"{directory / SIDECAR} cannot be read ({error}), so the settings of {NATIVE} are "
             "unknown. Copy the adapter again"

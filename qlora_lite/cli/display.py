@@ -140,6 +140,8 @@ class Display(Watcher):
 
     def merged(self, result: Any) -> None:
         """What a merge wrote, and the candidates it chose from."""
+        if result.already_finished:
+            self.print_line(f"{result.out} was written before, and its files are intact")
         if result.table:
             show(self.console, merge_table(result.table))
         dtype = str(result.dtype).removeprefix("torch.")

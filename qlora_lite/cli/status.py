@@ -3,7 +3,7 @@
 | status | meaning                                                                          |
 |--------|----------------------------------------------------------------------------------|
 | 0      | done                                                                             |
-| 1      | bug in qlora-lite: traceback, and a line that asks to report it                  |
+| 1      | a result failed its check: one message; or a bug in qlora-lite: traceback        |
 | 2      | the user's mistake, or a limit of the machine: one message, no traceback         |
 | 130    | interrupted; the training state, if any, is saved                                |
 """
@@ -16,9 +16,9 @@ from collections.abc import Callable
 
 from qlora_lite.cli.terminal import prepare_process
 from qlora_lite.foundation.console import errors, visible
-from qlora_lite.foundation.errors import DataError, Interrupted, QloraLiteError
+from qlora_lite.foundation.errors import CheckError, DataError, Interrupted, QloraLiteError
 
-DONE, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, BUG, MISTAKE, INTERRUPTED = 0, 1, 1, 2, 130
 
 _LIMITS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
@@ -46,6 +46,8 @@ def _explain(error: BaseException) -> int:
     match error:
         case QloraLiteError():
             status, kind, message = MISTAKE, "error", str(error)
+        case CheckError():
+            status, kind, message = FAILED, "check failed", str(error)
         case OSError() if error.errno in _LIMITS:
             place = error.filename or "the disk"
             status, kind, message = MISTAKE, "error", f"{place}: {error.strerror}"

@@ -1,16 +1,19 @@
 """A model directory that is complete or absent, and the files in it besides the weights.
 
     with resumable_directory(out, weights.identity) as temporary:
-        write(weights, temporary)
+        hashes = write(weights, temporary)
         write_companions(temporary, ...)
+        write_record(temporary, weights.identity, request, {}, hashes)
 
 The files are written to a hidden `.name.writing` next to `out`, which is synced and renamed at the
 end. After a kill the same command continues there; what another command left there is removed.
+`qlora_lite.json` records what was asked for and the hashes of all files: the same command finds it
+in `out` and has nothing left to do.
 """
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,7 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qlora_lite.foundation.errors import ExportError, RunError
+from qlora_lite.foundation.errors import CheckError, ExportError, RunError
 from qlora_lite.foundation.files import (
     lock,
     make_folder,
@@ -30,10 +33,14 @@ from qlora_lite.foundation.files import (
     write_json,
     write_text,
 )
+from qlora_lite.foundation.sealed import hashes_of, read_sealed, require_files, write_sealed
 from qlora_lite.model.config import require_generation_settings
 
 LICENCES = ("licen[cs]e*", "notice*", "use_policy*", "copying*")
 """Files of the base that every derived model must include; matched in lower case."""
+
+RECORD = "qlora_lite.json"
+"""What a finished directory was made from."""
 
 _IDENTITY = ".merge"
 
@@ -60,6 +67,8 @@ def require_free(out: Path) -> None:
 def resumable_directory(out: Path, identity: str) -> Iterator[Path]:
     """A directory to fill, which is renamed to `out` if the block does not raise.
 
+    A `CheckError` in the block deletes what was written.
+
     Args:
         identity: a hash of what will be written; earlier work with the same one is continued.
 
@@ -70,29 +79,91 @@ def resumable_directory(out: Path, identity: str) -> Iterator[Path]:
     require_free(out)
     temporary = out.with_name(f".{out.name}.writing")
     make_folder(temporary)
-    with lock(temporary):
+    with lock(temporary) as held:
         _delete_other_work(temporary, identity)
-        yield temporary
+        try:
+            yield temporary
+        except CheckError:
+            shutil.rmtree(temporary)
+            raise
         sync_tree(temporary)
-        for path in sorted(temporary.glob(".*"), key=lambda path: path.name == _IDENTITY):
-            path.unlink()
+        # with RECORD in place the identity is not needed; without the journal it would be wrong
+        for path in sorted(temporary.glob(".*"), key=lambda path: path.name != _IDENTITY):
+            if path.name != ".lock":
+                path.unlink()
+        held.require()
+        (temporary / ".lock").unlink()
         sync_directory(temporary)
         require_free(out)
         os.replace(temporary, out)
         sync_directory(out.parent)
 
 
-def has_all_weights(directory: Path) -> bool:
-    """Whether all weights are written; other files may be missing."""
-    names = ("model.safetensors", "model.safetensors.index.json")
-    return any((directory / name).is_file() for name in names)
+def has_record(directory: Path, identity: str) -> bool:
+    """Whether all files are there and have the recorded hashes, and `identity` is theirs."""
+    try:
+        record = read_sealed(directory / RECORD, "identity")
+        if record["identity"] != identity:
+            return False
+        require_files(directory, record)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def write_record(
+    directory: Path,
+    identity: str,
+    request: str,
+    result: Mapping[str, Any],
+    weights: Mapping[str, str],
+) -> None:
+    """Record what a directory was made from, and the hashes of its files. Write it last.
+
+    Args:
+        identity: as for `resumable_directory`.
+        request: a hash of what the user asked for, for `find_finished`.
+        result: what the command reports.
+        weights: hashes that are known already; the other files are read. Users may edit README.md.
+    """
+    paths = (path for path in directory.rglob("*") if path.is_file())
+    names = sorted(path.relative_to(directory).as_posix() for path in paths)
+    skipped = {"README.md", RECORD, *weights}
+    others = [name for name in names if name[0] != "." and name not in skipped]
+    value = {"identity": identity, "request": request, **result}
+    write_sealed(directory / RECORD, value, {**weights, **hashes_of(directory, others)})
+
+
+def find_finished(out: Path, request: str) -> dict[str, Any] | None:
+    """The record of `out` if an earlier call with the same `request` wrote it, else None.
+
+    Raises:
+        ExportError: if a file of it is missing or changed since then.
+    """
+    try:
+        record = read_sealed(out / RECORD)
+    except (OSError, ValueError):
+        return None
+    if record.get("request") != request:
+        return None
+    try:
+        require_files(out, record)
+    except ValueError as error:
+        raise ExportError(
+            f"{out} was written by this command, but {error}. Remove it and run the command again"
+        ) from None
+    return record
 
 
 def _delete_other_work(temporary: Path, identity: str) -> None:
     """Keep the files of an earlier call with this identity; delete any others."""
+    if has_record(temporary, identity):
+        return
+    (temporary / RECORD).unlink(missing_ok=True)
     recorded = temporary / _IDENTITY
     if recorded.is_file() and recorded.read_text(encoding="utf-8") == identity:
         return
+    recorded.unlink(missing_ok=True)  # first: a kill here must not leave a part under its name
     for path in temporary.iterdir():
         if path.is_dir():
             shutil.rmtree(path)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from qlora_lite.adapters.layer import AdapterLayer, Factors
 from qlora_lite.export.trained_layers import BaseOfMerge, TrainedLayers, chunk_rows
+from qlora_lite.foundation.errors import CheckError
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.prequantised import is_packed
 from qlora_lite.shards.writer import MAX_SHARD_BYTES, ShardWriter, TensorSpec
@@ -138,16 +139,16 @@ class MergedWeights:
         rows = self._changed_rows(tensor)
         parameter = self.layers.parameters.get(tensor.name)
         if rows is None:
-            yield from (part.to(dtype) for part in self.layers.stored(tensor.name))
+            yield from (_rounded(part, dtype, stored) for part in self.layers.stored(tensor.name))
         elif parameter is not None and parameter.transposed:
             whole = torch.empty(shape, dtype=dtype)
             start = 0
             for part in rows:
-                whole[:, start : start + len(part)] = part.T
+                whole[:, start : start + len(part)] = _rounded(part, dtype, stored).T
                 start += len(part)
             yield whole
         else:
-            yield from (part.to("cpu", dtype) for part in rows)
+            yield from (_rounded(part, dtype, stored) for part in rows)
 
     def _changed_rows(self, tensor: MergedTensor) -> Iterator[Tensor] | None:
         """Rows (along the outputs) that replace the stored ones; None if nothing changed."""
@@ -170,8 +171,10 @@ def write(
     directory: Path,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
-) -> None:
+) -> dict[str, str]:
     """Write all tensors as safetensors, or continue after the last one that is complete.
+
+    Returns the SHA-256 of every file, by name.
 
     Raises:
         RunError: if the disk has too little space left.
@@ -186,6 +189,24 @@ def write(
             done += spec.num_bytes
             if progress is not None:
                 progress(done, total)
+    return writer.hashes
+
+
+def _rounded(part: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """A part in the dtype of the files, on the CPU.
+
+    Raises:
+        CheckError: if it becomes infinite, or was not finite. The base's own bytes are not checked.
+    """
+    rounded = part.to("cpu", dtype)
+    if part.dtype != dtype and not rounded.isfinite().all():
+        problem = (
+            f"too large for {str(dtype).removeprefix('torch.')}. Use --dtype bf16"
+            if part.isfinite().all()
+            else "not finite: the adapter or the base is damaged"
+        )
+        raise CheckError(f"a merged value of {name} is {problem}")
+    return rounded
 
 
 def _adapted_rows(layer: AdapterLayer) -> Iterator[Tensor]:

@@ -1,8 +1,8 @@
 """Errors that a user can fix.
 
 Every message has three parts: what was given, what is needed, what to do next. The command prints
-the message without a traceback and exits with status 2. Any other exception is a bug of ours: the
-command exits with status 1.
+the message without a traceback and exits with status 2. `CheckError` is a result that failed its
+check. Any other exception is a bug of ours. The command exits with status 1 after both.
 """
 
 
@@ -46,8 +46,12 @@ class ExportError(QloraLiteError):
     """Weights that cannot be written with these settings or to this place."""
 
 
+class CheckError(Exception):
+    """What was made failed its check and was not put in place. The command exits with status 1."""
+
+
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived, and the state is saved. The command exits with status 130.
+    """SIGINT, SIGTERM or SIGHUP arrived, and the state is saved. The command exits with status 130.
 
     Derives from BaseException, so that `except Exception` does not swallow it.
     """

@@ -12,11 +12,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from qlora_lite.foundation.errors import RunError
 from qlora_lite.foundation.units import format_bytes
+
+_LOCK = ".lock"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -181,8 +184,38 @@ def complete_directory(target: Path) -> Iterator[Path]:
     sync_directory(target.parent)
 
 
+@dataclass(frozen=True)
+class Lock:
+    """An exclusive lock on a directory."""
+
+    directory: Path
+    file: IO[str]
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the locked file is still the one in the directory."""
+        try:
+            return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.directory / _LOCK))
+        except OSError:
+            return False
+
+    def require(self) -> None:
+        """Call this before writing.
+
+        Raises:
+            RunError: if the directory or its lock was deleted or replaced. Another process may be
+                using the directory then.
+        """
+        if not self.is_held:
+            raise RunError(
+                f"{self.directory} or its {_LOCK} file was moved or deleted while this process was "
+                "using it. Nothing more is written there. Run the same command again: it continues "
+                "from the last checkpoint that is left"
+            )
+
+
 @contextmanager
-def lock(directory: Path) -> Iterator[None]:
+def lock(directory: Path) -> Iterator[Lock]:
     """Hold an exclusive lock on a directory while the block runs.
 
     The operating system releases it when the process ends, even if it was killed.
@@ -190,20 +223,25 @@ def lock(directory: Path) -> Iterator[None]:
     Raises:
         RunError: if another process holds it.
     """
-    with open(directory / ".lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise RunError(
-                f"{directory} is in use by process {holder}. Only one process may work in a folder "
-                "at a time: wait for it, end it, or give another output=..."
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+    while True:
+        with open(directory / _LOCK, "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise RunError(
+                    f"{directory} is in use by process {holder}. Only one process may work in a "
+                    "folder at a time: wait for it, end it, or give another output=..."
+                ) from None
+            held = Lock(directory, file)
+            if not held.is_held:  # its last holder deleted it after we opened it
+                continue
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield held
+            return
 
 
 def require_free_space(directory: Path, num_bytes: int, purpose: str) -> None:

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 from qlora_lite.adapters.files import save_at_rank
+from qlora_lite.export.directory import find_finished
 from qlora_lite.foundation.errors import RunError
 from qlora_lite.foundation.files import complete_directory
+from qlora_lite.foundation.sealed import digest_of
+from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.loading import load_run
 
 
@@ -22,7 +25,11 @@ def extract(
     Raises:
         QloraLiteError: if there is no finished run, it cannot be cut to `rank`, or `out` exists.
     """
-    out = Path(out)
+    out, folder = Path(out), RunFolder(Path(run))
+    folder.read_record()
+    request = digest_of([folder.read_sidecar(), rank])
+    if (finished := find_finished(out, request)) is not None:
+        return float(finished["relative_error"])
     if out.exists():
         raise RunError(
             f"{out} exists already. Give a folder that does not exist, or remove this one"
@@ -37,4 +44,5 @@ def extract(
             rank,
             base=loaded.recipe.base.model,
             revision=loaded.recipe.base.revision,
+            request=request,
         )

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from qlora_lite.adapters.files import SIDECAR
+from qlora_lite.adapters.files import SIDECAR, how_to_rebuild
 from qlora_lite.foundation.errors import RecipeError, RunError
 from qlora_lite.foundation.files import make_folder, read_object, write_json
 from qlora_lite.foundation.json_files import check_as
 from qlora_lite.foundation.overrides import validate
+from qlora_lite.foundation.sealed import read_sealed
 from qlora_lite.model.load import locate
 from qlora_lite.model.settings import Base
 from qlora_lite.recipe import CHANGEABLE_SETTINGS, Recipe, differences
@@ -98,12 +99,12 @@ class RunFolder:
                 f"Continue it with `qlora-lite train {self.path}`"
             )
         try:
-            sidecar = read_object(self.adapter / SIDECAR)
+            sidecar = read_sealed(self.adapter / SIDECAR)
             check_as(sidecar, Sidecar)
         except (OSError, ValueError) as error:
             raise RunError(
-                f"{self.adapter / SIDECAR} is damaged ({error}). Restore it, or delete "
-                f"{self.adapter} and train the run again: it continues from its last checkpoint"
+                f"{self.adapter / SIDECAR} is damaged ({error}). "
+                f"Restore it{how_to_rebuild(self.adapter)}"
             ) from None
         return sidecar
 

@@ -1,14 +1,16 @@
 """Check a merge: compare scores and logits of the merged model with those of the trained model.
 
     reference            adapter on its base: its held-out score and some of its logits
-    each candidate       on which base does the merged model score better?
     before rounding      merged on the base as trained, in fp32, it must be the same function
-    the files            read back with transformers and compared with the reference
+    each candidate       the merged model in memory: on which base does it score better? The chosen
+                         one must be within bounds of the reference, or nothing is written
+    the files            read back with transformers, they must be the chosen candidate
 
 One model is in memory at a time. Results are noted at once, and kept for the model card.
 """
 
 import gc
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +24,21 @@ from qlora_lite.data.load import load_data
 from qlora_lite.evaluation.perplexity import Score, score
 from qlora_lite.export.merge import MergedWeights
 from qlora_lite.export.trained_layers import BaseOfMerge, MergeSource, TrainedLayers
-from qlora_lite.export.verify import Agreement, candidate, compare, read_back, sample_logits
+from qlora_lite.export.verify import (
+    EXACT,
+    NO_BOUNDS_ON_LOGITS,
+    Agreement,
+    Bounds,
+    candidate,
+    compare,
+    read_back,
+    rounding_bounds,
+    sample_logits,
+    sample_targets,
+)
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.device import DeviceRule
+from qlora_lite.foundation.errors import CheckError
 from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.recipe import Recipe
 from qlora_lite.report.contents import MergeRow
@@ -50,14 +64,17 @@ class _Reference:
     """The rows were not trained on, so their scores are meaningful."""
     logits: Tensor
     """At the first trained tokens, (tokens, vocabulary)."""
+    targets: Tensor
+    """Of these tokens."""
     score: Score
 
 
 class MergeCheck:
     """The comparisons of one merge, and what they found.
 
-    Call `measure_reference` first, then `choose_base` if the base is not given, then `check_files`.
-    Without a reference `check_files` does nothing, and no model is loaded.
+    Call `measure_reference` first, then `choose_base` if the base is not given, then
+    `check_candidate` before anything is written, then `check_files`. Without a reference the last
+    two do nothing, and no model is loaded.
 
     Args:
         folder: of a finished run.
@@ -91,6 +108,8 @@ class MergeCheck:
         self.written: Agreement | None = None
         """Reference against the files, read back by transformers."""
         self._measured: _Reference | None = None
+        self._candidates: dict[BaseOfMerge, Tensor] = {}
+        """Logits of the candidates, for the reference's tokens."""
 
     def note(self, text: str) -> None:
         """Pass a note to the watcher, and keep it for the card."""
@@ -112,7 +131,13 @@ class MergeCheck:
         )
         batches, is_heldout = self._rows(trained.base.packs)
         logits = sample_logits(trained.causal, batches)
-        self._measured = _Reference(batches, is_heldout, logits, score(trained.causal, batches))
+        if not logits.isfinite().all():
+            raise CheckError(
+                f"the trained model of {self.folder.path} gives logits that are not finite. "
+                "Nothing was merged: its training diverged, or its files are damaged"
+            )
+        targets, found = sample_targets(batches), score(trained.causal, batches)
+        self._measured = _Reference(batches, is_heldout, logits, targets, found)
         del trained
         _release_memory()
 
@@ -129,7 +154,8 @@ class MergeCheck:
             self.note("no rows are held out, so nothing was scored: using the base as trained")
             return "trained"
         scores = {base: self._score_candidate(base, dtype) for base in bases}
-        best = min(bases, key=lambda base: scores[base].loss)
+        finite = [base for base in bases if math.isfinite(scores[base].loss)]
+        best = min(finite or bases, key=lambda base: scores[base].loss)
         trained = self._reference.score
         self.table.append(MergeRow("adapter on its base", trained.loss, None, False))
         for base, found in scores.items():
@@ -137,22 +163,69 @@ class MergeCheck:
             self.table.append(MergeRow(LABELS[base], found.loss, agreement, base == best))
         return best
 
+    def check_candidate(self, weights: MergedWeights) -> None:
+        """Compare the merged model in memory with the reference, if there is one.
+
+        Raises:
+            CheckError: if it is not finite, or further away than rounding explains.
+        """
+        if self._measured is None:
+            return
+        logits = self._candidate_logits(weights)
+        found = compare(self._reference.logits, logits, self._reference.targets)
+        problem = self._bounds(weights).problem(found)
+        if not logits.isfinite().all():
+            problem = "its logits are not finite"
+        if problem:
+            raise CheckError(
+                f"{LABELS[weights.base]} in {devices.NAMES[weights.dtype]}, the model is not the "
+                f"trained one: {problem}. Nothing was written. Try another --base or --dtype fp32"
+            )
+
     def check_files(self, directory: Path, weights: MergedWeights) -> None:
-        """Compare what transformers reads from the files with the reference, if there is one."""
+        """Compare what transformers reads from the files with the candidate, if there is one.
+
+        Raises:
+            CheckError: if it is another function.
+        """
         if self._measured is None:
             return
         model = read_back(directory, self.source.base, self.rule)
-        found = compare(self._reference.logits, sample_logits(model, self._reference.batches))
-        self.written = found
+        logits = sample_logits(model, self._reference.batches)
         del model
         _release_memory()
+        copied = compare(self._candidate_logits(weights), logits)
+        # the same weights in the same dtype: only the order of sums may differ
+        allowed = EXACT if self.rule.compute == torch.float32 else _few_roundings(self.rule.compute)
+        if not copied.relative_error <= allowed:
+            raise CheckError(
+                f"the files read back by transformers differ from the merged model by "
+                f"{copied.relative_error:.1e} of the largest logit, at most {allowed:.0e} may be. "
+                "They were deleted"
+            )
+        found = compare(self._reference.logits, logits, self._reference.targets)
+        self.written = found
         self.note(
             f"files read back: {found.top1:.1%} of {found.num_tokens} top-1 predictions are those "
             f"of the trained model, and logits differ by at most {found.relative_error:.1e} of the "
-            "largest logit"
+            f"largest logit; {self._bounds_text(weights)}"
         )
-        if weights.base == "trained" and weights.dtype == torch.float32 and self._is_fp32:
-            assert found.is_exact, f"{directory} differs from the trained model: {found}"
+
+    def _bounds(self, weights: MergedWeights) -> Bounds:
+        if weights.base == "original":
+            return NO_BOUNDS_ON_LOGITS
+        matrices = [spec for spec in weights.specs if len(spec.shape) > 1]
+        return rounding_bounds(
+            self._reference.logits, weights.dtype, self.rule.compute, len(matrices)
+        )
+
+    def _bounds_text(self, weights: MergedWeights) -> str:
+        """The bounds that were kept, for the note."""
+        bounds = self._bounds(weights)
+        text = f"the loss may be {bounds.loss_change:.3f} nats higher"
+        if math.isfinite(bounds.rms_error):
+            text = f"bounds: RMS difference {bounds.rms_error:.1%}, {text}"
+        return text
 
     def _check_before_rounding(self) -> None:
         """Before rounding, weights merged on the base as trained must give the trained logits."""
@@ -162,15 +235,30 @@ class MergeCheck:
         self.exact = found
         del model
         _release_memory()
-        assert found.is_exact, f"the merged model differs from the trained one: {found}"
+        if not found.is_exact:
+            raise CheckError(
+                f"the merged model differs from the trained one by {found.relative_error:.1e} of "
+                f"the largest logit before rounding, at most {EXACT:.0e} may be. Nothing was "
+                "written. This is a bug in qlora-lite or in a library: please report it"
+            )
         self.note(
             "before rounding, weights merged on the base as trained give the logits of the trained "
             f"model to within {found.relative_error:.1e} of the largest logit"
         )
 
+    def _candidate_logits(self, weights: MergedWeights) -> Tensor:
+        """Logits of the merged model in memory, in the dtype of the files."""
+        if weights.base not in self._candidates:
+            model = candidate(weights, self.source.base, self.rule)
+            self._candidates[weights.base] = sample_logits(model, self._reference.batches)
+            del model
+            _release_memory()
+        return self._candidates[weights.base]
+
     def _score_candidate(self, base: BaseOfMerge, dtype: torch.dtype | None) -> Score:
         weights = MergedWeights(TrainedLayers(self.source, base), dtype)
         model = candidate(weights, self.source.base, self.rule)
+        self._candidates[base] = sample_logits(model, self._reference.batches)
         found = score(model, self._reference.batches)
         del model
         _release_memory()
@@ -205,6 +293,11 @@ class MergeCheck:
     def _reference(self) -> _Reference:
         assert self._measured is not None, "measure_reference comes first"
         return self._measured
+
+
+def _few_roundings(dtype: torch.dtype) -> float:
+    """Sixteen roundings to `dtype`, relative."""
+    return 16 * torch.finfo(dtype).eps
 
 
 def _release_memory() -> None:

@@ -20,10 +20,12 @@ from qlora_lite.adapters.files import read_native
 from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.export.card import Card, licence_of, render
 from qlora_lite.export.directory import (
-    has_all_weights,
+    find_finished,
+    has_record,
     require_free,
     resumable_directory,
     write_companions,
+    write_record,
 )
 from qlora_lite.export.merge import MergedWeights, write
 from qlora_lite.export.trained_layers import BaseOfMerge, MergeSource, TrainedLayers
@@ -32,6 +34,7 @@ from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import ExportError
 from qlora_lite.foundation.files import write_text
+from qlora_lite.foundation.sealed import digest_of
 from qlora_lite.foundation.units import parse_bytes
 from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.model.facts import read_facts
@@ -68,6 +71,8 @@ class MergeResult:
     written: Agreement | None
     """Adapter on base against the files, read back by transformers."""
     notes: tuple[str, ...]
+    already_finished: bool = False
+    """An earlier call wrote `out`. Its files have the recorded hashes; nothing was compared now."""
 
 
 def merge(
@@ -100,11 +105,14 @@ def merge(
             fit this base, or `out` exists.
     """
     folder, out, watcher = RunFolder(Path(run)), Path(out), watcher or Watcher()
-    require_free(out)
     if (max_shard_bytes := parse_bytes(shard)) < MIN_SHARD_BYTES:
         raise ExportError(
             f"got shard={shard}, and a file must be 1 kB or larger. Use 5GB, for example"
         )
+    request = _request(folder, base, dtype, max_shard_bytes)
+    if (finished := find_finished(out, request)) is not None:
+        return _finished_result(out, finished)
+    require_free(out)
     check = _prepare(folder, device, watcher, trust_remote_code)
     if base == "auto" or verify:
         check.measure_reference()
@@ -112,15 +120,25 @@ def merge(
         for note in folder.unfinished_extension():
             watcher.note(note)
     weights = _weights(check, base, dtype)
-    with resumable_directory(out, f"{weights.identity} {max_shard_bytes}") as temporary:
-        _write_model(temporary, weights, check.tokenizer, max_shard_bytes, watcher)
+    check.check_candidate(weights)
+    identity = f"{weights.identity} {max_shard_bytes}"
+    with resumable_directory(out, identity) as temporary:
+        _write_model(
+            temporary, weights, check.tokenizer, max_shard_bytes, identity, request, watcher
+        )
         check.check_files(temporary, weights)
         report = _report(check)
         card = _card(check, out, report, _command(run, out, base, dtype))
         write_text(temporary / "README.md", render(card))
-    if check.table:
-        reports.write(folder.report, report)
+        if check.table:
+            reports.write(folder.report, report)
     return _result(out, weights, check)
+
+
+def _request(folder: RunFolder, base: str, dtype: str | None, max_shard_bytes: int) -> str:
+    """A hash of what was asked for: the same call finds its finished result by it."""
+    folder.read_record()
+    return digest_of([folder.read_sidecar(), base, dtype, max_shard_bytes])
 
 
 def _prepare(
@@ -179,11 +197,14 @@ def _write_model(
     weights: MergedWeights,
     tokenizer: PreTrainedTokenizerBase,
     max_shard_bytes: int,
+    identity: str,
+    request: str,
     watcher: Watcher,
 ) -> None:
-    """Write the weights, unless an earlier call wrote them all, and the config and tokenizer."""
-    if not has_all_weights(directory):
-        write(weights, directory, max_shard_bytes, watcher.writing)
+    """Write weights, config, tokenizer and record, unless an earlier call did."""
+    if has_record(directory, identity):
+        return
+    hashes = write(weights, directory, max_shard_bytes, watcher.writing)
     write_companions(
         directory,
         weights.layers.source.path,
@@ -193,6 +214,12 @@ def _write_model(
         end_ids=_end_ids(tokenizer),
         with_code=weights.layers.source.base.trust_remote_code,
     )
+    result = {
+        "base": weights.base,
+        "dtype": devices.NAMES[weights.dtype],
+        "num_bytes": sum(spec.num_bytes for spec in weights.specs),
+    }
+    write_record(directory, identity, request, result, hashes)
 
 
 def _end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -268,4 +295,18 @@ def _result(out: Path, weights: MergedWeights, check: MergeCheck) -> MergeResult
         exact=check.exact,
         written=check.written,
         notes=tuple(check.notes),
+    )
+
+
+def _finished_result(out: Path, record: Mapping[str, Any]) -> MergeResult:
+    return MergeResult(
+        out=out,
+        base=record["base"],
+        dtype=devices.DTYPES[record["dtype"]],
+        num_bytes=record["num_bytes"],
+        table=(),
+        exact=None,
+        written=None,
+        notes=(),
+        already_finished=True,
     )

@@ -6,9 +6,12 @@
 
 All names, dtypes and shapes are known beforehand, so each shard starts with its header and tensors
 are appended: at most one tensor, or one chunk of it, is in memory. A shard grows under a hidden
-name; when it is complete and synced it is renamed. After a kill, a call with the same specs and
-the same `identity` (a hash of what the tensors are made from) continues after the last complete
-tensor.
+name; when it is complete and synced it is renamed.
+
+A hidden journal records the hash of each shard up to the end of every tensor. After a kill, a call
+with the same specs and the same `identity` (a hash of what the tensors are made from) reads back
+what is there and continues after the last tensor whose hash is right. At the end every file is
+read back and compared with its hash. The journal stays; `resumable_directory` deletes it.
 """
 
 import errno
@@ -16,10 +19,9 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import save_file
@@ -27,20 +29,18 @@ from torch import Tensor
 
 from qlora_lite.foundation.errors import ExportError
 from qlora_lite.foundation.files import (
+    file_hash,
     make_folder,
     require_free_space,
     sync_directory,
     write_json,
+    write_text,
 )
-from qlora_lite.foundation.json_files import JsonFile, Malformed, read_as
 from qlora_lite.shards.layout import MAX_SHARD_BYTES, Shard, TensorSpec, split_into_shards
-from qlora_lite.shards.reader import INDEX
+from qlora_lite.shards.reader import INDEX, Checkpoint
 
-_JOURNAL = ".shards.writing.json"
-
-
-class _Journal(JsonFile):
-    identity: str
+_JOURNAL = ".shards.jsonl"
+_READ_BYTES = 2**20
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -59,7 +59,8 @@ class ShardWriter:
     """`model.safetensors`, or `model-0000i-of-0000n.safetensors` and their index.
 
     Raises:
-        ExportError: if the directory already holds other weights, or the disk is full.
+        ExportError: if the directory already holds other weights, the disk is full, or a file does
+            not hold what was written to it.
         RunError: if the disk has too little free space for all tensors.
     """
 
@@ -71,10 +72,16 @@ class ShardWriter:
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
         self.directory = directory
+        self.hashes: dict[str, str] = {}
+        """SHA-256 of every complete file, by name."""
         self._shards = split_into_shards(specs, max_shard_bytes)
         self._file: BinaryIO | None = None
+        self._digests: dict[str, Any] = {}
+        """SHA-256 of each shard so far."""
+        self._num_complete: dict[str, int] = {}
+        """Complete tensors of each shard."""
         make_folder(directory)
-        self._claim(_identity(identity, self._shards))
+        self._resume(_identity(identity, self._shards))
         missing = sum(spec.num_bytes for spec in self.pending)
         require_free_space(directory, missing, "the model's weights")
 
@@ -82,10 +89,7 @@ class ShardWriter:
     def pending(self) -> list[TensorSpec]:
         """The tensors that are still missing, in the order in which `write` takes them."""
         return [
-            spec
-            for shard in self._shards
-            if not shard.path(self.directory).exists()
-            for spec in shard.specs[self._num_complete(shard) :]
+            spec for shard in self._shards for spec in shard.specs[self._num_complete[shard.name] :]
         ]
 
     def write(self, name: str, tensor: Tensor | Iterable[Tensor]) -> None:
@@ -93,19 +97,23 @@ class ShardWriter:
         spec = self.pending[0]
         assert name == spec.name, f"got {name}, the next one is {spec.name}"
         shard = next(shard for shard in self._shards if spec in shard.specs)
-        file = self._file or self._open(shard)
         written = 0
         try:
+            file = self._file or self._open(shard)
             for chunk in [tensor] if isinstance(tensor, Tensor) else tensor:
                 assert chunk.dtype == spec.dtype, f"{name}: {chunk.dtype}, specified {spec.dtype}"
                 flat = chunk.detach().cpu().contiguous().flatten()
-                written += file.write(flat.view(torch.uint8).numpy().data)
+                data = flat.view(torch.uint8).numpy().data
+                self._digests[shard.name].update(data)
+                written += file.write(data)
             file.flush()
+            assert written == spec.num_bytes, f"{name}: {written} bytes, not {spec.num_bytes}"
+            self._record(shard)
+            if spec == shard.specs[-1]:
+                os.fsync(file.fileno())
+                self._complete(shard)
         except OSError as error:
             raise _disk_error(self.directory, error) from error
-        assert written == spec.num_bytes, f"{name}: {written} bytes, specified {spec.num_bytes}"
-        if spec == shard.specs[-1]:
-            self._complete(shard)
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -116,60 +124,130 @@ class ShardWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._close()
         if kind is None:
             self._finish()
 
-    def _claim(self, identity: str) -> None:
-        """Start a journal, unless the same call left one: then its work is continued."""
+    def _resume(self, identity: str) -> None:
+        """Continue the work of the same call. Start a journal if there is none."""
         journal = self.directory / _JOURNAL
-        if journal.exists():
-            with suppress(Malformed):  # written by a killed process: start again
-                if read_as(journal, _Journal).identity == identity:
-                    return
-            for path in _weights(self.directory):
-                path.unlink()
-        elif found := _weights(self.directory):
+        lines = _read_journal(journal)
+        if lines and lines[0].get("identity") == identity:
+            write_text(journal, "".join(json.dumps(line) + "\n" for line in lines))
+            for shard in self._shards:
+                self._num_complete[shard.name] = self._resume_shard(shard, lines[1:])
+            return
+        found = _weights(self.directory)
+        if found and not journal.exists():
             raise ExportError(
                 f"{self.directory} already holds weights ({found[0].name}), which are not "
                 "overwritten. Give another directory, or remove it first"
             )
-        write_json(journal, {"identity": identity})
+        for path in found:
+            path.unlink()
+        write_text(journal, json.dumps({"identity": identity}) + "\n")
+        self._num_complete = {shard.name: 0 for shard in self._shards}
 
-    def _num_complete(self, shard: Shard) -> int:
-        temporary = shard.temporary_path(self.directory)
-        size = temporary.stat().st_size if temporary.exists() else 0
-        return sum(end <= size for end in shard.ends)
+    def _resume_shard(self, shard: Shard, lines: Sequence[Mapping[str, Any]]) -> int:
+        """The number of its tensors that are complete. A shard that lacks none is renamed."""
+        path, temporary = shard.path(self.directory), shard.temporary_path(self.directory)
+        if path.exists():
+            os.replace(path, temporary)  # read back below, like an incomplete one
+        if not temporary.exists():
+            return 0
+        recorded = {line["end"]: line["sha256"] for line in lines if line.get("file") == shard.name}
+        count, self._digests[shard.name] = _matching(temporary, shard, recorded)
+        if count < len(shard.specs):
+            return count
+        os.truncate(temporary, shard.ends[-1])
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        self._complete(shard)
+        return count
 
     def _open(self, shard: Shard) -> BinaryIO:
         """The shard's file: truncated after its last complete tensor, or new with its header."""
-        temporary = shard.temporary_path(self.directory)
-        if num_complete := self._num_complete(shard):
-            os.truncate(temporary, shard.ends[num_complete - 1])
+        temporary, count = shard.temporary_path(self.directory), self._num_complete[shard.name]
+        if count:
+            os.truncate(temporary, shard.ends[count - 1])
         else:
             temporary.write_bytes(shard.header)
+            self._digests[shard.name] = hashlib.sha256(shard.header)
         self._file = open(temporary, "ab")  # noqa: SIM115 (closed when the shard is complete)
         return self._file
 
+    def _record(self, shard: Shard) -> None:
+        """Add the hash up to the end of the tensor that was just written to the journal."""
+        end = shard.ends[self._num_complete[shard.name]]
+        line = {"file": shard.name, "end": end, "sha256": self._digests[shard.name].hexdigest()}
+        with open(self.directory / _JOURNAL, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self._num_complete[shard.name] += 1
+
     def _complete(self, shard: Shard) -> None:
-        assert self._file is not None
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
+        """Rename the synced file of a complete shard."""
+        self._close()
+        self.hashes[shard.name] = self._digests[shard.name].hexdigest()
         os.replace(shard.temporary_path(self.directory), shard.path(self.directory))
         sync_directory(self.directory)
 
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
     def _finish(self) -> None:
+        """Write the index, and read every file back."""
         assert not self.pending, f"{len(self.pending)} tensors were not written"
         if len(self._shards) > 1:
             total = sum(spec.num_bytes for shard in self._shards for spec in shard.specs)
             files = {spec.name: shard.name for shard in self._shards for spec in shard.specs}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
             write_json(self.directory / INDEX, index)
-        (self.directory / _JOURNAL).unlink()
-        sync_directory(self.directory)
+        for shard in self._shards:
+            path = shard.path(self.directory)
+            if not path.is_file() or file_hash(path) != self.hashes[shard.name]:
+                raise ExportError(
+                    f"{path} does not hold what was written to it. Check the disk, remove "
+                    f"{self.directory} and run the same command again"
+                )
+        checkpoint = Checkpoint.open(self.directory)
+        for spec in (spec for shard in self._shards for spec in shard.specs):
+            found = checkpoint.info(spec.name)
+            assert (found.dtype, found.shape) == (spec.dtype, spec.shape), f"{found}, not {spec}"
+
+
+def _read_journal(path: Path) -> list[dict[str, Any]]:
+    """The lines of a journal up to the first one that is damaged."""
+    lines: list[dict[str, Any]] = []
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                break
+            if not isinstance(line, dict):
+                break
+            lines.append(line)
+    return lines
+
+
+def _matching(path: Path, shard: Shard, recorded: Mapping[int, str]) -> tuple[int, Any]:
+    """Read a shard's file. Returns the number of its first tensors whose bytes have the recorded
+    hash, and the digest up to the end of the last of them."""
+    digest, position = hashlib.sha256(shard.header), len(shard.header)
+    with open(path, "rb") as file:
+        if file.read(position) != shard.header:
+            return 0, digest
+        for count, end in enumerate(shard.ends):
+            longer = digest.copy()
+            while position < end and (data := file.read(min(_READ_BYTES, end - position))):
+                longer.update(data)
+                position += len(data)
+            if position < end or recorded.get(end) != longer.hexdigest():
+                return count, digest
+            digest = longer
+    return len(shard.ends), digest
 
 
 def _identity(identity: str, shards: Sequence[Shard]) -> str:

@@ -6,7 +6,14 @@ import torch
 from qlora_lite.export import verify
 from qlora_lite.export.merge import MergedWeights
 from qlora_lite.export.trained_layers import TrainedLayers
-from qlora_lite.export.verify import Agreement, candidate, compare, read_back, sample_logits
+from qlora_lite.export.verify import (
+    Agreement,
+    candidate,
+    compare,
+    read_back,
+    rounding_bounds,
+    sample_logits,
+)
 from qlora_lite.model.quant import NF4
 from tests.export.test_merge import EVERYTHING, write_directory
 from tests.export.trained import batches, train_a_little
@@ -15,7 +22,11 @@ from tests.export.trained import batches, train_a_little
 def test_the_error_is_relative_to_the_largest_logit_and_top1_is_a_share():
     reference = torch.tensor([[1.0, -4.0], [2.0, 3.0]])
     other = torch.tensor([[1.0, -3.0], [3.0, 2.5]])
-    assert compare(reference, other) == Agreement(1 / 4, 1 / 2, 2)
+    found = compare(reference, other, torch.tensor([0, 1]))
+    assert (found.relative_error, found.top1, found.num_tokens) == (1 / 4, 1 / 2, 2)
+    # centred: differences of 0.5 (four times, with signs), logits of 2.5 and 0.5
+    assert found.rms_error == pytest.approx(((0.25 + 0.5625) / (6.25 + 0.25)) ** 0.5)
+    assert found.loss_change > 0
     assert compare(reference, reference) == Agreement(0.0, 1.0, 2)
     assert compare(reference, reference * (1 + 1e-5)).is_exact
     assert not compare(reference, reference * (1 + 1e-3)).is_exact
@@ -47,3 +58,25 @@ def test_the_candidate_in_memory_is_the_model_that_is_written(tmp_path, family, 
     in_memory = sample_logits(candidate(weights, source.base, source.rule), batches())
     from_files = sample_logits(read_back(out, source.base, source.rule), batches())
     assert torch.equal(in_memory, from_files)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_keeps_its_bounds_and_a_larger_error_does_not(dtype):
+    generator = torch.Generator().manual_seed(0)
+    layers = [torch.randn(64, 64, generator=generator) / 8 for _ in range(9)]
+    x = torch.randn(200, 64, generator=generator)
+
+    def logits(change):
+        y = x
+        for layer in layers:
+            y = torch.nn.functional.silu(y @ change(layer)) + y
+        return y
+
+    reference = logits(lambda layer: layer)
+    bounds = rounding_bounds(reference, dtype, torch.float32, len(layers))
+    rounded = compare(reference, logits(lambda layer: layer.to(dtype).float()))
+    assert bounds.rms_error / 30 < rounded.rms_error < bounds.rms_error / 4
+    assert bounds.problem(rounded) is None
+    damaged = logits(lambda layer: layer + bounds.rms_error * layer.std() * torch.randn(64, 64))
+    assert "logits differ by" in bounds.problem(compare(reference, damaged))
+    assert bounds.problem(compare(reference, reference * torch.nan))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qlora_lite.adapters.attach import AttachedAdapter
-from qlora_lite.foundation.errors import AdapterError, RunError
+from qlora_lite.foundation.errors import AdapterError, ExportError, RunError
 from qlora_lite.methods.dylora import DyLoRA
 from qlora_lite.methods.loftq import LoftQ
 from qlora_lite.methods.lora import LoRA
@@ -18,6 +18,7 @@ from qlora_lite.model.settings import Base
 from qlora_lite.run.extracting import extract
 from qlora_lite.run.loading import load_run
 from qlora_lite.run.training import run_recipe
+from tests.damage import flip_bit
 from tests.dense_twin import dense_twin
 from tests.end_to_end.small_run import recipe_in
 from tests.workbench import CPU
@@ -55,7 +56,17 @@ def test_one_dylora_run_gives_an_adapter_of_every_rank(folder):
     with pytest.raises(AdapterError, match="rank 5 here: the largest trained rank is 4"):
         extract(run, folder / "dylora-5", 5)
     with pytest.raises(RunError, match="exists already"):
-        extract(run, folder / "dylora-1", 1)
+        extract(run, folder / "dylora-1", 2)
+
+
+def test_the_same_call_finds_its_finished_adapter(folder):
+    run, out = folder / "dylora", folder / "dylora-1"
+    before = (out / "adapter_model.safetensors").stat().st_mtime_ns
+    assert extract(run, out, 1) == 0
+    assert (out / "adapter_model.safetensors").stat().st_mtime_ns == before
+    flip_bit(out / "adapter_model.safetensors", -1)
+    with pytest.raises(ExportError, match=r"adapter_model\.safetensors changed"):
+        extract(run, out, 1)
 
 
 def test_mora_is_approximated_and_the_error_is_returned_and_recorded(folder):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import runpy
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ import torch
 from huggingface_hub import metadata_load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_lite.export.merge import MergedWeights
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.errors import ExportError, RunError
 from qlora_lite.report import page as report
@@ -19,6 +19,8 @@ from qlora_lite.run import merge_check, merging
 from qlora_lite.run.loading import load_run
 from qlora_lite.run.merging import merge
 from qlora_lite.run.training import run_recipe
+from qlora_lite.shards.writer import ShardWriter
+from tests.damage import count_disk_calls, die_at_disk_call, flip_bit, fork
 from tests.end_to_end.small_run import small_recipe, write_rows
 from tests.export.trained import stored
 from tests.tiny import save_tiny
@@ -85,6 +87,7 @@ def test_the_directory_has_the_files_that_other_tools_read(folder, merged):
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "qlora_lite.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
@@ -196,9 +199,67 @@ def test_a_merge_killed_during_its_check_continues_without_writing_again(
         with pytest.raises(KeyboardInterrupt):
             merge(folder / "run", tmp_path / "out", base="trained", verify=True)
     assert not (tmp_path / "out").exists()
-    monkeypatch.delattr(MergedWeights, "chunks")
+    monkeypatch.setattr(ShardWriter, "write", None)
     merge(folder / "run", tmp_path / "out", base="trained", verify=True)
     assert not any(path.name.startswith(".") for path in (tmp_path / "out").iterdir())
+
+
+def _merge(folder, out):
+    return merge(folder / "run", out, base="trained", shard="60kB", verify=False)
+
+
+def _merge_and_die(folder, out, call):
+    die_at_disk_call(call)
+    _merge(folder, out)
+
+
+def files_in(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+    """The files of a merge, without its card, and the number of its disk calls."""
+    with pytest.MonkeyPatch.context() as patch:
+        calls = count_disk_calls(patch)
+        _merge(folder, folder / "uninterrupted")
+        return files_in(folder / "uninterrupted"), len(calls)
+
+
+def moments():
+    """Disk calls counted from the first (the journal is 1 to 3) or, negative, from the last."""
+    for call in (1, 4, 6, 7, 8, -1, -2, -3, -4, -6, -30):
+        yield call
+    for call in range(9, 60):
+        yield pytest.param(call, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("call", list(moments()))
+def test_the_same_command_ends_after_a_kill_at_any_sync_or_rename(
+    folder, tmp_path, uninterrupted, call
+):
+    expected, num_calls = uninterrupted
+    out = tmp_path / "uninterrupted"
+    number = call if call > 0 else num_calls + 1 + call
+    child = fork.Process(target=_merge_and_die, args=(folder, out, number))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert _merge(folder, out).already_finished == (call == -1)
+    assert files_in(out) == expected
+    assert _merge(folder, out).already_finished
+    assert [path.name for path in tmp_path.iterdir()] == ["uninterrupted"]
+
+
+def test_a_finished_merge_that_was_damaged_is_named(folder, tmp_path):
+    _merge(folder, tmp_path / "out")
+    (tmp_path / "out" / "README.md").write_text("my own card")
+    assert _merge(folder, tmp_path / "out").already_finished
+    with pytest.raises(ExportError, match="exists already"):
+        merge(folder / "run", tmp_path / "out", base="original", verify=False)
+    flip_bit(tmp_path / "out" / "tokenizer.json", 100)
+    with pytest.raises(ExportError, match=r"tokenizer\.json changed since it was written"):
+        _merge(folder, tmp_path / "out")
 
 
 def test_unfinished_work_of_another_merge_is_not_continued(folder, tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """The safetensors library reads back what was written, also after kills in between."""
 
 import json
+import multiprocessing
 import os
+import signal
 import stat
 
 import pytest
@@ -13,6 +15,7 @@ from qlora_lite.foundation.errors import ExportError, RunError
 from qlora_lite.shards.layout import TensorSpec
 from qlora_lite.shards.reader import Checkpoint
 from qlora_lite.shards.writer import ShardWriter, save_tensors
+from tests.damage import flip_bit
 from tests.disk_calls import record_disk_calls
 
 TENSORS = {
@@ -43,14 +46,14 @@ def assert_complete(directory):
     for name, tensor in TENSORS.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor)
-    assert not list(directory.glob(".*"))
+    assert [path.name for path in directory.glob(".*")] == [".shards.jsonl"]
 
 
 def test_one_shard_is_a_plain_file(tmp_path):
     with ShardWriter(tmp_path, SPECS, "test") as writer:
         write_all(writer)
     assert_complete(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["model.safetensors"]
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -94,7 +97,7 @@ def test_a_shard_is_synced_before_its_rename_and_the_directory_after_it(tmp_path
     with ShardWriter(tmp_path, SPECS, "test", max_shard_bytes=300) as writer:
         write_all(writer)
     first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-    index, journal = "model.safetensors.index.json", ".shards.writing.json"
+    index, journal = "model.safetensors.index.json", ".shards.jsonl"
     size = {path.name: f"({path.stat().st_size} bytes)" for path in tmp_path.iterdir()}
     assert calls[1:] == [
         f"rename .{journal}.writing -> {journal}",
@@ -107,8 +110,6 @@ def test_a_shard_is_synced_before_its_rename_and_the_directory_after_it(tmp_path
         "sync .",
         f"sync .{index}.writing {size[index]}",
         f"rename .{index}.writing -> {index}",
-        "sync .",
-        f"remove {journal}",
         "sync .",
     ]
     assert calls[0].startswith(f"sync .{journal}.writing (")
@@ -130,11 +131,74 @@ def test_another_identity_starts_from_scratch(tmp_path):
     assert_complete(tmp_path)
 
 
-def test_finished_weights_are_not_overwritten(tmp_path):
-    with ShardWriter(tmp_path, SPECS, "test") as writer:
-        write_all(writer)
+def test_weights_of_others_are_not_overwritten(tmp_path):
+    save_tensors(TENSORS, tmp_path / "model.safetensors")
     with pytest.raises(ExportError, match="already holds weights"):
         ShardWriter(tmp_path, SPECS, "test")
+
+
+def test_the_same_call_on_finished_weights_writes_nothing(tmp_path):
+    for _ in range(2):
+        with ShardWriter(tmp_path, SPECS, "test", 100) as writer:
+            write_all(writer)
+    assert writer.pending == []
+    assert_complete(tmp_path)
+
+
+def _write_and_die(directory, name, call):
+    """Write all tensors; at the given call of a function of `os` the process kills itself."""
+    function, calls = getattr(os, name), 0
+
+    def deadly(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
+
+    setattr(os, name, deadly)
+    with ShardWriter(directory, SPECS, "test", 300) as writer:
+        write_all(writer)
+
+
+KILLS = [("fsync", n) for n in (1, 2, 3, 5, 7)] + [("replace", n) for n in (1, 2, 3, 4)]
+"""Of the journal, the directory, each shard (synced, then renamed) and the index."""
+
+
+@pytest.mark.parametrize(("name", "call"), KILLS)
+def test_no_shard_is_lost_by_a_kill_before_a_sync_or_a_rename(tmp_path, name, call):
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=_write_and_die, args=(tmp_path, name, call))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    complete = [path for path in tmp_path.glob(".model*") if path.suffix == ".writing"]
+    with ShardWriter(tmp_path, SPECS, "test", 300) as writer:
+        if complete and name == "replace":
+            assert len(writer.pending) < len(SPECS)
+        write_all(writer)
+    assert_complete(tmp_path)
+    assert set(writer.hashes) == {path.name for path in tmp_path.glob("model-*.safetensors")}
+
+
+@pytest.mark.parametrize("shard", ["model-00001-of-00002", "model-00002-of-00002"])
+def test_tensors_whose_bytes_changed_are_written_again(tmp_path, shard):
+    with ShardWriter(tmp_path, SPECS, "test", 300) as writer:
+        write_all(writer)
+    flip_bit(tmp_path / f"{shard}.safetensors", -1)
+    with ShardWriter(tmp_path, SPECS, "test", 300) as writer:
+        assert len(writer.pending) == 1
+        write_all(writer)
+    assert_complete(tmp_path)
+
+
+def test_a_file_that_lacks_what_was_written_is_an_error(tmp_path, monkeypatch):
+    with (
+        pytest.raises(ExportError, match="does not hold what was written"),
+        ShardWriter(tmp_path, SPECS, "test") as writer,
+    ):
+        write_all(writer)
+        flip_bit(tmp_path / "model.safetensors", 400)
 
 
 def test_a_file_has_the_permissions_of_the_umask(tmp_path):
