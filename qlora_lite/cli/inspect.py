@@ -66,18 +66,19 @@ def inspect(
 ) -> None:
     """Show what was learned: ranks, spectra, norms, amplification, and shared subspaces (phi)."""
     from qlora_lite.analysis.figures import require_matplotlib
-    from qlora_lite.export.directory import require_free
-    from qlora_lite.foundation.files import make_folder, write_json
+    from qlora_lite.export.directory import RECORD, require_free
+    from qlora_lite.foundation.files import as_stored, make_folder, read_object, write_json
     from qlora_lite.inspection import inspect as inspecting
 
-    if json is not None and json.exists():
-        raise ExportError(f"{json} exists already and is not overwritten. Give another --json FILE")
+    targets, is_trusted = split_trust(targets)
+    if json is not None and json.exists() and _targets_in(json) != targets:
+        raise _exists(json)
     if json is not None:
         make_folder(json.parent)
     if figures is not None:
         require_matplotlib()
-        require_free(figures)
-    targets, is_trusted = split_trust(targets)
+        if not (figures / RECORD).is_file():  # else it may be what this command wrote before
+            require_free(figures)
     with Display() as display:
         inspection = inspecting.inspect(
             targets,
@@ -92,11 +93,27 @@ def inspect(
         )
         _show(display, inspection, i or j, j or i)
         if json is not None:
+            if json.exists() and read_object(json) != as_stored(inspection.to_dict()):
+                raise _exists(json)
             write_json(json, inspection.to_dict())
             display.print_line(f"JSON: {json}")
         if figures is not None:
             inspecting.write_figures(inspection, figures)
             display.print_line(f"figures: {figures}")
+
+
+def _exists(file: Path) -> ExportError:
+    return ExportError(f"{file} exists already and is not overwritten. Give another --json FILE")
+
+
+def _targets_in(file: Path) -> list[str] | None:
+    """The targets of an earlier call that wrote this file; None if it is another file."""
+    from qlora_lite.foundation.files import read_object
+
+    try:
+        return [report["target"] for report in read_object(file, "targets")["targets"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def _show(display: Display, inspection: "Inspection", i: int | None, j: int | None) -> None:

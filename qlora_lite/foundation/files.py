@@ -50,6 +50,11 @@ def parse_json(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def as_stored(value: Any) -> Any:
+    """What reading gives after `write_json`: tuples are lists, for example."""
+    return json.loads(json.dumps(value))
+
+
 def read_object(path: Path, *needed: str) -> dict[str, Any]:
     """The object in a JSON file.
 

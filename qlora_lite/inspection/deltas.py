@@ -22,7 +22,6 @@ from qlora_lite.analysis.rank import SVD, gate_values, svd_of_dense, svd_of_pair
 from qlora_lite.export.trained_layers import MergeSource, TrainedLayers
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import AdapterError
-from qlora_lite.recipe_files import load_recipe
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.merging import merge_source
 
@@ -134,8 +133,7 @@ def open_run(
 ) -> RunDeltas:
     """Raises RunError if this is not a finished run, or its files are damaged."""
     folder = RunFolder(Path(target))
-    folder.read_record()
-    recipe = load_recipe(folder.recipe, trust_remote_code=trust_remote_code)
+    recipe = folder.trained_recipe(trust_remote_code=trust_remote_code)
     return RunDeltas(target, merge_source(folder, recipe, rule), notes)
 
 

@@ -23,10 +23,11 @@ from qlora_lite.analysis.findings import (
     TargetReport,
 )
 from qlora_lite.analysis.loralib import SUFFIXES
-from qlora_lite.export.directory import require_free
+from qlora_lite.export.directory import find_finished, require_free, write_record
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.foundation.files import complete_directory
+from qlora_lite.foundation.sealed import digest_of
 from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.inspection.deltas import Deltas, open_run
 from qlora_lite.inspection.foreign_adapters import open_loralib, open_peft
@@ -178,10 +179,16 @@ def _target_report(deltas: Deltas, rows: Sequence[LayerRow]) -> TargetReport:
 def write_figures(inspection: Inspection, directory: Path) -> None:
     """Write PNG files into a new directory, which appears when all are written.
 
+    If the directory is what the same call wrote before, nothing is written.
+
     Raises:
         ExportError: if the directory exists, or matplotlib is not installed.
     """
     figures.require_matplotlib()
+    request = digest_of(inspection.to_dict())
+    if find_finished(directory, request) is not None:
+        return
     require_free(directory)
-    with complete_directory(directory) as aside:
-        figures.draw(inspection, aside)
+    with complete_directory(directory) as temporary:
+        figures.draw(inspection, temporary)
+        write_record(temporary, request, request, {}, {})

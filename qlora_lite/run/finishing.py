@@ -3,6 +3,7 @@
 The adapter's directory is written last and atomically: a run with an `adapter/` is finished.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from qlora_lite.report.contents import Report, Sample
 from qlora_lite.report.page import write as write_report
 from qlora_lite.run.folder import RunFolder, git_revision
 from qlora_lite.run.loading import LoadedModel
+from qlora_lite.shards.reader import Checkpoint
 from qlora_lite.training import metrics
 from qlora_lite.training.loop import Progress
 
@@ -41,6 +43,8 @@ class FinishedTraining:
     progress: Progress
     keeps_best: bool
     """Early stopping is on."""
+    require_folder: Callable[[], None]
+    """Raises RunError if the run's folder was taken away."""
 
     @property
     def saved_step(self) -> int:
@@ -65,6 +69,8 @@ def finish(finished: FinishedTraining) -> RunOutcome:
     shown = list(finished.data.heldout)[: finished.recipe.evaluation.samples]
     samples = tuple(_sample(finished, example) for example in shown)
     outcome = RunOutcome(_scores(finished), samples, peak)
+    sidecar = _sidecar(finished, outcome)
+    finished.require_folder()
     write_report(finished.folder.report, _report(finished, outcome))
     with complete_directory(finished.folder.adapter) as temporary:
         save_adapter(
@@ -72,7 +78,7 @@ def finish(finished: FinishedTraining) -> RunOutcome:
             finished.attached,
             base=finished.recipe.base.model,
             revision=finished.recipe.base.revision,
-            sidecar=_sidecar(finished, outcome),
+            sidecar=sidecar,
         )
     return outcome
 
@@ -124,6 +130,7 @@ def _sidecar(finished: FinishedTraining, outcome: RunOutcome) -> dict[str, Any]:
             "storage": NAMES[base.rule.storage],
             "norms": NAMES[base.rule.norms],
             "fingerprint": base.checkpoint.fingerprint,
+            "sha256": _full_hash(base.checkpoint),
         },
         "data": finished.data.fingerprints,
         "data_fingerprint": finished.data.fingerprint,
@@ -136,6 +143,14 @@ def _sidecar(finished: FinishedTraining, outcome: RunOutcome) -> dict[str, Any]:
         "peak_bytes": outcome.peak_bytes,
         "versions": finished.folder.read_record()["versions"],
     }
+
+
+def _full_hash(base: Checkpoint) -> str | None:
+    """Hash of every byte of the base; None if its files are gone."""
+    try:
+        return base.full_hash
+    except OSError:
+        return None
 
 
 def _report(finished: FinishedTraining, outcome: RunOutcome) -> Report:

@@ -20,10 +20,11 @@ from qlora_lite.foundation.errors import RecipeError, RunError
 from qlora_lite.foundation.files import make_folder, read_object, write_json
 from qlora_lite.foundation.json_files import check_as
 from qlora_lite.foundation.overrides import validate
-from qlora_lite.foundation.sealed import read_sealed
+from qlora_lite.foundation.sealed import read_sealed, require_files
 from qlora_lite.model.load import locate
 from qlora_lite.model.settings import Base
 from qlora_lite.recipe import CHANGEABLE_SETTINGS, Recipe, differences
+from qlora_lite.recipe_files import load_recipe
 from qlora_lite.run.records import RunRecord, Sidecar
 from qlora_lite.shards.reader import Checkpoint
 from qlora_lite.training import checkpoint
@@ -31,6 +32,15 @@ from qlora_lite.training import checkpoint
 _PACKAGES = ("qlora-lite", "torch", "transformers", "bitsandbytes", "accelerate", "datasets")
 _LENGTH_SETTINGS = ("optim.steps", "optim.epochs")
 """The settings that `extend` may change."""
+_PLACES = (
+    *("base.model", "base.revision", "data.train", "data.heldout", "adapter.start", "device"),
+    "base.trust_remote_code",
+)
+"""Settings of `recipe.json` that may differ after a run. The files there are checked by their
+fingerprints, and trust counts on the command line only."""
+
+FULLY_HASHED_BYTES = 4 * 10**9
+"""A larger base is checked by samples when a run starts, and hashed when it ends."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +103,14 @@ class RunFolder:
         Raises:
             RunError: if the run has no adapter yet.
         """
-        if not (self.adapter / SIDECAR).is_file():
+        if not self.adapter.is_dir():
             raise RunError(
                 f"{self.path} has no adapter yet: the run is not finished. "
                 f"Continue it with `qlora-lite train {self.path}`"
+            )
+        if not (self.adapter / SIDECAR).is_file():
+            raise RunError(
+                f"{self.adapter / SIDECAR} is missing. Restore it{how_to_rebuild(self.adapter)}"
             )
         try:
             sidecar = read_sealed(self.adapter / SIDECAR)
@@ -108,14 +122,46 @@ class RunFolder:
             ) from None
         return sidecar
 
-    def require_base(self, base: Base) -> Path:
+    def trained_recipe(self, *, trust_remote_code: bool = False) -> Recipe:
+        """The recipe of a run with an adapter. Paths and device may differ from those in training,
+        the length too while the run is being extended.
+
+        Args:
+            trust_remote_code: let the base run its own Python code.
+
+        Raises:
+            RunError: if there is no adapter, or another setting was edited after training.
+        """
+        self.read_record()
+        recipe = load_recipe(self.recipe, trust_remote_code=trust_remote_code)
+        edited = [
+            line
+            for line in _changes(self.read_sidecar()["recipe"], recipe)
+            if not _is_length(line) and line.partition(":")[0] not in _PLACES
+        ]
+        if edited:
+            raise RunError(
+                f"{self.recipe} was changed after its adapter was trained:\n  "
+                + "\n  ".join(edited)
+                + f"\nRestore the first values, with which {self.adapter} was trained"
+            )
+        return recipe
+
+    def require_base(self, base: Base, *, every_byte: bool = False) -> Path:
         """The directory of the base that this run was trained on.
+
+        Args:
+            every_byte: compare the hash of all bytes, not only of samples.
 
         Raises:
             RunError: if its files changed since then.
         """
-        path = locate(base)
-        if Checkpoint.open(path).fingerprint != self.read_sidecar()["base"]["fingerprint"]:
+        path, recorded = locate(base), self.read_sidecar()["base"]
+        checkpoint = Checkpoint.open(path)
+        is_same = checkpoint.fingerprint == recorded["fingerprint"]
+        if is_same and every_byte and recorded.get("sha256"):
+            is_same = checkpoint.full_hash == recorded["sha256"]
+        if not is_same:
             raise RunError(
                 f"the base {base.model} is not the one that {self.path} was trained on: its files "
                 "changed. Restore them: an adapter only works with the base that it was trained on"
@@ -124,9 +170,22 @@ class RunFolder:
 
     def is_finished(self, recipe: Recipe) -> bool:
         """Whether the adapter exists and was trained to the end with this recipe."""
-        if not (self.adapter / SIDECAR).is_file():
+        if not self.adapter.is_dir():
             return False
         return not _changes(self.read_sidecar()["recipe"], recipe)
+
+    def require_intact(self) -> None:
+        """Check that the adapter's files have the recorded hashes.
+
+        Raises:
+            RunError: naming a file that is missing or changed.
+        """
+        try:
+            require_files(self.adapter, self.read_sidecar())
+        except ValueError as error:
+            raise RunError(
+                f"{self.adapter} is damaged: {error}. Restore it{how_to_rebuild(self.adapter)}"
+            ) from None
 
     def unfinished_extension(self) -> list[str]:
         """A note if this run is being extended and its adapter is still that of the shorter run."""
@@ -153,7 +212,7 @@ class RunFolder:
             self._require_empty()
             return
         changed = _changes(self.read_record()["recipe"], recipe)
-        if (self.adapter / SIDECAR).is_file():
+        if self.adapter.is_dir():
             since_trained = _changes(self.read_sidecar()["recipe"], recipe)
             changed += [line for line in since_trained if not _is_length(line)]
             changed = list(dict.fromkeys(changed))
@@ -177,7 +236,8 @@ class RunFolder:
                 f"{self.path} has no checkpoint left to continue from. Start another run from its "
                 f"adapter: adapter.start={self.adapter} output=..."
             )
-        if not changed and self.is_finished(recipe):
+        is_repeated = self.read_record().get("is_extended", False)
+        if not changed and not is_repeated and self.is_finished(recipe):
             raise RunError(
                 f"{self.path} is finished, and --extend was given without a new length. "
                 "Give the new total length: optim.steps=... or optim.epochs=..."
@@ -214,6 +274,13 @@ class RunFolder:
                 f"has {steps}. Give a larger optim.steps or optim.epochs"
             )
 
+    def fingerprints(self, data: str, base: Checkpoint) -> dict[str, str]:
+        """Hashes of what a run reads; those of a large base are of samples only."""
+        found = {"data": data, "base": base.fingerprint}
+        if base.num_bytes <= FULLY_HASHED_BYTES:
+            found["base_sha256"] = base.full_hash
+        return found
+
     def record(
         self,
         recipe: Recipe,
@@ -242,10 +309,10 @@ class RunFolder:
         if self.recipe.exists():
             old = self.read_record()
             for what, value in fingerprints.items():
-                if old["fingerprints"].get(what) != value:
+                if old["fingerprints"].get(what, value) != value:
                     raise RunError(
-                        f"the {what} of {self.path} changed since the run started. Restore it, or "
-                        "start a new run with another output=..."
+                        f"the {what.partition('_')[0]} of {self.path} changed since the run "
+                        "started. Restore it, or start a new run with another output=..."
                     )
             before = {k: old.get(k) for k in ("versions", "threads", "device")}
             now = {k: record[k] for k in before}
@@ -255,6 +322,8 @@ class RunFolder:
                     "bit-identical to an uninterrupted one: " + "; ".join(changed)
                 )
             record = old | {"recipe": recipe.to_dict()}
+            if any(_is_length(line) for line in _changes(old["recipe"], recipe)):
+                record["is_extended"] = True
         write_json(self.recipe, record)
         return warnings
 

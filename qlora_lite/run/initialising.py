@@ -19,6 +19,7 @@ from qlora_lite.recipe import Recipe
 from qlora_lite.run.planning import plan_recipe
 
 PLACEHOLDER = "YOUR_DATA.jsonl"
+_UNFILLED = PLACEHOLDER.encode()
 MAX_ROW_TOKENS = 2048
 BUDGET_SHARE = 0.9
 """Share of the memory that is free now; the rest is for other programs."""
@@ -70,7 +71,7 @@ def write_recipe(
         trust_remote_code: let the model run its own Python code, now and in the recipe.
 
     Raises:
-        RecipeError: if the file exists, or cannot be a recipe.
+        RecipeError: if the file exists and is not what this writes, or cannot be a recipe.
         BaseModelError: if there is no such model.
     """
     file = output or Path(f"{_slug(model)}.py")
@@ -78,14 +79,33 @@ def write_recipe(
         raise RecipeError(
             f"got {file}, and a recipe is a Python file. Give a name that ends in .py"
         )
-    if file.exists():
-        raise RecipeError(
-            f"{file} exists already, and nothing is overwritten. Give another name: --output FILE"
-        )
+    exists = file.exists()
+    if exists and not _is_ours(file):
+        raise _exists(file)
     text, plan = recipe_text(model, file, trust_remote_code)
+    if exists:
+        if _settings_in(file.read_text(encoding="utf-8")) != _settings_in(text):
+            raise _exists(file)
+        return file, plan
     make_folder(file.parent)
     write_text(file, text)
     return file, plan
+
+
+def _exists(file: Path) -> RecipeError:
+    return RecipeError(
+        f"{file} exists already, and nothing is overwritten. Give another name: --output FILE"
+    )
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether this may be the unchanged result of an earlier call."""
+    return file.is_file() and _UNFILLED in file.read_bytes()
+
+
+def _settings_in(text: str) -> list[str]:
+    """The lines that do not depend on how much memory is free now."""
+    return [line for line in text.splitlines() if not line.startswith(("Planned", "    budget="))]
 
 
 def recipe_text(model: str, file: Path, trust_remote_code: bool = False) -> tuple[str, Plan]:

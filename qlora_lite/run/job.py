@@ -1,6 +1,6 @@
 """What the training loop works with: batches, optimizer, engine and scorer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qlora_lite.adapters.attach import AttachedAdapter
@@ -85,6 +85,7 @@ def make_job(
     stop_request: StopRequest,
     watcher: Watcher,
     track: Track,
+    require_folder: Callable[[], None],
 ) -> TrainingJob:
     """The model with its adapter, optimizer and data, ready for the first step."""
     recipe, attached = setup.recipe, loaded.attached
@@ -128,6 +129,7 @@ def make_job(
         resume_from=resume_from,
         watcher=watcher,
         track=track,
+        require_folder=require_folder,
     )
 
 

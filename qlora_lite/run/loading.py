@@ -22,7 +22,6 @@ from qlora_lite.model.prequantised import own_quant
 from qlora_lite.model.quant import BF16, FP32, Quant
 from qlora_lite.model.settings import Base
 from qlora_lite.recipe import Recipe
-from qlora_lite.recipe_files import load_recipe
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.setup import RunSetup, set_up
 
@@ -64,9 +63,7 @@ def load_run(
     """
     watcher = watcher or Watcher()
     folder = RunFolder(Path(run))
-    folder.read_record()
-    folder.read_sidecar()
-    recipe = load_recipe(folder.recipe, trust_remote_code=trust_remote_code)
+    recipe = folder.trained_recipe(trust_remote_code=trust_remote_code)
     for note in folder.unfinished_extension():
         watcher.note(note)
     folder.require_base(recipe.base)

@@ -40,7 +40,6 @@ from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.model.facts import read_facts
 from qlora_lite.model.load import load_tokenizer
 from qlora_lite.recipe import Recipe
-from qlora_lite.recipe_files import load_recipe
 from qlora_lite.report import page as reports
 from qlora_lite.report.contents import MergeRow, Report
 from qlora_lite.run.folder import RunFolder
@@ -145,21 +144,27 @@ def _prepare(
     folder: RunFolder, device: str | None, watcher: Watcher, trust_remote_code: bool
 ) -> MergeCheck:
     """Read what a merge needs from the run, and check it before anything large is loaded."""
-    folder.read_record()
-    recipe = load_recipe(folder.recipe, trust_remote_code=trust_remote_code)
+    recipe = folder.trained_recipe(trust_remote_code=trust_remote_code)
     rule = devices.choose(device or recipe.device, recipe.base.compute)
-    source = merge_source(folder, recipe, rule)
+    source = merge_source(folder, recipe, rule, every_byte=True)
+    if not folder.read_sidecar()["base"].get("sha256"):
+        watcher.note("the run recorded no full hash of its base: it was compared by samples")
     return MergeCheck(folder, recipe, source, rule, load_tokenizer(recipe.base), watcher)
 
 
-def merge_source(folder: RunFolder, recipe: Recipe, rule: DeviceRule) -> MergeSource:
+def merge_source(
+    folder: RunFolder, recipe: Recipe, rule: DeviceRule, *, every_byte: bool = False
+) -> MergeSource:
     """A run's adapter and base. Weights are dequantised to the compute dtype of training.
+
+    Args:
+        every_byte: compare every byte of the base with that of training, not only samples.
 
     Raises:
         RunError: if the run is not finished, or its base changed.
     """
     sidecar = folder.read_sidecar()
-    path = folder.require_base(recipe.base)
+    path = folder.require_base(recipe.base, every_byte=every_byte)
     recorded = sidecar["base"]
     return MergeSource(
         base=recipe.base,

@@ -13,7 +13,7 @@ from qlora_lite.adapters.warm_start import saved_state
 from qlora_lite.data.load import PreparedData, load_data
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.errors import BudgetError
-from qlora_lite.foundation.files import lock
+from qlora_lite.foundation.files import Lock, lock
 from qlora_lite.foundation.units import format_bytes
 from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.memory.allocator import give_back_freed_memory
@@ -31,7 +31,7 @@ from qlora_lite.run.planning import NO_BUDGET, check_settings, not_packed, plan_
 from qlora_lite.run.setup import RunSetup, set_up
 from qlora_lite.run.tracking import require_trackers, tracking
 from qlora_lite.training import checkpoint
-from qlora_lite.training.interruption import StopRequest, stop_on_signals
+from qlora_lite.training.interruption import stop_on_signals
 from qlora_lite.training.loop import restore_best, train
 
 
@@ -59,7 +59,7 @@ def run_recipe(
 
     Raises:
         QloraLiteError: for everything that the user can fix.
-        Interrupted: after SIGINT or SIGTERM, with the state saved.
+        Interrupted: after SIGINT, SIGTERM or SIGHUP during training, with the state saved.
     """
     watcher = watcher or Watcher()
     recipe = with_absolute_paths(recipe)
@@ -67,17 +67,17 @@ def run_recipe(
     folder.require_usable(recipe, extend)
     require_trackers(recipe.tracking)
     folder.make()
-    with lock(folder.path), stop_on_signals() as stop_request:
+    with lock(folder.path) as held:
         folder.require_usable(recipe, extend)  # again: it may have changed before we had the lock
         folder.discard_unused_record(recipe)
         if folder.is_finished(recipe):
+            folder.require_intact()
             return _result_of_finished(folder)
-        return _train(recipe, folder, watcher, stop_request)
+        checkpoint.clean(folder.checkpoints)
+        return _train(recipe, folder, watcher, held)
 
 
-def _train(
-    recipe: Recipe, folder: RunFolder, watcher: Watcher, stop_request: StopRequest
-) -> RunResult:
+def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock) -> RunResult:
     rule = devices.choose(recipe.device, recipe.base.compute)
     watcher.note(rule.summary)
     give_back_freed_memory()
@@ -96,26 +96,40 @@ def _train(
     require_known_tokens(data, setup)
     plan = _with_rows(plan, data, setup, watcher)
     watcher.prepared(data)
-    stop_request.raise_if_requested("before anything was trained")
 
     try:
         resume_from = checkpoint.find_newest(folder.checkpoints, watcher.note)
         loaded = load_adapted(setup, watcher, _saved_adapter(recipe, resume_from))
-        stop_request.raise_if_requested("before anything was trained")
         if setup.facts.packs and not loaded.base.packs:
             watcher.note(not_packed(recipe))
         micro_batch_tokens = recipe.optim.micro_batch_tokens or plan.micro_batch_tokens
         batches = training_batches(recipe, data, micro_batch_tokens, loaded.base.packs)
         folder.require_not_shorter(batches.steps)
-        with tracking(recipe, folder.path) as track:
-            job = make_job(
-                setup, folder.path, loaded, data, batches, resume_from, stop_request, watcher, track
+        fingerprints = folder.fingerprints(data.fingerprint, loaded.base.checkpoint)
+        if "base_sha256" not in fingerprints:
+            watcher.note(
+                "the base is large: samples of its files were compared now, every byte is hashed "
+                "when the run ends and compared by `merge`"
             )
-            fingerprints = {"data": data.fingerprint, "base": loaded.base.checkpoint.fingerprint}
+        with tracking(recipe, folder.path) as track, stop_on_signals() as stop_request:
+            job = make_job(
+                setup,
+                folder.path,
+                loaded,
+                data,
+                batches,
+                resume_from,
+                stop_request,
+                watcher,
+                track,
+                held.require,
+            )
+            held.require()
             for warning in folder.record(recipe, fingerprints, rule.summary, micro_batch_tokens):
                 watcher.note(warning)
             reset_peak(rule.device)
             progress = train(job)
+            stop_request.raise_if_requested("after the last step, with its state saved")
     except torch.OutOfMemoryError as error:
         raise BudgetError(_out_of_memory(setup, plan)) from error
     finally:
@@ -124,7 +138,15 @@ def _train(
         restore_best(job)
     assert loaded.attached is not None
     finished = FinishedTraining(
-        recipe, folder, loaded, loaded.attached, data, plan, progress, job.keeps_best
+        recipe,
+        folder,
+        loaded,
+        loaded.attached,
+        data,
+        plan,
+        progress,
+        job.keeps_best,
+        held.require,
     )
     outcome = finish(finished)
     return RunResult(

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.foundation.files import read_object
+from qlora_lite.foundation.files import file_hash, read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -129,6 +129,14 @@ class Checkpoint:
                 for i in range(_NUM_SAMPLES):
                     handle.seek(8 + header_bytes + (size - 8 - header_bytes) * i // _NUM_SAMPLES)
                     digest.update(handle.read(_SAMPLE_BYTES))
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def full_hash(self) -> str:
+        """SHA-256 of names and all bytes: about a second per GB."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(f"{file.name} {file_hash(file)}\n".encode())
         return digest.hexdigest()
 
     def _require_index_matches(self) -> None:

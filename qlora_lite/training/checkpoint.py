@@ -3,12 +3,15 @@
     checkpoints/step-000200/
         adapter.safetensors     the adapter's tensors, in their storage dtypes
         optimizer.safetensors   fp32 copies, Adam's moments, the method's tensors
-        state.json              progress, and numbers of engine and method
+        state.json              progress, numbers of engine and method, and the hashes of all files
+    checkpoints/best/           the adapter with the best held-out loss, if early stopping is on
 
 A checkpoint is written to a temporary folder, synced and renamed, so a kill or a full disk leaves
-the older ones intact.
+the older ones intact. It is renamed before it is deleted, so no part of it looks like a checkpoint.
+Hashes are compared when it is read.
 """
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -22,8 +25,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_lite.foundation.errors import RunError
-from qlora_lite.foundation.files import DiskFull, complete_directory, read_object, write_json
+from qlora_lite.foundation.files import DiskFull, complete_directory
 from qlora_lite.foundation.json_files import JsonFile, check_as
+from qlora_lite.foundation.sealed import hashes_of, read_sealed, require_files, write_sealed
 from qlora_lite.shards.writer import save_tensors
 
 _ADAPTER, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
@@ -90,7 +94,8 @@ def save(directory: Path, step: int, state: TrainingState, keep: int) -> Path:
         with complete_directory(target) as temporary:
             save_tensors(state.adapter, temporary / _ADAPTER)
             save_tensors(tensors, temporary / _OPTIMIZER)
-            write_json(temporary / _STATE, numbers)
+            hashes = hashes_of(temporary, [_ADAPTER, _OPTIMIZER])
+            write_sealed(temporary / _STATE, numbers, hashes)
     except DiskFull as error:
         older = newest(directory)
         left = f"{older.name} is intact and the same command continues from it" if older else None
@@ -101,8 +106,23 @@ def save(directory: Path, step: int, state: TrainingState, keep: int) -> Path:
             "command again"
         ) from error
     for old in all_checkpoints(directory)[:-keep]:
-        shutil.rmtree(old)
+        doomed = old.with_name(f".{old.name}.deleting")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(old, doomed)
+        shutil.rmtree(doomed)
     return target
+
+
+def clean(directory: Path) -> None:
+    """Remove what a kill left: half-written and half-deleted checkpoints. A checkpoint that was
+    being replaced is restored. Only call this with the run's lock."""
+    for path in directory.glob(".*.old"):
+        target = path.with_name(path.name.removeprefix(".").removesuffix(".old"))
+        if not target.exists():
+            os.replace(path, target)
+    for pattern in (".*.writing", ".*.deleting", ".*.old"):
+        for path in directory.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def load(checkpoint: Path) -> TrainingState:
@@ -112,10 +132,11 @@ def load(checkpoint: Path) -> TrainingState:
         RunError: if a file of the checkpoint is damaged.
     """
     try:
-        numbers = read_object(checkpoint / _STATE)
+        numbers = read_sealed(checkpoint / _STATE)
         state = check_as(numbers, _StateFile)
         if state.progress.step != step_of(checkpoint):
             raise ValueError(f"{_STATE} is of step {state.progress.step}")
+        require_files(checkpoint, numbers, _OPTIMIZER)
         tensors = load_file(checkpoint / _OPTIMIZER)
         adapter = load_adapter(checkpoint)
         if strange := [n for n in tensors if n.partition("/")[0] not in ("engine", "method")]:
@@ -138,9 +159,26 @@ def load_adapter(checkpoint: Path) -> dict[str, Tensor]:
         RunError: if it is damaged.
     """
     try:
+        require_files(checkpoint, read_sealed(checkpoint / _STATE), _ADAPTER)
         return load_file(checkpoint / _ADAPTER)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise damaged(checkpoint, error) from error
+
+
+def save_best(directory: Path, adapter: dict[str, Tensor]) -> None:
+    """Write or replace `best`, the adapter with the best held-out loss."""
+    with complete_directory(directory / "best") as temporary:
+        save_tensors(adapter, temporary / _ADAPTER)
+        write_sealed(temporary / _STATE, {}, hashes_of(temporary, [_ADAPTER]))
+
+
+def load_best(directory: Path) -> dict[str, Tensor]:
+    """Read the adapter with the best held-out loss.
+
+    Raises:
+        RunError: if it is damaged.
+    """
+    return load_adapter(directory / "best")
 
 
 def damaged(checkpoint: Path, error: Exception) -> RunError:

@@ -13,11 +13,9 @@ from typing import Any, Protocol
 
 from qlora_lite.adapters.attach import AttachedAdapter
 from qlora_lite.data.collate import Batch
-from qlora_lite.foundation.files import complete_directory
 from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.memory.measure import peak_bytes
 from qlora_lite.model.causal import CausalModel
-from qlora_lite.shards.writer import save_tensors
 from qlora_lite.training import checkpoint
 from qlora_lite.training.engine import Engine
 from qlora_lite.training.health import ShowRows, check_gradient, check_heldout_loss, check_loss
@@ -83,6 +81,8 @@ class TrainingJob:
     watcher: Watcher = field(default_factory=Watcher)
     track: Callable[[dict[str, Any], int], None] = lambda values, step: None
     """Sends metrics to the trackers."""
+    require_folder: Callable[[], None] = lambda: None
+    """Raises RunError if the run's folder was taken away. Called before each write."""
 
     @property
     def total(self) -> int:
@@ -167,6 +167,7 @@ def _one_step(job: TrainingJob, progress: Progress) -> None:
     progress.tokens += result.num_tokens
     progress.seconds += elapsed
     metrics = _step_metrics(job, progress, result, step.lr, elapsed)
+    job.require_folder()
     job.log.append(metrics)
     job.track(metrics, progress.step)
     job.watcher.stepped(metrics)
@@ -210,6 +211,7 @@ def _evaluate(job: TrainingJob, progress: Progress) -> None:
     if is_last or job.attached.method.is_settled(progress.step, job.total):
         _compare_with_best(job, progress, loss)
     metrics = {"step": progress.step, **scores, "seconds": progress.seconds}
+    job.require_folder()
     job.log.append(metrics)
     job.track(metrics, progress.step)
     job.watcher.evaluated(metrics)
@@ -220,7 +222,8 @@ def _compare_with_best(job: TrainingJob, progress: Progress, loss: float) -> Non
         progress.best_loss, progress.best_step = loss, progress.step
         progress.scorings_since_best = 0
         if job.keeps_best:
-            _save_best(job)
+            job.require_folder()
+            checkpoint.save_best(job.checkpoint_directory, job.attached.state())
     else:
         progress.scorings_since_best += 1
     patience = job.evaluation.patience
@@ -235,6 +238,7 @@ def _is_due(step: int, every: int | None, total: int) -> bool:
 
 
 def _save(job: TrainingJob, progress: Progress) -> None:
+    job.require_folder()
     job.log.sync()
     state = checkpoint.TrainingState(
         adapter=job.attached.state(),
@@ -248,6 +252,7 @@ def _save(job: TrainingJob, progress: Progress) -> None:
 
 def _resume(job: TrainingJob) -> Progress:
     """Load the checkpoint and cut the log back to it; without one, start at step 0."""
+    job.require_folder()
     if job.resume_from is None:
         job.log.clear()
         return Progress(total=job.total)
@@ -266,14 +271,6 @@ def _resume(job: TrainingJob) -> Progress:
     return progress
 
 
-def _save_best(job: TrainingJob) -> None:
-    with complete_directory(job.checkpoint_directory / "best") as temporary:
-        save_tensors(job.attached.state(), temporary / "adapter.safetensors")
-
-
 def restore_best(job: TrainingJob) -> None:
     """Load the adapter with the best held-out loss, saved during training."""
-    from safetensors.torch import load_file
-
-    best = load_file(job.checkpoint_directory / "best" / "adapter.safetensors")
-    job.attached.load_state(best)
+    job.attached.load_state(checkpoint.load_best(job.checkpoint_directory))

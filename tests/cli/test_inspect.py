@@ -108,6 +108,7 @@ def test_json_is_written_and_not_overwritten(trained, other, tmp_path):
     assert len(row["singular_values"]) == 4
     grid = found["comparisons"][0]["layers"][0]["right"]
     assert (len(grid), len(grid[0])) == (4, 8)
+    assert run_command("inspect", trained.run, other, "--json", file).status == 0
     again = run_command("inspect", trained.run, "--json", file)
     assert again.status == 2
     assert "exists already" in again.err
@@ -117,6 +118,8 @@ def test_figures_are_written_to_a_new_folder(loralib, tmp_path):
     ended = run_command("inspect", loralib, loralib, "--figures", tmp_path / "figures")
     assert ended.status == 0, ended.err
     assert len(list((tmp_path / "figures").glob("*.png"))) == 6
+    figures = ("--figures", tmp_path / "figures")
+    assert run_command("inspect", loralib, loralib, *figures).status == 0
     again = run_command("inspect", loralib, "--figures", tmp_path / "figures")
     assert again.status == 2
     assert "exists already" in again.err

@@ -114,7 +114,7 @@ def _kill_at(moment: str) -> None:
     elif moment == "step":
         _die_in(TorchEngine, "step", call=7)
     elif moment == "checkpoint":
-        _die_in(checkpoint, "write_json", call=2)
+        _die_in(checkpoint, "write_sealed", call=2)
     else:
         assert moment == "final save"
         _die_in(finishing, "save_adapter", call=1, after=True)

@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,23 @@ def test_a_second_process_cannot_lock_until_the_first_ends(tmp_path):
     other.join()
     with lock(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("damage", ["lock deleted", "lock replaced", "folder deleted", "moved"])
+def test_a_lock_that_was_taken_away_is_noticed(tmp_path, damage):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    with pytest.raises(RunError, match="moved or deleted"), lock(directory) as held:
+        held.require()
+        if damage == "moved":
+            directory.rename(tmp_path / "elsewhere")
+        elif damage == "folder deleted":
+            shutil.rmtree(directory)
+        else:
+            (directory / ".lock").unlink()
+        if damage == "lock replaced":
+            (directory / ".lock").write_text("")
+        held.require()
 
 
 def test_a_folder_that_cannot_be_created_is_a_run_error(tmp_path):

@@ -8,12 +8,16 @@ import safetensors.torch
 from qlora_lite.foundation import files
 from qlora_lite.foundation.errors import AdapterError, BaseModelError, RunError, TrainingError
 from qlora_lite.foundation.watcher import Watcher
+from qlora_lite.inspection.inspect import inspect
 from qlora_lite.recipe_files import load_recipe
+from qlora_lite.run import folder as run_folder
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.loading import load_run
+from qlora_lite.run.merging import merge
 from qlora_lite.run.training import run_recipe
-from qlora_lite.shards import writer
-from qlora_lite.training import checkpoint
+from qlora_lite.shards import reader, writer
+from qlora_lite.training import checkpoint, metrics
+from tests.damage import flip_bit
 from tests.end_to_end.small_run import recipe_in, result_of, small_recipe
 from tests.tiny import save_tiny
 
@@ -190,3 +194,101 @@ def test_a_finished_run_compares_with_the_recipe_that_trained_it(finished, tmp_p
     (run / "recipe.json").write_text(text.replace('"lr": 0.005', '"lr": 1.0'))
     with pytest.raises(RunError, match=r"optim\.lr: 0\.005 -> 1\.0"):
         run_recipe(load_recipe(run))
+
+
+ADAPTER_FILES = ("native.safetensors", "adapter_model.safetensors", "adapter_config.json")
+
+
+@pytest.mark.parametrize("name", [*ADAPTER_FILES, "qlora_lite.json"])
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_a_run_whose_adapter_is_damaged_is_not_finished(finished, tmp_path, name, damage):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    file = run / "adapter" / name
+    if damage == "missing":
+        file.unlink()
+    else:
+        flip_bit(file, file.stat().st_size // 2)
+    with pytest.raises(RunError, match=rf"{name}.*(missing|changed|damaged).*delete .*adapter"):
+        run_recipe(load_recipe(run))
+    if name in ("native.safetensors", "qlora_lite.json"):
+        with pytest.raises((AdapterError, RunError), match=name):
+            load_run(run)
+    shutil.rmtree(run / "adapter")
+    run_recipe(load_recipe(run))
+    assert result_of(run) == result_of(finished)
+
+
+def test_every_byte_of_the_base_is_compared_by_merge(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "_NUM_SAMPLES", 1)
+    base = tmp_path / "base"
+    shutil.copytree(folder / "base", base)
+    run = tmp_path / "run"
+    recipe = small_recipe(base, folder / "train.jsonl", run, "optim.steps=2")
+    run_recipe(recipe)
+    flip_bit(base / "model.safetensors", -1)
+    load_run(run)  # samples only
+    with pytest.raises(RunError, match="is not the one that"):
+        merge(run, tmp_path / "out", base="original", verify=False)
+    with pytest.raises(RunError, match=r"the base of .* changed since the run started"):
+        run_recipe(recipe.but("optim.steps=4"), extend=True)
+
+
+def test_a_large_base_is_hashed_at_the_end_of_its_run(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "FULLY_HASHED_BYTES", 0)
+    notes = []
+
+    class Notes(Watcher):
+        def note(self, text):
+            notes.append(text)
+
+    run = tmp_path / "run"
+    recipe = small_recipe(folder / "base", folder / "train.jsonl", run, "optim.steps=1")
+    run_recipe(recipe, watcher=Notes())
+    assert any("samples of its files were compared" in note for note in notes)
+    assert RunFolder(run).read_sidecar()["base"]["sha256"] == (
+        reader.Checkpoint.open(folder / "base").full_hash
+    )
+
+
+def test_a_recipe_edited_after_training_is_not_used(finished, folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    text = (run / "recipe.json").read_text()
+    for before, after in (('"rank": 4', '"rank": 8'), ('"lr": 0.005', '"lr": 1.0')):
+        assert before in text
+        (run / "recipe.json").write_text(text.replace(before, after))
+        for use in (load_run, lambda run: merge(run, tmp_path / "out"), lambda run: inspect([run])):
+            name = before.split('"')[1]
+            with pytest.raises(RunError, match=rf"\.{name}: \S+ -> \S+\n.*was trained"):
+                use(run)
+    shutil.copytree(folder / "base", tmp_path / "moved-base")
+    moved = text.replace(str(folder / "base"), str(tmp_path / "moved-base"))
+    (run / "recipe.json").write_text(moved)
+    assert load_run(run).recipe.base.model == str(tmp_path / "moved-base")
+
+
+def test_the_same_extension_again_is_finished(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    longer = load_recipe(run).but("optim.steps=13")
+    assert run_recipe(longer, extend=True).steps == 13
+    assert run_recipe(longer, extend=True).already_finished
+
+
+@pytest.mark.parametrize("taken", ["folder", "lock"])
+def test_a_run_stops_when_its_folder_is_taken_away(folder, taken):
+    run = folder / f"without-{taken}"
+
+    class Thief(Watcher):
+        def stepped(self, metrics):
+            if metrics["step"] == 2:
+                shutil.rmtree(run) if taken == "folder" else (run / ".lock").unlink()
+
+    with pytest.raises(RunError, match="moved or deleted while this process was using it"):
+        run_recipe(recipe_in(folder, run.name), watcher=Thief())
+    if taken == "folder":
+        assert not run.exists()
+    else:
+        assert [line["step"] for line in metrics.read(run / "metrics.jsonl")] == [0, 1, 2]
+        assert run_recipe(recipe_in(folder, run.name)).steps == 12

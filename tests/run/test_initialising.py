@@ -65,3 +65,13 @@ def test_a_path_that_does_not_exist_is_an_error(tmp_path):
     with pytest.raises(BaseModelError):
         write_recipe(str(tmp_path / "nothing"), tmp_path / "mine.py")
     assert not (tmp_path / "mine.py").exists()
+
+
+def test_the_same_call_accepts_its_own_file_and_no_other(tmp_path, tiny_llama):
+    file, _ = write_recipe(str(tiny_llama), tmp_path / "mine.py")
+    text = file.read_text(encoding="utf-8")
+    assert write_recipe(str(tiny_llama), file)[0] == file
+    file.write_text(text.replace("rank=32", "rank=8"), encoding="utf-8")
+    with pytest.raises(RecipeError, match="exists already"):
+        write_recipe(str(tiny_llama), file)
+    assert "rank=8" in file.read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
 """Checkpoints are complete or absent."""
 
 import os
+import signal
 from dataclasses import asdict
 
 import pytest
@@ -10,6 +11,7 @@ from qlora_lite.foundation.errors import RunError
 from qlora_lite.training import checkpoint
 from qlora_lite.training.checkpoint import TrainingState
 from qlora_lite.training.loop import Progress
+from tests.damage import die_at_disk_call, flip_bit, fork
 
 
 def state(value=1.0):
@@ -54,3 +56,57 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     os.truncate(path / "adapter.safetensors", 40)
     with pytest.raises(RunError, match=r"step-000005 is damaged.*delete that folder"):
         checkpoint.load(path)
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_flipped_bit_in_any_file_is_damage(tmp_path, name):
+    path = checkpoint.save(tmp_path, 5, state(), keep=2)
+    older = checkpoint.save(tmp_path, 4, state(), keep=2)
+    size = (path / name).stat().st_size
+    for position in (size // 2, size - 8):
+        flip_bit(path / name, position)
+        with pytest.raises(RunError, match="step-000005 is damaged"):
+            checkpoint.load(path)
+        assert checkpoint.find_newest(tmp_path, lambda note: None) == older
+        flip_bit(path / name, position)
+    checkpoint.load(path)
+
+
+def test_the_best_adapter_is_checked_too(tmp_path):
+    checkpoint.save_best(tmp_path, state(1.0).adapter)
+    checkpoint.save_best(tmp_path, state(2.0).adapter)
+    assert checkpoint.load_best(tmp_path)["layer.a"].eq(2).all()
+    flip_bit(tmp_path / "best" / "adapter.safetensors", -1)
+    with pytest.raises(RunError, match="best is damaged"):
+        checkpoint.load_best(tmp_path)
+
+
+def _save_and_die(directory, call):
+    die_at_disk_call(call)
+    for step in (5, 10, 15):
+        checkpoint.save(directory, step, state(), keep=1)
+
+
+@pytest.mark.parametrize("call", [20, 21, 22, 23, 24, 25, 26, 27, 28])
+def test_a_kill_while_old_checkpoints_are_deleted_leaves_whole_ones(tmp_path, call):
+    child = fork.Process(target=_save_and_die, args=(tmp_path, call))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    for path in checkpoint.all_checkpoints(tmp_path):
+        checkpoint.load(path)
+    assert checkpoint.all_checkpoints(tmp_path)
+    checkpoint.clean(tmp_path)
+    assert all(path.name.startswith("step-") for path in tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_was_being_replaced_is_restored(tmp_path):
+    checkpoint.save(tmp_path, 5, state(), keep=1).rename(tmp_path / ".step-000005.old")
+    (tmp_path / ".step-000010.writing").mkdir()
+    checkpoint.clean(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
+
+
+def test_folders_with_other_names_are_ignored(tmp_path):
+    (tmp_path / "step-foo").mkdir()
+    assert checkpoint.newest(tmp_path) is None
