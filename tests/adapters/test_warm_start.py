@@ -108,6 +108,11 @@ def test_an_adapter_of_another_base_is_an_error(tmp_path, directory):
     tensors[name] = torch.zeros(4, 17)
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "native.safetensors").unlink()
+    with pytest.raises(
+        AdapterError, match=r"adapter_model\.safetensors changed since it was written"
+    ):
+        warm_start(Bench(directory, LoRA(rank=4)).attached, folder)
+    (folder / "qlora_lite.json").unlink()
     with pytest.raises(AdapterError, match="another base model"):
         warm_start(Bench(directory, LoRA(rank=4)).attached, folder)
 
