@@ -12,6 +12,7 @@ submodule of transformers or bitsandbytes that is not listed as public.
 
 import ast
 import inspect
+import os
 import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -191,6 +192,10 @@ TABLE: dict[str, tuple[tuple[str, ...], Callable[[], object]]] = {
     "transformers.utils.chat_template_utils.render_jinja_template": (
         ("qlora_lite/data/templates.py",),
         lambda: _render()[0] == ["xa"] and [tuple(span) for span in _render()[1][0]] == [(1, 2)],
+    ),
+    "os._exit": (  # documented, in spite of its name
+        ("qlora_lite/foundation/interrupts.py",),
+        lambda: _takes(os._exit, 130),
     ),
     "transformers.configuration_utils.PretrainedConfig": (
         (

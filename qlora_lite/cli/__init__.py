@@ -1,5 +1,6 @@
 """The commands.
 
+entry.py     where `qlora-lite` starts
 app.py       the commands and their options
 script.py    a recipe file as a command: `python recipes/demo.py`
 terminal.py  prepare the process for a command
@@ -12,6 +13,6 @@ chat.py      a conversation in the terminal
 inspect.py   the command `inspect` and its tables
 """
 
-from qlora_lite.cli.app import main
+from qlora_lite.cli.entry import main
 
 __all__ = ["main"]

@@ -1,7 +1,5 @@
 """The commands. Each imports what it needs when it runs, so that `--help` is fast."""
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,13 +7,7 @@ import typer
 
 from qlora_lite.cli.display import Display
 from qlora_lite.cli.inspect import inspect
-from qlora_lite.cli.script import (
-    Assignments,
-    Extend,
-    refuse_options_as_settings,
-    train_recipe,
-)
-from qlora_lite.cli.status import status_of
+from qlora_lite.cli.script import Assignments, Extend, train_recipe
 from qlora_lite.cli.tables import show, time_line
 from qlora_lite.cli.trust import TrustOnly, is_trusted, split_trust
 from qlora_lite.foundation.console import console
@@ -37,16 +29,6 @@ RecipeFile = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command line, and exit with its status."""
-
-    def run() -> None:
-        refuse_options_as_settings(sys.argv[1:] if arguments is None else arguments)
-        app(arguments)
-
-    sys.exit(status_of(run))
 
 
 def _print_version(is_requested: bool) -> None:

@@ -10,6 +10,7 @@ from qlora_lite.cli.display import Display
 from qlora_lite.cli.status import status_of
 from qlora_lite.foundation.errors import RecipeError
 from qlora_lite.foundation.peer_names import own_name
+from qlora_lite.foundation.interrupts import interruptible
 
 if TYPE_CHECKING:
     from qlora_lite.recipe import Recipe
@@ -41,7 +42,7 @@ def main(recipe: "Recipe") -> None:
         refuse_options_as_settings(["train", *sys.argv[1:]])
         typer.run(train)
 
-    sys.exit(status_of(run))
+    sys.exit(interruptible(lambda: status_of(run)))
 
 
 def refuse_options_as_settings(arguments: Sequence[str]) -> None:

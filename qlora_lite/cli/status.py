@@ -17,8 +17,9 @@ from collections.abc import Callable
 from qlora_lite.cli.terminal import prepare_process
 from qlora_lite.foundation.console import errors, visible
 from qlora_lite.foundation.errors import CheckError, DataError, Interrupted, QloraLiteError
+from qlora_lite.foundation.interrupts import INTERRUPTED, is_ending, report
 
-DONE, FAILED, BUG, MISTAKE, INTERRUPTED = 0, 1, 1, 2, 130
+DONE, FAILED, BUG, MISTAKE = 0, 1, 1, 2
 
 _LIMITS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
@@ -38,7 +39,7 @@ def status_of(command: Callable[[], object]) -> int:
     try:
         command()
     except (Exception, Interrupted, KeyboardInterrupt) as error:
-        return _explain(error)
+        return _explain(KeyboardInterrupt() if is_ending() else error)
     return DONE
 
 
@@ -51,14 +52,13 @@ def _explain(error: BaseException) -> int:
         case OSError() if error.errno in _LIMITS:
             place = error.filename or "the disk"
             status, kind, message = MISTAKE, "error", f"{place}: {error.strerror}"
-        case Interrupted():
-            status, kind, message = INTERRUPTED, "interrupted", str(error)
+        case Interrupted() | KeyboardInterrupt():
+            report(str(error))
+            return INTERRUPTED
         case BrokenPipeError():
             # the reader closed the pipe (`| head`): not an error; drop what is not flushed yet
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return DONE
-        case KeyboardInterrupt():
-            status, kind, message = INTERRUPTED, "interrupted", "stopped from the keyboard"
         case _:
             sys.stderr.write(visible("".join(traceback.format_exception(error))))
             status, kind, message = BUG, "bug", _PLEASE_REPORT

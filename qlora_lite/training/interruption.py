@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM stop a run between two steps, after its state is saved."""
+"""SIGINT, SIGTERM and SIGHUP stop a run between two steps, after its state is saved."""
 
 import signal
 import threading
@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from types import FrameType
 
 from qlora_lite.foundation.errors import Interrupted
+from qlora_lite.foundation.interrupts import first_is_a_request
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
@@ -28,12 +31,18 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request. A second one has its usual effect."""
+    """Turn the first SIGINT, SIGTERM or SIGHUP into a request. A second one has its usual effect.
+
+    A signal that is ignored, as `nohup` does with SIGHUP, stays ignored.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    previous = {
+        n: handler for n, handler in previous.items() if handler not in (None, signal.SIG_IGN)
+    }
 
     def handle(number: int, frame: FrameType | None) -> None:
         request.signal_name = signal.Signals(number).name
@@ -43,7 +52,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
     for number in previous:
         signal.signal(number, handle)
     try:
-        yield request
+        with first_is_a_request():
+            yield request
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -184,6 +184,8 @@ def test_init_writes_a_formatted_recipe_that_loads(tiny_base, tmp_path):
     assert ended.status == 0, ended.err
     assert run_command("plan", file).status == 0
     subprocess.run([sys.executable, "-m", "ruff", "format", "--check", file], check=True)
+    assert run_command("init", tiny_base, "--output", file).status == 0
+    file.write_text(file.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     again = run_command("init", tiny_base, "--output", file)
     assert again.status == 2
     assert "overwritten" in again.err

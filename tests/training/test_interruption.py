@@ -10,15 +10,27 @@ from qlora_lite.foundation.errors import Interrupted
 from qlora_lite.training.interruption import StopRequest, stop_on_signals
 
 
-def test_the_first_signal_is_a_request_and_handlers_are_restored():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_the_first_signal_is_a_request_and_handlers_are_restored(name):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
     with stop_on_signals() as request:
         request.raise_if_requested("now")
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert request.signal_name == "SIGTERM"
-        with pytest.raises(Interrupted, match="stopped by SIGTERM after step 3"):
+        os.kill(os.getpid(), number)
+        assert request.signal_name == name
+        with pytest.raises(Interrupted, match=f"stopped by {name} after step 3"):
             request.raise_if_requested("after step 3")
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert request.signal_name is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_signal_has_its_usual_effect():

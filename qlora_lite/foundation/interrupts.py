@@ -1,0 +1,160 @@
+"""Ctrl-C ends a command within a second and with one line, whatever it is doing.
+
+    status = interruptible(lambda: run(arguments))
+
+Ctrl-C raises KeyboardInterrupt in the main thread, which cleans up. Python does that between two
+operations only, and an operation may take long: a backward pass, a batch of rows in the tokenizer.
+So a second thread reads the signals as they arrive, and ends the process if it is still there after
+`GRACE_SECONDS`. That loses nothing: files and folders are renamed when they are complete.
+
+While `first_is_a_request` is active, the first signal is left to the code inside. Only imports that
+take milliseconds are allowed here: Ctrl-C may come while the others are loading.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import NoReturn
+
+GRACE_SECONDS = 0.6
+INTERRUPTED = 130
+
+_STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+
+@dataclass
+class _State:
+    requests: int = 0
+    """Signals that the running code will handle by itself."""
+    is_ending: bool = False
+    """Ctrl-C was pressed, and it was not a request."""
+    is_reported: bool = False
+    """The line about it is printed."""
+
+
+_state = _State()
+_reporting = threading.Lock()
+
+
+def is_ending() -> bool:
+    """Whether Ctrl-C was pressed: any exception after it is a consequence of it."""
+    return _state.is_ending
+
+
+def report(message: str = "") -> None:
+    """Print how the command was interrupted, unless that was printed before."""
+    with _reporting:
+        if not _state.is_reported:
+            sys.stderr.write(f"interrupted: {message or 'stopped from the keyboard'}\n")
+            sys.stderr.flush()
+            _state.is_reported = True
+
+
+@contextmanager
+def first_is_a_request() -> Iterator[None]:
+    """The first signal to stop is handled by the code inside; the second one ends the process."""
+    _state.requests = 1
+    try:
+        yield
+    finally:
+        _state.requests = 0
+
+
+def interruptible(run: Callable[[], int]) -> int:
+    """Run a command, and return its exit status: 130 after Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        return run()
+    with _watched():
+        try:
+            status = run()
+        except BaseException:  # SystemExit too: typer makes it out of KeyboardInterrupt
+            if not is_ending():
+                raise
+        if not is_ending():
+            return status
+        report()
+        return INTERRUPTED
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    _state.requests, _state.is_ending, _state.is_reported = 0, False, False
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    previous = signal.signal(signal.SIGINT, _raise)
+    previous_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    hooks = sys.unraisablehook, sys.excepthook
+    sys.unraisablehook = _silent_while_ending(hooks[0])
+    sys.excepthook = _silent_while_ending(hooks[1])
+    watcher = threading.Thread(target=_watch, args=(reader,), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous_writer)
+        signal.signal(signal.SIGINT, signal.SIG_IGN if _state.is_ending else previous)
+        if not _state.is_ending:
+            sys.unraisablehook, sys.excepthook = hooks
+        os.close(writer)  # ends the thread
+
+
+def _raise(number: int, frame: FrameType | None) -> NoReturn:
+    _state.is_ending = True
+    raise KeyboardInterrupt
+
+
+def _silent_while_ending(hook: Callable[..., object]) -> Callable[..., None]:
+    """A hook that prints no traceback of what Ctrl-C interrupted, such as a destructor."""
+
+    def print_unless_ending(*arguments: object) -> None:
+        if not _state.is_ending:
+            hook(*arguments)
+
+    return print_unless_ending
+
+
+def _watch(reader: int) -> None:
+    """Read the numbers of signals as they arrive."""
+    with open(reader, "rb", buffering=0) as pipe:
+        while numbers := pipe.read(64):
+            for number in numbers:
+                if number == signal.SIGHUP:
+                    detach_from_terminal()
+                if number not in _STOPPING:
+                    continue
+                if _state.requests:
+                    _state.requests -= 1
+                elif number == signal.SIGINT:
+                    time.sleep(GRACE_SECONDS)
+                    _end_now()
+
+
+def _end_now() -> NoReturn:
+    if _reporting.acquire(timeout=0.2) and not _state.is_reported:
+        show_cursor = "\r\n\x1b[?25h" if os.isatty(2) else ""
+        os.write(2, f"{show_cursor}interrupted: stopped from the keyboard\n".encode())
+    os._exit(INTERRUPTED)
+
+
+def detach_from_terminal() -> None:
+    """Send output that would go to a closed terminal nowhere: writing to it is an error."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for number in (0, 1, 2):
+        try:
+            is_terminal = os.isatty(number) or _is_closed_terminal(number)
+        except OSError:
+            continue
+        if is_terminal:
+            os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
+def _is_closed_terminal(number: int) -> bool:
+    """`isatty` is False after the terminal was closed, but its name is still there."""
+    return os.readlink(f"/proc/self/fd/{number}").startswith(("/dev/pts/", "/dev/tty"))
