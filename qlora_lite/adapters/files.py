@@ -3,6 +3,7 @@
 native.safetensors                               all tensors of the layers, in their storage dtypes
 qlora_lite.json                                  what the other files do not record
 adapter_config.json, adapter_model.safetensors   the PEFT form (`peft.py`)
+tokenizer.json, chat_template.jinja, ...         the tokenizer, written by the caller
 README.md                                        if there is no PEFT form: why, and what to do
 """
 
@@ -35,7 +36,7 @@ def save_adapter(
     revision: str | None,
     sidecar: dict[str, Any],
 ) -> None:
-    """Write all files of an adapter into an existing, empty directory.
+    """Write all files of an adapter into an existing directory, which may hold its tokenizer.
 
     Args:
         base: the base's hub id or absolute path, for programs that load the adapter.
@@ -51,8 +52,7 @@ def save_adapter(
         write_json(directory / CONFIG, config)
     else:
         write_text(directory / "README.md", _without_peft(attached))
-    hashes = hashes_of(directory, [NATIVE, WEIGHTS, CONFIG] if config else [NATIVE])
-    write_sealed(directory / SIDECAR, sidecar | {"peft": bool(config)}, hashes)
+    write_sealed(directory / SIDECAR, sidecar | {"peft": bool(config)}, _hashes(directory))
 
 
 def save_at_rank(
@@ -92,8 +92,14 @@ def save_at_rank(
     write_json(directory / CONFIG, config)
     recorded = attached.method.settings.model_dump(mode="json")
     sidecar = {"adapter": recorded, "rank": rank, "relative_error": error, "request": request}
-    write_sealed(directory / SIDECAR, sidecar, hashes_of(directory, [WEIGHTS, CONFIG]))
+    write_sealed(directory / SIDECAR, sidecar, _hashes(directory))
     return error
+
+
+def _hashes(directory: Path) -> dict[str, str]:
+    """Hashes of the files of an adapter. Users may edit README.md."""
+    names = (path.name for path in directory.iterdir() if path.is_file())
+    return hashes_of(directory, sorted(name for name in names if name != "README.md"))
 
 
 def _cut(path: str, pair: Factors | None, rank: int) -> Factors:

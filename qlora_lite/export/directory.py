@@ -12,6 +12,7 @@ in `out` and has nothing left to do.
 """
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.foundation.errors import CheckError, ExportError, RunError
 from qlora_lite.foundation.files import (
     lock,
@@ -195,7 +197,7 @@ def write_companions(
     with reporting_full_disk(directory):
         write_json(directory / "config.json", _config(base, dtype, is_tied))
         write_json(directory / "generation_config.json", _generation(base, end_ids))
-        tokenizer.save_pretrained(directory)
+        save_tokenizer(tokenizer, directory)
         for path in _copied_files(base, with_code):
             shutil.copyfile(path, directory / path.name)
 
@@ -226,6 +228,22 @@ def _is_inside(path: Path, base: Path) -> bool:
     folder = base.resolve()
     blobs = [folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else []
     return any(path.resolve().is_relative_to(root) for root in (folder, *blobs))
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a tokenizer with the chat template that training used.
+
+    A base without a template gets the plain one, without the marks of answers: only transformers
+    reads them.
+    """
+    template = ChatTemplate(tokenizer)
+    own = tokenizer.chat_template
+    if template.is_plain:
+        tokenizer.chat_template = re.sub(r"{% (end)?generation %}", "", template.source)
+    try:
+        tokenizer.save_pretrained(directory)
+    finally:
+        tokenizer.chat_template = own
 
 
 def _config(base: Path, dtype: torch.dtype, is_tied: bool | None) -> dict[str, Any]:

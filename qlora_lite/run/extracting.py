@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from qlora_lite.adapters.files import save_at_rank
-from qlora_lite.export.directory import find_finished
+from qlora_lite.export.directory import find_finished, save_tokenizer
 from qlora_lite.foundation.errors import RunError
 from qlora_lite.foundation.files import complete_directory
 from qlora_lite.foundation.sealed import digest_of
@@ -38,6 +38,7 @@ def extract(
     assert loaded.attached is not None
     assert loaded.recipe is not None
     with complete_directory(out) as temporary:
+        save_tokenizer(loaded.tokenizer, temporary)
         return save_at_rank(
             temporary,
             loaded.attached,

@@ -13,6 +13,7 @@ from qlora_lite.data.examples import Example
 from qlora_lite.data.load import PreparedData
 from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.evaluation.generation import answer
+from qlora_lite.export.directory import save_tokenizer
 from qlora_lite.foundation.device import NAMES
 from qlora_lite.foundation.files import complete_directory
 from qlora_lite.foundation.units import format_seconds
@@ -73,6 +74,7 @@ def finish(finished: FinishedTraining) -> RunOutcome:
     finished.require_folder()
     write_report(finished.folder.report, _report(finished, outcome))
     with complete_directory(finished.folder.adapter) as temporary:
+        save_tokenizer(finished.loaded.tokenizer, temporary)
         save_adapter(
             temporary,
             finished.attached,

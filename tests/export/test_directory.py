@@ -5,8 +5,12 @@ import multiprocessing
 
 import pytest
 import torch
+from tokenizers import processors
+from transformers import AutoTokenizer
 
-from qlora_lite.export.directory import resumable_directory, write_companions
+from qlora_lite.data.formats import Conversation, Message
+from qlora_lite.data.templates import ChatTemplate
+from qlora_lite.export.directory import resumable_directory, save_tokenizer, write_companions
 from qlora_lite.foundation.errors import ExportError, RunError
 from tests.tiny import tiny_tokenizer
 
@@ -138,3 +142,29 @@ def test_a_file_created_meanwhile_is_not_overwritten(tmp_path):
     with pytest.raises(ExportError, match="exists already"), resumable_directory(out, "a"):
         out.write_text("somebody else's")
     assert out.read_text() == "somebody else's"
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_a_tokenizer_without_a_template_is_saved_with_the_one_of_training(tmp_path, adds_bos):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    if not adds_bos:
+        tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    messages = [
+        {"role": "user", "content": "what is one plus two?"},
+        {"role": "assistant", "content": "three"},
+        {"role": "user", "content": "and two plus two?"},
+    ]
+    template = ChatTemplate(tokenizer)
+    assert template.adds_bos == adds_bos
+    expected = template.prompt([Message(m["role"], m["content"]) for m in messages])
+    save_tokenizer(tokenizer, tmp_path)
+    assert tokenizer.chat_template is None
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    prompt = saved.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt == expected
+    assert "generation %" not in saved.chat_template
+    again = ChatTemplate(saved)
+    assert again.end_of_turn == template.end_of_turn
+    conversation = Conversation(tuple(Message(m["role"], m["content"]) for m in messages[:2]))
+    assert again.render(conversation) == template.render(conversation)

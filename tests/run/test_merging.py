@@ -12,10 +12,13 @@ import torch
 from huggingface_hub import metadata_load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qlora_lite.data.formats import Message
+from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.errors import ExportError, RunError
 from qlora_lite.report import page as report
 from qlora_lite.run import merge_check, merging
+from qlora_lite.run.extracting import extract
 from qlora_lite.run.loading import load_run
 from qlora_lite.run.merging import merge
 from qlora_lite.run.training import run_recipe
@@ -289,6 +292,24 @@ def test_an_empty_directory_may_be_filled(folder, tmp_path):
     (tmp_path / "out").mkdir()
     result = merge(folder / "run", tmp_path / "out", base="trained", verify=False)
     assert (result.out / "model.safetensors").is_file()
+
+
+def test_every_output_of_a_base_without_a_template_has_the_one_of_training(folder, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(folder / "base", base)
+    (base / "chat_template.jinja").unlink()
+    recipe = small_recipe(base, folder / "rows.jsonl", tmp_path / "run", "adapter=dylora")
+    run_recipe(recipe.but("optim.steps=1", "evaluation.samples=0"))
+    merge(tmp_path / "run", tmp_path / "merged", base="original", verify=False)
+    extract(tmp_path / "run", tmp_path / "extracted", 2)
+    rows = [{"role": "user", "content": "one"}]
+    prompts = {
+        AutoTokenizer.from_pretrained(out).apply_chat_template(rows, tokenize=False)
+        for out in (tmp_path / "merged", tmp_path / "extracted", tmp_path / "run" / "adapter")
+    }
+    template = ChatTemplate(AutoTokenizer.from_pretrained(base))
+    assert template.is_plain
+    assert prompts == {template.prompt([Message("user", "one")])}
 
 
 def test_a_base_that_changed_is_refused(folder, tmp_path):
