@@ -74,7 +74,11 @@ def run_recipe(
             folder.require_intact()
             return _result_of_finished(folder)
         checkpoint.clean(folder.checkpoints)
-        return _train(recipe, folder, watcher, held)
+        try:
+            return _train(recipe, folder, watcher, held)
+        except Exception:
+            held.require()  # if the folder was taken away, that is the cause
+            raise
 
 
 def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock) -> RunResult:

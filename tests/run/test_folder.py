@@ -7,6 +7,7 @@ import safetensors.torch
 
 from qlora_lite.foundation import files
 from qlora_lite.foundation.errors import AdapterError, BaseModelError, RunError, TrainingError
+from qlora_lite.foundation.sealed import hashes_of
 from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.inspection.inspect import inspect
 from qlora_lite.recipe_files import load_recipe
@@ -292,3 +293,16 @@ def test_a_run_stops_when_its_folder_is_taken_away(folder, taken):
     else:
         assert [line["step"] for line in metrics.read(run / "metrics.jsonl")] == [0, 1, 2]
         assert run_recipe(recipe_in(folder, run.name)).steps == 12
+
+
+def test_a_folder_deleted_while_a_checkpoint_is_written_is_one_error(folder, monkeypatch):
+    run = folder / "deleted-in-between"
+
+    def delete(directory, names):
+        shutil.rmtree(run)
+        return hashes_of(directory, names)
+
+    monkeypatch.setattr(checkpoint, "hashes_of", delete)
+    with pytest.raises(RunError, match="moved or deleted while this process was using it"):
+        run_recipe(recipe_in(folder, run.name))
+    assert not run.exists()

@@ -233,7 +233,7 @@ def moments():
     """Disk calls counted from the first (the journal is 1 to 3) or, negative, from the last."""
     for call in (1, 4, 6, 7, 8, -1, -2, -3, -4, -6, -30):
         yield call
-    for call in range(9, 60):
+    for call in range(9, 70):
         yield pytest.param(call, marks=pytest.mark.slow)
 
 
@@ -244,11 +244,13 @@ def test_the_same_command_ends_after_a_kill_at_any_sync_or_rename(
     expected, num_calls = uninterrupted
     out = tmp_path / "uninterrupted"
     number = call if call > 0 else num_calls + 1 + call
+    if number > num_calls:
+        pytest.skip("a merge has fewer disk calls")
     child = fork.Process(target=_merge_and_die, args=(folder, out, number))
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
-    assert _merge(folder, out).already_finished == (call == -1)
+    assert _merge(folder, out).already_finished == (number == num_calls)
     assert files_in(out) == expected
     assert _merge(folder, out).already_finished
     assert [path.name for path in tmp_path.iterdir()] == ["uninterrupted"]
