@@ -9,8 +9,8 @@ import typer
 from qlora_lite.cli.display import Display
 from qlora_lite.cli.status import status_of
 from qlora_lite.foundation.errors import RecipeError
-from qlora_lite.foundation.peer_names import own_name
 from qlora_lite.foundation.interrupts import interruptible
+from qlora_lite.foundation.peer_names import own_name
 
 if TYPE_CHECKING:
     from qlora_lite.recipe import Recipe

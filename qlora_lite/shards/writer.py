@@ -16,6 +16,7 @@ read back and compared with its hash. The journal stays; `resumable_directory` d
 
 import errno
 import hashlib
+import json
 import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
