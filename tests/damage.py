@@ -1,5 +1,6 @@
 """Damage files as a disk or a copy does, and kill processes while they write."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qlora_lite.foundation.sealed import hashes_of, read_sealed, write_sealed
+from qlora_lite.foundation.sealed import hashes_of, write_sealed
 
 
 def flip_bit(path: Path, position: int) -> None:
@@ -19,8 +20,9 @@ def flip_bit(path: Path, position: int) -> None:
 
 
 def reseal(adapter: Path) -> None:
-    """Record the hashes of an adapter's files as they are now."""
-    record = read_sealed(adapter / "qlora_lite.json")
+    """Record the hashes of an adapter's files, and of the record itself, as they are now."""
+    record = json.loads((adapter / "qlora_lite.json").read_text(encoding="utf-8"))
+    del record["sha256"]
     hashes = hashes_of(adapter, record.pop("files"))
     write_sealed(adapter / "qlora_lite.json", record, hashes)
 

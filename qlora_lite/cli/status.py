@@ -53,7 +53,7 @@ def _explain(error: BaseException) -> int:
             place = error.filename or "the disk"
             status, kind, message = MISTAKE, "error", f"{place}: {error.strerror}"
         case Interrupted() | KeyboardInterrupt():
-            report(str(error))
+            report(visible(str(error)))
             return INTERRUPTED
         case BrokenPipeError():
             # the reader closed the pipe (`| head`): not an error; drop what is not flushed yet

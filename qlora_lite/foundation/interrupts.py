@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
@@ -79,7 +79,9 @@ def interruptible(run: Callable[[], int]) -> int:
         if not is_ending():
             return status
         report()
-        return INTERRUPTED
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(INTERRUPTED)  # to unload torch and all modules takes seconds
 
 
 @contextmanager
@@ -98,15 +100,15 @@ def _watched() -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(previous_writer)
-        signal.signal(signal.SIGINT, signal.SIG_IGN if _state.is_ending else previous)
-        if not _state.is_ending:
-            sys.unraisablehook, sys.excepthook = hooks
+        signal.signal(signal.SIGINT, previous)
+        sys.unraisablehook, sys.excepthook = hooks
         os.close(writer)  # ends the thread
 
 
-def _raise(number: int, frame: FrameType | None) -> NoReturn:
-    _state.is_ending = True
-    raise KeyboardInterrupt
+def _raise(number: int, frame: FrameType | None) -> None:
+    if not _state.is_ending:  # what the first one started ends soon
+        _state.is_ending = True
+        raise KeyboardInterrupt
 
 
 def _silent_while_ending(hook: Callable[..., object]) -> Callable[..., None]:

@@ -32,6 +32,7 @@ from qlora_lite.foundation.errors import ExportError
 from qlora_lite.foundation.files import (
     file_hash,
     make_folder,
+    parse_json,
     require_free_space,
     sync_directory,
     write_json,
@@ -224,7 +225,7 @@ def _read_journal(path: Path) -> list[dict[str, Any]]:
     if path.is_file():
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                line = json.loads(text)
+                line = parse_json(text)
             except ValueError:
                 break
             if not isinstance(line, dict):

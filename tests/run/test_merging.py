@@ -23,7 +23,7 @@ from qlora_lite.run.loading import load_run
 from qlora_lite.run.merging import merge
 from qlora_lite.run.training import run_recipe
 from qlora_lite.shards.writer import ShardWriter
-from tests.damage import count_disk_calls, die_at_disk_call, flip_bit, fork
+from tests.damage import count_disk_calls, die_at_disk_call, flip_bit, fork, reseal
 from tests.end_to_end.small_run import small_recipe, write_rows
 from tests.export.trained import stored
 from tests.tiny import save_tiny
@@ -181,6 +181,7 @@ def test_a_merge_rounds_as_training_did_whatever_this_machine_would(
     assert record["base"][name] == devices.NAMES[getattr(here, name)]
     record["base"][name] = devices.NAMES[other]
     sidecar.write_text(json.dumps(record))
+    reseal(run / "adapter")
     monkeypatch.undo()
     assert files_of_merge(run, tmp_path / "differs") != expected
 

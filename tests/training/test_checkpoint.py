@@ -14,12 +14,12 @@ from qlora_lite.training.loop import Progress
 from tests.damage import die_at_disk_call, flip_bit, fork
 
 
-def state(value=1.0):
+def state(value=1.0, step=3):
     return TrainingState(
         adapter={"layer.a": torch.full((2, 3), value, dtype=torch.bfloat16)},
         engine={"layer.a:exp_avg": torch.full((2, 3), value / 3), "layer.a:count": 7},
         method={"mask": torch.tensor([True, False]), "phase": "warm"},
-        progress=asdict(Progress(step=3)),
+        progress=asdict(Progress(step=step)),
     )
 
 
@@ -60,8 +60,8 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_flipped_bit_in_any_file_is_damage(tmp_path, name):
-    path = checkpoint.save(tmp_path, 5, state(), keep=2)
-    older = checkpoint.save(tmp_path, 4, state(), keep=2)
+    path = checkpoint.save(tmp_path, 5, state(step=5), keep=2)
+    older = checkpoint.save(tmp_path, 4, state(step=4), keep=2)
     size = (path / name).stat().st_size
     for position in (size // 2, size - 8):
         flip_bit(path / name, position)
@@ -84,7 +84,7 @@ def test_the_best_adapter_is_checked_too(tmp_path):
 def _save_and_die(directory, call):
     die_at_disk_call(call)
     for step in (5, 10, 15):
-        checkpoint.save(directory, step, state(), keep=1)
+        checkpoint.save(directory, step, state(step=step), keep=1)
 
 
 @pytest.mark.parametrize("call", [20, 21, 22, 23, 24, 25, 26, 27, 28])
