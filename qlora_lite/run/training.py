@@ -91,12 +91,7 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock) -> R
     _require_budget(recipe, plan, watcher)
     for note in check_settings(setup):
         watcher.note(note)
-
-    def report(done_rows: int, total_rows: int | None) -> None:
-        stop_request.raise_if_requested("while rows were read")
-        watcher.reading(done_rows, total_rows)
-
-    data = load_data(recipe.data, load_tokenizer(recipe.base), recipe.seed, report)
+    data = load_data(recipe.data, load_tokenizer(recipe.base), recipe.seed, watcher.reading)
     require_known_tokens(data, setup)
     plan = _with_rows(plan, data, setup, watcher)
     watcher.prepared(data)
