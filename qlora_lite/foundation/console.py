@@ -38,7 +38,7 @@ class Terminal(Console):
     ) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             is_text = segment.control is None
-            yield segment._replace(text=visible(segment.text)) if is_text else segment
+            yield Segment(visible(segment.text), segment.style) if is_text else segment
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
