@@ -37,8 +37,8 @@ class Terminal(Console):
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
-            is_text = segment.control is None
-            yield Segment(visible(segment.text), segment.style) if is_text else segment
+            text, style, control = segment
+            yield Segment(visible(text), style) if control is None else segment
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
