@@ -25,10 +25,10 @@ def test_no_examples_are_empty_tensors():
     assert len(random_examples(3).select([])) == 0
 
 
-def test_selected_examples_are_equal():
+def test_selected_examples_are_equal_and_in_the_given_order():
     examples = random_examples(10)
-    some = examples.select([2, 7])
-    for ours, theirs in zip(some, (examples[2], examples[7]), strict=True):
+    some = examples.select([7, 2, 3, 4, 9])
+    for ours, theirs in zip(some, [examples[i] for i in (7, 2, 3, 4, 9)], strict=True):
         assert torch.equal(ours.ids, theirs.ids)
         assert torch.equal(ours.loss_mask, theirs.loss_mask)
         assert ours.row == theirs.row
