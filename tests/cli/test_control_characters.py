@@ -99,6 +99,8 @@ def test_errors_show_control_characters_as_escapes(monkeypatch, capsys, error):
     console = Terminal(file=io.StringIO(), width=300)
     monkeypatch.setattr(status, "errors", console)
     monkeypatch.setattr(status, "prepare_process", lambda: None)
+    monkeypatch.setattr(status, "report", sys.stderr.write)
+    monkeypatch.setattr(status, "is_ending", lambda: False)
     status.status_of(fail)
     text = console.file.getvalue() + capsys.readouterr().err
     assert SHOWN in text
