@@ -117,7 +117,8 @@ class AttachedAdapter:
                     f"{name} has shape {tuple(saved[name].shape)} in the saved adapter and "
                     f"{tuple(parameter.shape)} here. Use the recipe.json of the run that wrote it"
                 )
-            parameter.data.copy_(saved[name])
+            with torch.no_grad():
+                parameter.copy_(saved[name])
         for path, tensors in by_layer(saved, self.layers).items():
             self.layers[path].load_state(tensors)
 
@@ -199,7 +200,7 @@ def build_layer(
     )
     own = layer.state().keys()  # a parameter or buffer is saved once
     layer.start = {n: t for n, t in split_state.start_of(spec.path).items() if n not in own}
-    device = base.weight.device
+    device = base.device
     for name, parameter in layer.trained().items():
         storage = torch.float32 if layer.roles[name] in ALWAYS_FP32 else dtype
         parameter.data = parameter.data.to(device, storage).contiguous()

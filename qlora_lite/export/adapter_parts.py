@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from qlora_lite.adapters.method import Method
-from qlora_lite.adapters.plan import AdapterPlan, plan_layers
+from qlora_lite.adapters.plan import AdapterPlan, plan_adapter
 from qlora_lite.adapters.split_state import by_layer
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.model.facts import BaseFacts
@@ -27,7 +27,7 @@ class AdapterParts:
     embeddings: dict[str, dict[str, Tensor]]
     """Tensors of an adapted embedding, by path."""
     plan: AdapterPlan
-    """The adapted linear layers."""
+    """What the adapter's settings train in this base."""
 
     @property
     def changed_modules(self) -> set[str]:
@@ -45,10 +45,9 @@ def sort_by_module(state: Mapping[str, Tensor], method: Method, facts: BaseFacts
     settings = method.settings
     parameters = {p.name for p in facts.shape.parameters}
     full = {name: tensor.float() for name, tensor in state.items() if name in parameters}
-    _check_full_modules(full, method, facts)
+    plan = plan_adapter(method, facts)
+    _check_full_modules(full, plan, settings.kind, facts)
     rest = {name: tensor for name, tensor in state.items() if name not in full}
-    modules = [name.rpartition(".")[0] for name in full]
-    plan = plan_layers(method, facts.specs, modules)
     embeddings: dict[str, dict[str, Tensor]] = {}
     if settings.embedding_rank:
         path = facts.shape.embedding
@@ -64,17 +63,14 @@ def sort_by_module(state: Mapping[str, Tensor], method: Method, facts: BaseFacts
     return AdapterParts(full, layers, embeddings, plan)
 
 
-def _check_full_modules(full: Mapping[str, Tensor], method: Method, facts: BaseFacts) -> None:
-    """Fully trained modules must be in the settings, be complete, and have the base's shapes."""
-    settings = method.settings
-    if full and not (settings.train_norms or settings.train_modules):
-        raise AdapterError(mismatch(min(full), settings.kind))
-    modules = {name.rpartition(".")[0] for name in full}
-    for parameter in facts.shape.parameters:
-        if parameter.module not in modules:
-            continue
-        if parameter.name not in full:
-            raise AdapterError(mismatch(parameter.name, settings.kind))
+def _check_full_modules(
+    full: Mapping[str, Tensor], plan: AdapterPlan, kind: str, facts: BaseFacts
+) -> None:
+    """There must be all parameters of the planned modules, no other, in the base's shapes."""
+    planned = [p for p in facts.shape.parameters if p.module in plan.full_modules]
+    if unmatched := {p.name for p in planned} ^ full.keys():
+        raise AdapterError(mismatch(min(unmatched), kind))
+    for parameter in planned:
         got, shape = tuple(full[parameter.name].shape), parameter.shape
         expected = shape[::-1] if parameter.transposed else shape
         if got != expected:

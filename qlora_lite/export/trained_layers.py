@@ -194,7 +194,9 @@ class TrainedLayers:
     def _is_skipped(self, name: str) -> bool:
         """Whether a quantised checkpoint left this weight unquantised."""
         is_quantised = stored_quant(self.source.facts.config, self.source.base.quant) is not None
-        return is_quantised and not is_packed(self.checkpoint, self.stored_names[name])
+        return is_quantised and not is_packed(
+            self.checkpoint, self.stored_names[self._origin(name)]
+        )
 
     def _origin(self, name: str) -> str:
         """Of tied parameters, the one that is stored; otherwise the parameter itself."""
@@ -206,7 +208,7 @@ class TrainedLayers:
         if len(parameter.shape) == 1:
             return rule.norms
         if parameter.role == "linear":  # skipped: it stays as it is stored
-            return self.checkpoint.info(self.stored_names[parameter.name]).dtype
+            return self.checkpoint.info(self.stored_names[self._origin(parameter.name)]).dtype
         if parameter.role in ("embedding", "head"):
             return torch.float32 if isinstance(self.source.base.quant, FP32) else rule.storage
         return rule.compute

@@ -132,8 +132,8 @@ def require_possible_sizes(model: str, config: PretrainedConfig) -> None:
         check_as(found, _Sizes)
     except Malformed as error:
         raise BaseModelError(
-            f"base.model={model}: its config.json is damaged or of no possible model ({error}). "
-            "Download it again"
+            f"base.model={model}: its config.json is damaged, or no model has this size "
+            f"({error}). Download it again"
         ) from None
 
 

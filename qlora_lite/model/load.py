@@ -146,7 +146,7 @@ def _try_out(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.decode(ids)
     special = tokenizer.special_tokens_map.values()
     if not all(isinstance(token, str | list) for token in special):
-        raise TypeError("a special token is no text")
+        raise TypeError("a special token is not a string")
     if templates is not None:
         tokenizer.get_chat_template()
 

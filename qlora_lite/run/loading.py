@@ -16,7 +16,7 @@ from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.model.causal import CausalModel
-from qlora_lite.model.facts import read_facts
+from qlora_lite.model.facts import BaseFacts, read_facts
 from qlora_lite.model.load import LoadedBase, load_base, load_tokenizer
 from qlora_lite.model.prequantised import own_quant
 from qlora_lite.model.quant import BF16, FP32, Quant
@@ -52,10 +52,12 @@ def load_run(
     watcher: Watcher | None = None,
     *,
     trust_remote_code: bool = False,
+    facts: BaseFacts | None = None,
 ) -> LoadedModel:
     """Load a finished run: its base as it was in training, with the adapter attached.
 
     Args:
+        facts: of its base; read here unless given.
         trust_remote_code: let the base run its own Python code.
 
     Raises:
@@ -69,7 +71,7 @@ def load_run(
     folder.require_base(recipe.base)
     saved = read_native(folder.adapter)
     rule = devices.choose(device or recipe.device, recipe.base.compute)
-    loaded = load_adapted(set_up(recipe, rule), watcher, saved)
+    loaded = load_adapted(set_up(recipe, rule, facts=facts), watcher, saved)
     assert loaded.attached is not None
     loaded.attached.load_state(saved)
     return loaded

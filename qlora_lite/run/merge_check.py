@@ -128,6 +128,7 @@ class MergeCheck:
             str(self.rule.device),
             self.watcher,
             trust_remote_code=self.recipe.base.trust_remote_code,
+            facts=self.source.facts,
         )
         batches, is_heldout = self._rows(trained.base.packs)
         logits = sample_logits(trained.causal, batches)

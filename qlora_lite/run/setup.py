@@ -37,22 +37,29 @@ class RunSetup:
         return devices.DTYPES.get(self.recipe.adapter.dtype, self.rule.adapters)
 
 
-def set_up(recipe: Recipe, rule: DeviceRule, *, needs_config: bool = True) -> RunSetup:
+def set_up(
+    recipe: Recipe,
+    rule: DeviceRule,
+    *,
+    needs_config: bool = True,
+    facts: BaseFacts | None = None,
+) -> RunSetup:
     """Read the base's config and decide what will be trained.
 
     Args:
         needs_config: False if the dimensions of a known model are enough, so that a plan needs no
             network.
+        facts: of the base; read here unless given.
 
     Raises:
         BaseModelError: if the base cannot be found.
         AdapterError: if the targets match nothing.
         RecipeError: if the method needs another kind of base.
     """
-    known = None if needs_config else known_config(recipe.base.model)
     method = method_for(recipe.adapter)
     _require_quantised_base(recipe, method)
-    facts = read_facts(recipe.base, known)
+    known = None if needs_config else known_config(recipe.base.model)
+    facts = facts or read_facts(recipe.base, known)
     require_original(method, is_packed=own_quant(facts.config) is not None)
     return RunSetup(recipe, rule, facts, method, plan_adapter(method, facts))
 

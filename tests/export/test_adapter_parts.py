@@ -93,3 +93,14 @@ def test_matrices_of_full_modules_are_compared_as_outputs_by_inputs():
         "transformer.h.0.mlp.c_fc.weight",
         "transformer.h.0.mlp.c_fc.bias",
     }
+
+
+@pytest.mark.parametrize("lost", ["norm", "lm_head"])
+def test_fully_trained_modules_may_not_be_missing_altogether(facts, lost):
+    """Nothing in the state names them, so only the settings say that they were trained."""
+    settings = SETTINGS.model_copy(update={"train_modules": ["lm_head"]})
+    state = state_of(facts) | {"lm_head.weight": torch.ones(400, 64)}
+    assert len(sort(state, facts, settings).full_parameters) == 6
+    remaining = {name: t for name, t in state.items() if lost not in name}
+    with pytest.raises(AdapterError, match="disagree about"):
+        sort(remaining, facts, settings)
