@@ -8,7 +8,7 @@ from qlora_lite.data.settings import Data
 from qlora_lite.foundation.errors import RecipeError
 from qlora_lite.model.settings import Base
 from qlora_lite.recipe import Recipe
-from qlora_lite.recipe_files import load_recipe
+from qlora_lite.recipe_files import load_recipe, with_absolute_paths
 
 RECIPE = Recipe(base=Base(model="some/model"), data=Data(train="rows.jsonl"), output="runs/x")
 
@@ -88,3 +88,15 @@ def test_a_model_or_an_adapter_is_not_a_recipe(tmp_path):
         load_recipe(tmp_path / "adapter")
     with pytest.raises(RecipeError, match=r"gone\.py is not a file"):
         load_recipe(tmp_path / "gone.py")
+
+
+def test_existing_paths_become_absolute_and_hub_ids_stay(tmp_path, monkeypatch):
+    names = ("base.model", "data.train", "data.heldout", "adapter.start")
+    (tmp_path / "here").mkdir()
+    for name in names:
+        (tmp_path / "here" / name).touch()
+    monkeypatch.chdir(tmp_path)
+    local = with_absolute_paths(RECIPE.but(*(f"{name}=here/{name}" for name in names)))
+    assert local == RECIPE.but(*(f"{name}={tmp_path / 'here' / name}" for name in names))
+    hub = RECIPE.but(*(f"{name}=owner/{name}" for name in names))
+    assert with_absolute_paths(hub) == hub

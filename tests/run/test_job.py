@@ -28,3 +28,14 @@ def test_a_tokenizer_of_another_model_is_an_error_before_the_base_is_loaded(fold
     with pytest.raises(BaseModelError, match="has tokens 0 to 89: its tokenizer belongs to"):
         run_recipe(recipe)
     assert not (tmp_path / "run" / "recipe.json").exists()
+
+
+@pytest.mark.parametrize("packs", [True, False], ids=["packs", "does-not-pack"])
+def test_rows_share_a_bin_only_in_a_model_that_keeps_them_apart(folder, packs):
+    recipe = recipe_in(folder, "run", "data.heldout_share=0.2")
+    data = load_data(recipe.data, load_tokenizer(recipe.base), recipe.seed)
+    training = training_batches(recipe, data, 128, packs)
+    for batches in (training.step(0), list(held_out_batches(recipe, data, packs))):
+        num_rows = sum(len(batch.rows) for batch in batches)
+        num_bins = sum(len(batch.input_ids) for batch in batches)
+        assert num_rows > num_bins if packs else num_rows == num_bins

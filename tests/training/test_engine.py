@@ -73,3 +73,12 @@ def test_a_written_value_survives_the_next_step(rounding, is_early):
         engine.write(p, torch.tensor([5.0]))
     engine.step(1.0, info(lr=0.01))
     assert p.item() == pytest.approx(4.99, abs=0.03)
+
+
+def test_the_loss_scale_is_saved_and_restored():
+    engine, resumed = (engine_for(nn.Parameter(torch.zeros(1))) for _ in range(2))
+    engine.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
+    resumed.scaler = torch.amp.GradScaler("cpu")
+    resumed.load_state_dict(engine.state_dict())
+    assert resumed.scaler.get_scale() == 64
+    assert resumed.scaler.state_dict() == engine.scaler.state_dict()

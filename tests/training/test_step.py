@@ -63,7 +63,7 @@ def directory(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("base") / "llama", "llama")
 
 
-def model_adapter_engine(directory):
+def model_adapter_engine(directory, engine_class=TorchEngine):
     settings = Base(model=str(directory))
     facts = read_facts(settings)
     base = load_base(settings, device.choose("cpu"), facts=facts)
@@ -77,7 +77,7 @@ def model_adapter_engine(directory):
         states="32bit",
         rounding="master",
     )
-    return CausalModel(base.model), attached, TorchEngine(optimizer, torch.float32)
+    return CausalModel(base.model), attached, engine_class(optimizer, torch.float32)
 
 
 def batches(*lengths):
@@ -115,6 +115,25 @@ def test_hooks_are_called_in_the_documented_order(directory):
     assert result.num_targets == 14
     assert len(seen) == 2
     assert all(engine.gradient(p) is None for _, p in method._parameters())
+
+
+class TwoEqualRanks(TorchEngine):
+    """A process whose only peer has the same batches."""
+
+    def sum_over_ranks(self, value):
+        return 2 * value
+
+
+def test_tokens_and_targets_are_counted_over_all_ranks(directory):
+    alone = model_adapter_engine(directory)
+    expected, _ = step(*alone, [12, 9])
+    shared = model_adapter_engine(directory, TwoEqualRanks)
+    result, _ = step(*shared, [12, 9])
+    assert result.num_targets == 2 * expected.num_targets
+    assert result.num_tokens == 2 * expected.num_tokens
+    assert result.loss == pytest.approx(expected.loss)
+    for name, gradient in shared[1].method.before.items():
+        torch.testing.assert_close(gradient, alone[1].method.before[name] / 2)
 
 
 def test_layers_that_are_not_active_do_not_move(directory):
