@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from qlora_lite.foundation.errors import RunError
+from qlora_lite.run.planning import plan_recipe
 from qlora_lite.run.training import run_recipe
 from qlora_lite.training import loop
 from qlora_lite.training.engine import TorchEngine
@@ -193,12 +194,17 @@ def test_a_run_cannot_become_shorter(folder, uninterrupted):
 
 def test_a_resumed_run_keeps_its_micro_batches_under_another_budget(folder):
     free = ("optim.micro_batch_tokens=null", "optim.tokens_per_step=512")
-    finish_in_child(recipe_in(folder, "roomy", *free, "budget=4GiB"))
-    child = run_in_child(recipe_in(folder, "tighter", *free, "budget=4GiB"), "step")
+    smallest = plan_recipe(recipe_in(folder, "tight", *free, "budget=1B"))
+    tight = (*free, f"budget={smallest.peak_bytes}B")
+    roomy = (*free, "budget=4GiB")
+    chosen = plan_recipe(recipe_in(folder, "tight", *tight)).micro_batch_tokens
+    assert chosen < plan_recipe(recipe_in(folder, "tight", *roomy)).micro_batch_tokens
+    finish_in_child(recipe_in(folder, "tight", *tight))
+    child = run_in_child(recipe_in(folder, "tight-then-roomy", *tight), "step")
     child.join()
     assert child.exitcode == -signal.SIGKILL
-    finish_in_child(recipe_in(folder, "tighter", *free, "budget=700MiB"))
-    assert result_of(folder / "tighter") == result_of(folder / "roomy")
+    finish_in_child(recipe_in(folder, "tight-then-roomy", *roomy))
+    assert result_of(folder / "tight-then-roomy") == result_of(folder / "tight")
 
 
 def test_a_run_continues_from_the_checkpoint_before_a_damaged_one(folder, uninterrupted):

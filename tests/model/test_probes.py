@@ -6,7 +6,7 @@ import torch
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.model.causal import CausalModel
 from qlora_lite.model.head import Head
-from qlora_lite.model.probes import UNPACKED, probe
+from qlora_lite.model.probes import NEXT, UNPACKED, probe
 from tests.families import VOCABULARY, tiny_of
 
 QUICK = {"llama": True, "gpt2": True, "gemma2": True, "opt": False, "bloom": False, "mamba": False}
@@ -61,6 +61,21 @@ def test_outputs_that_depend_on_padding_are_refused():
     def spread(hidden: torch.Tensor) -> torch.Tensor:
         # causal in every position, but scaled by the number of positions
         return type(norm).forward(norm, hidden) * (1 + hidden.shape[1])
+
+    norm.forward = spread
+    with pytest.raises(BaseModelError, match="padding"):
+        packs(model)
+
+
+def test_padding_that_changes_only_the_last_output_of_a_row_is_refused():
+    model = tiny_of("llama")
+    norm = model.model.norm
+
+    def spread(hidden: torch.Tensor) -> torch.Tensor:
+        output = type(norm).forward(norm, hidden)
+        if output.shape[1] > NEXT:
+            output[:, NEXT - 1] *= 2
+        return output
 
     norm.forward = spread
     with pytest.raises(BaseModelError, match="padding"):

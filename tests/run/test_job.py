@@ -3,9 +3,11 @@
 import pytest
 
 from qlora_lite.data.load import load_data
+from qlora_lite.foundation import device
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.model.load import load_tokenizer
-from qlora_lite.run.job import held_out_batches, training_batches
+from qlora_lite.run.job import held_out_batches, require_known_tokens, training_batches
+from qlora_lite.run.setup import set_up
 from qlora_lite.run.training import run_recipe
 from tests.end_to_end.small_run import recipe_in, small_recipe
 from tests.tiny import save_tiny
@@ -39,3 +41,17 @@ def test_rows_share_a_bin_only_in_a_model_that_keeps_them_apart(folder, packs):
         num_rows = sum(len(batch.rows) for batch in batches)
         num_bins = sum(len(batch.input_ids) for batch in batches)
         assert num_rows > num_bins if packs else num_rows == num_bins
+
+
+def test_the_largest_known_token_is_one_below_the_size_of_the_vocabulary(folder, tmp_path):
+    recipe = recipe_in(folder, "run")
+    data = load_data(recipe.data, load_tokenizer(recipe.base), recipe.seed)
+    largest = int(max(data.train.ids.max(), data.heldout.ids.max()))
+
+    def check(vocabulary):
+        base = save_tiny(tmp_path / str(vocabulary), vocab_size=vocabulary)
+        require_known_tokens(data, set_up(recipe.but(f"base.model={base}"), device.choose("cpu")))
+
+    check(largest + 1)
+    with pytest.raises(BaseModelError, match=f"contain token {largest} .*0 to {largest - 1}: "):
+        check(largest)
