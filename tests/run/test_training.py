@@ -15,7 +15,7 @@ from qlora_lite.run import planning
 from qlora_lite.run.loading import load_run
 from qlora_lite.run.training import run_recipe
 from qlora_lite.training import metrics
-from tests.end_to_end.small_run import recipe_in
+from tests.end_to_end.small_run import recipe_in, write_rows
 from tests.tiny import save_tiny
 
 
@@ -119,6 +119,40 @@ def test_a_run_may_start_from_an_adapter(folder, plain):
     short = ("adapter.dropout=0", "adapter.dtype=fp32", "optim.steps=1")
     result = run_recipe(recipe_in(folder, "continued", *short, start))
     assert result.scores["loss_before"] == pytest.approx(plain.scores["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ("adapter=loftq", "adapter.iterations=2", "adapter.svd_iterations=1"),
+        ("adapter=pissa", "adapter.mode=requantise", "adapter.svd_iterations=1"),
+    ],
+    ids=["loftq", "pissa"],
+)
+def test_a_run_from_an_adapter_with_its_own_base_weights_reuses_them_under_another_seed(
+    folder, method
+):
+    heldout = write_rows(folder / "heldout.jsonl", 30)
+    changes = (
+        *method,
+        "adapter.rank=4",
+        "adapter.dtype=fp32",
+        "base.quant=nf4",
+        "data.heldout_share=0",
+        f"data.heldout={heldout}",
+        "optim.steps=1",
+    )
+    name = method[0].replace("=", "-")
+    first = run_recipe(recipe_in(folder, name, *changes, "seed=1"))
+    start = f"adapter.start={first.directory / 'adapter'}"
+    second = run_recipe(recipe_in(folder, f"{name}-continued", *changes, start, "seed=2"))
+    assert second.scores["loss_before"] == pytest.approx(first.scores["loss"], rel=1e-6)
+    saved, again = (
+        load_file(r.directory / "adapter" / "native.safetensors") for r in (first, second)
+    )
+    splits = [key for key in saved if ".start/" in key]
+    assert splits
+    assert all(torch.equal(again[key], saved[key]) for key in splits)
 
 
 def _broken_base(folder, name, change):
