@@ -143,7 +143,7 @@ def require_fit(plan: Plan) -> None:
     help_text += ". Otherwise raise the budget"
     raise BudgetError(
         f"{format_bytes(plan.peak_bytes)} needed, {format_bytes(plan.budget_bytes)} allowed. "
-        f"Settings that save memory, smallest effect first: {savings or 'none'}. {help_text}"
+        f"Settings that save memory: {savings or 'none'}. {help_text}"
     )
 
 

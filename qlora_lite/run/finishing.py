@@ -66,7 +66,8 @@ class RunOutcome:
 def finish(finished: FinishedTraining) -> RunOutcome:
     """Write `report.html`, then `adapter/`."""
     finished.attached.train(False)
-    peak = peak_bytes(finished.loaded.causal.device)
+    logged = [event.get("peak_bytes", 0) for event in metrics.read(finished.folder.metrics)]
+    peak = max([peak_bytes(finished.loaded.causal.device), *logged])  # of every process of the run
     shown = list(finished.data.heldout)[: finished.recipe.evaluation.samples]
     samples = tuple(_sample(finished, example) for example in shown)
     outcome = RunOutcome(_scores(finished), samples, peak)

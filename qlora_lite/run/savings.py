@@ -15,7 +15,7 @@ MIN_SUGGESTED_TOKENS = 256
 
 
 def alternatives(run: RunShape) -> Iterator[Alternative]:
-    """Settings that could be changed, smallest effect first; a field may have several values."""
+    """Settings that could be changed, those that affect the result least first."""
     if (run.micro_batch_tokens or 0) >= 2 * run.max_tokens:
         yield _set("optim.micro_batch_tokens", run.max_tokens, micro_batch_tokens=run.max_tokens)
     if not run.checkpointing:

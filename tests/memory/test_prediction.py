@@ -61,4 +61,5 @@ def test_a_run_takes_at_most_one_percent_more_than_planned(tmp_path, medium, bas
     )
     predicted, measured = json.loads(found.stdout.splitlines()[-1])
     assert measured <= 1.01 * predicted, f"{measured / predicted:.3f} of the plan"
-    assert predicted <= 1.35 * measured, f"{measured / predicted:.3f} of the plan"
+    # the constant for the process includes `datasets`, which local files do not load
+    assert predicted <= 1.45 * measured, f"{measured / predicted:.3f} of the plan"

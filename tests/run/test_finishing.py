@@ -5,8 +5,10 @@ import json
 import torch
 from transformers import AutoTokenizer
 
+from qlora_lite.run import finishing
 from qlora_lite.run.loading import load_run
 from qlora_lite.run.training import run_recipe
+from qlora_lite.training import metrics
 from tests.end_to_end.small_run import recipe_in
 
 
@@ -50,3 +52,11 @@ def test_the_sidecar_has_what_a_merge_needs(folder):
     assert base["quant"] == {"kind": "nf4", "double_quant": True, "block_size": 64}
     assert (sidecar["steps"], sidecar["state"]) == (2, "last")
     assert sidecar["scores"] == result.scores
+
+
+def test_the_peak_is_that_of_every_process_of_the_run(folder, monkeypatch):
+    """A run that was resumed counts what the killed process took, as its log has it."""
+    monkeypatch.setattr(finishing, "peak_bytes", lambda device: 1)
+    result = run_recipe(recipe_in(folder, "peaks", "optim.steps=2"))
+    events = metrics.read(result.directory / "metrics.jsonl")
+    assert result.peak_bytes == max(event.get("peak_bytes", 0) for event in events) > 2**20
