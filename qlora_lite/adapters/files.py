@@ -105,8 +105,8 @@ def _hashes(directory: Path) -> dict[str, str]:
 def _cut(path: str, pair: Factors | None, rank: int) -> Factors:
     if pair is None or pair.magnitude is not None:
         raise AdapterError(
-            f"{path} has no adapter of rank {rank}: its method trained one rank only, or a smaller "
-            "rank. DyLoRA can be cut to any rank up to its own, and MoRA can be approximated"
+            f"{path} has no adapter of rank {rank}: this method trains one rank, or a smaller one "
+            "was trained. DyLoRA can be cut to any rank up to its own, and MoRA can be approximated"
         )
     return pair
 

@@ -61,7 +61,7 @@ class ControlTokens:
             near = text[max(0, start - 20) : start + len(token) + 20]
             raise RowError(
                 None,
-                f"{where} contains the control token {token!r}, near {near!r}. Only the chat "
-                "template may write control tokens, and the end of a document is added to it: "
-                "remove it from the text",
+                f"{where} contains the control token {token!r}, near {near!r}. Remove it "
+                "from the text: the chat template writes control tokens, and a document gets its "
+                "end token by itself",
             )

@@ -44,7 +44,7 @@ class DeviceRule:
     def summary(self) -> str:
         """One line for the user: device and dtypes."""
         if not self.is_available:
-            where = "a CUDA card that is not here"
+            where = "a CUDA card (not in this machine)"
         elif self.device.type == "cuda":
             where = torch.cuda.get_device_name(self.device)
         else:

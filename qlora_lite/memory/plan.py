@@ -81,7 +81,7 @@ class Plan:
     @property
     def verdict(self) -> str:
         """Whether it fits, in one sentence."""
-        need = f"{format_bytes(self.peak_bytes)} of {format_bytes(self.budget_bytes)}"
+        need = f"needs {format_bytes(self.peak_bytes)}, has {format_bytes(self.budget_bytes)}"
         if self.fits:
             return f"fits: {need}, {format_bytes(self.spare_bytes)} to spare"
         return f"does not fit: {need}, {format_bytes(-self.spare_bytes)} too much"

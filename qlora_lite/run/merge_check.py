@@ -243,8 +243,8 @@ class MergeCheck:
                 "written. This is a bug in qlora-lite or in a library: please report it"
             )
         self.note(
-            "before rounding, weights merged on the base as trained give the logits of the trained "
-            f"model to within {found.relative_error:.1e} of the largest logit"
+            "before rounding, the merged model's logits equal the trained model's: they differ by "
+            f"{found.relative_error:.1e} of the largest logit"
         )
 
     def _candidate_logits(self, weights: MergedWeights) -> Tensor:

@@ -139,7 +139,7 @@ def _check_context(setup: RunSetup) -> list[str]:
             f"{fact}. Its position embeddings are learned, so longer rows are impossible. "
             f"Set data.max_tokens={context} or less"
         )
-    return [f"{fact}: on longer rows quality depends on how its rotary positions extrapolate"]
+    return [f"{fact}: the model may do worse on the positions beyond that"]
 
 
 def _check_ranks(setup: RunSetup) -> list[str]:
