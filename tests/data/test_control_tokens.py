@@ -74,7 +74,7 @@ def test_the_special_tokens_of_a_row_are_those_of_its_template(write, row):
 
 
 def test_one_special_token_at_the_end_of_a_document_is_no_exception(write):
-    with pytest.raises(DataError, match=r"the end of a document is added"):
+    with pytest.raises(DataError, match=r"a document gets its end token by itself"):
         read(write, {"text": f"hello{EOS}"})
 
 
