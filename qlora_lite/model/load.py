@@ -28,7 +28,6 @@ from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.foundation.files import is_directory
 from qlora_lite.foundation.json_files import shown
-from qlora_lite.model.causal import CausalModel
 from qlora_lite.model.config import (
     brings_code,
     hub_error,
@@ -45,7 +44,6 @@ from qlora_lite.model.prequantised import (
     require_readable_dtypes,
     stored_quant,
 )
-from qlora_lite.model.probes import probe
 from qlora_lite.model.quant import BF16, FP32, NF4, Int8, Quant
 from qlora_lite.model.quantise import Split, StoredWeight, copy_weight, quantise
 from qlora_lite.model.settings import Base
@@ -75,8 +73,6 @@ class LoadedBase:
     rule: DeviceRule
     quant: Quant
     """Quantisation of the linear layers; that of the checkpoint if it was already quantised."""
-    packs: bool
-    """Packed rows do not see each other (`probes.py`)."""
 
 
 def locate(base: Base) -> Path:
@@ -187,10 +183,7 @@ def load_base(
         with reading_config(base.model):
             model.generation_config = GenerationConfig.from_pretrained(path)
     checkpoint.close()
-    behaviour = probe(CausalModel(model), facts.vocabulary, base.model, rule.compute)
-    return LoadedBase(
-        model, model.config, path, checkpoint, rule, stored or base.quant, behaviour.packs
-    )
+    return LoadedBase(model, model.config, path, checkpoint, rule, stored or base.quant)
 
 
 def build_empty(config: PretrainedConfig, base: Base) -> PreTrainedModel:

@@ -102,7 +102,7 @@ def make_job(
 
     def score_heldout() -> dict[str, float]:
         attached.train(False)
-        result = score(model, held_out_batches(recipe, data, loaded.base.packs))
+        result = score(model, held_out_batches(recipe, data, loaded.packs))
         attached.train()
         return {"loss": result.loss, "accuracy": result.accuracy, "perplexity": result.perplexity}
 

@@ -19,6 +19,7 @@ from qlora_lite.model.causal import CausalModel
 from qlora_lite.model.facts import BaseFacts, read_facts
 from qlora_lite.model.load import LoadedBase, load_base, load_tokenizer
 from qlora_lite.model.prequantised import own_quant
+from qlora_lite.model.probes import probe
 from qlora_lite.model.quant import BF16, FP32, Quant
 from qlora_lite.model.settings import Base
 from qlora_lite.recipe import Recipe
@@ -35,6 +36,8 @@ class LoadedModel:
     attached: AttachedAdapter | None
     """The adapter, for a run; None for a plain model."""
     recipe: Recipe | None
+    packs: bool
+    """Packed rows do not see each other (`model/probes.py`)."""
 
     @property
     def causal(self) -> CausalModel:
@@ -96,11 +99,12 @@ def load_adapted(
         split=split_state.split,
         progress=watcher.loading,
     )
+    packs = _packs(base, setup.facts, recipe.base.model)
     attached = attach(
         base.model, setup.method, setup.adapter, recipe.seed, setup.adapter_dtype, split_state
     )
     attached.train(False)
-    return LoadedModel(base, tokenizer, attached, recipe)
+    return LoadedModel(base, tokenizer, attached, recipe, packs)
 
 
 def load_model(
@@ -121,7 +125,7 @@ def load_model(
     base = base.model_copy(update={"quant": quant or _own_precision(facts.config)})
     tokenizer = load_tokenizer(base)
     loaded = load_base(base, rule, facts=facts, progress=(watcher or Watcher()).loading)
-    return LoadedModel(loaded, tokenizer, None, None)
+    return LoadedModel(loaded, tokenizer, None, None, _packs(loaded, facts, model))
 
 
 def load(
@@ -151,6 +155,16 @@ def load(
     return load_model(
         str(target), device=device, watcher=watcher, trust_remote_code=trust_remote_code
     )
+
+
+def _packs(base: LoadedBase, facts: BaseFacts, name: str) -> bool:
+    """Probe a loaded base.
+
+    Raises:
+        BaseModelError: if it does not behave like a causal language model.
+    """
+    model = CausalModel(base.model)
+    return probe(model, facts.vocabulary, name, base.rule.compute).packs
 
 
 def _own_precision(config: PretrainedConfig) -> Quant:

@@ -130,7 +130,7 @@ class MergeCheck:
             trust_remote_code=self.recipe.base.trust_remote_code,
             facts=self.source.facts,
         )
-        batches, is_heldout = self._rows(trained.base.packs)
+        batches, is_heldout = self._rows(trained.packs)
         logits = sample_logits(trained.causal, batches)
         if not logits.isfinite().all():
             raise CheckError(

@@ -126,7 +126,7 @@ def _held_out(target: str, loaded: LoadedModel, watcher: Watcher) -> Iterator[Ba
             f"the data of {target} changed since it was trained: rows that are held out now may "
             "have been trained on"
         )
-    return held_out_batches(loaded.recipe, prepared, loaded.base.packs)
+    return held_out_batches(loaded.recipe, prepared, loaded.packs)
 
 
 def _of_file(
@@ -145,7 +145,7 @@ def _of_file(
         rows.examples,
         max_tokens=data.max_tokens,
         micro_batch_tokens=data.max_tokens,
-        packing=data.packing and loaded.base.packs,
+        packing=data.packing and loaded.packs,
     )
 
 

@@ -99,10 +99,10 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock) -> R
     try:
         resume_from = checkpoint.find_newest(folder.checkpoints, watcher.note)
         loaded = load_adapted(setup, watcher, _saved_adapter(recipe, resume_from))
-        if setup.facts.packs and not loaded.base.packs:
+        if setup.facts.packs and not loaded.packs:
             watcher.note(not_packed(recipe))
         micro_batch_tokens = recipe.optim.micro_batch_tokens or plan.micro_batch_tokens
-        batches = training_batches(recipe, data, micro_batch_tokens, loaded.base.packs)
+        batches = training_batches(recipe, data, micro_batch_tokens, loaded.packs)
         folder.require_not_shorter(batches.steps)
         fingerprints = folder.fingerprints(data.fingerprint, loaded.base.checkpoint)
         if "base_sha256" not in fingerprints:

@@ -48,9 +48,7 @@ class Stepper:
             rounding=optim.rounding,
         )
         self.engine = TorchEngine(optimizer, rule.compute)
-        self.batches = training_batches(
-            recipe, data, optim.micro_batch_tokens or 0, loaded.base.packs
-        )
+        self.batches = training_batches(recipe, data, optim.micro_batch_tokens or 0, loaded.packs)
         self.number = 0
 
     def step(self) -> float:
