@@ -172,6 +172,25 @@ def perturbed(
     return bench
 
 
+def assert_resumes_exactly(make: Callable[..., Bench], steps: int = 6) -> None:
+    """A bench continued from the state after half its steps ends with the bits of an unbroken one.
+
+    Args:
+        make: a new bench; takes `saved`, the adapter's state.
+    """
+    uninterrupted, first = make(), make()
+    losses = [uninterrupted.step() for _ in range(steps)]
+    for _ in range(steps // 2):
+        first.step()
+    second = make(saved=first.attached.state())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.method.load_state_dict(first.method.state_dict())
+    second.number = first.number
+    assert [second.step() for _ in range(steps - steps // 2)] == losses[steps // 2 :]
+    found = second.attached.state()
+    assert all(torch.equal(found[n], t) for n, t in uninterrupted.attached.state().items())
+
+
 @torch.no_grad()
 def plain_logits(model: torch.nn.Module) -> Tensor:
     """The logits of `Bench.logits`, for a model of transformers or PEFT."""

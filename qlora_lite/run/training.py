@@ -26,13 +26,13 @@ from qlora_lite.report.page import Sample
 from qlora_lite.run.finishing import FinishedTraining, finish
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.job import make_job, require_known_tokens, training_batches
-from qlora_lite.run.loading import load_adapted
+from qlora_lite.run.loading import LoadedModel, load_adapted
 from qlora_lite.run.planning import NO_BUDGET, check_settings, not_packed, plan_memory, plan_recipe
 from qlora_lite.run.setup import RunSetup, set_up
 from qlora_lite.run.tracking import require_trackers, tracking
 from qlora_lite.training import checkpoint
 from qlora_lite.training.interruption import stop_on_signals
-from qlora_lite.training.loop import restore_best, train
+from qlora_lite.training.loop import Progress, TrainingJob, restore_best, train
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,24 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock) -> R
         raise BudgetError(_out_of_memory(setup, plan)) from error
     finally:
         watcher.ended()
+    return _finish(setup, folder, loaded, data, plan, job, progress)
+
+
+def _finish(
+    setup: RunSetup,
+    folder: RunFolder,
+    loaded: LoadedModel,
+    data: PreparedData,
+    plan: Plan,
+    job: TrainingJob,
+    progress: Progress,
+) -> RunResult:
+    """Samples, the report and the adapter's files, from the best or the last step."""
     if job.keeps_best:
         restore_best(job)
     assert loaded.attached is not None
     finished = FinishedTraining(
-        recipe,
+        setup.recipe,
         folder,
         loaded,
         loaded.attached,
@@ -145,7 +158,7 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock) -> R
         plan,
         progress,
         job.keeps_best,
-        held.require,
+        job.require_folder,
     )
     outcome = finish(finished)
     return RunResult(

@@ -1,5 +1,7 @@
 """DyLoRA: the rank drawn per step, what a step moves, and the adapter of every rank."""
 
+from functools import partial
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -13,7 +15,7 @@ from qlora_lite.methods.dylora import DyLoRA, DyLoRAMethod
 from qlora_lite.methods.lora import LoRA, LoRAMethod
 from qlora_lite.model.quant import NF4
 from tests.tiny import save_tiny
-from tests.workbench import CLOSE, Bench, one_layer, perturb
+from tests.workbench import CLOSE, Bench, assert_resumes_exactly, one_layer, perturb
 
 SMALL = {"rank": 5, "alpha": 6}
 
@@ -324,17 +326,7 @@ def test_with_a_single_rank_the_standard_variant_equals_lora_to_the_bit(director
 )
 def test_a_resumed_run_ends_with_the_same_bits(directory, settings):
     how = {"dtype": torch.bfloat16, "weight_decay": 0.1}
-    uninterrupted, first = bench(directory, settings, **how), bench(directory, settings, **how)
-    losses = [uninterrupted.step() for _ in range(6)]
-    for _ in range(3):
-        first.step()
-    second = bench(directory, settings, **how, saved=first.attached.state())
-    second.optimizer.load_state_dict(first.optimizer.state_dict())
-    second.method.load_state_dict(first.method.state_dict())
-    second.number = first.number
-    assert [second.step() for _ in range(3)] == losses[3:]
-    found = second.attached.state()
-    assert all(torch.equal(found[name], t) for name, t in uninterrupted.attached.state().items())
+    assert_resumes_exactly(partial(bench, directory, settings, **how))
 
 
 # -- the claim of the paper ------------------------------------------------------------------------

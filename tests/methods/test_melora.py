@@ -142,21 +142,6 @@ def test_with_one_block_it_trains_like_lora(directory):
         torch.testing.assert_close(layer.b[0], b, rtol=0, atol=1e-6)
 
 
-def test_a_resumed_run_ends_with_the_same_bits(directory):
-    settings = MELoRA(rank=2, num_blocks=4, dropout=0.1)
-    uninterrupted, first = bench(directory, settings), bench(directory, settings)
-    losses = [uninterrupted.step() for _ in range(5)]
-    for _ in range(2):
-        first.step()
-    second = bench(directory, settings, saved=first.attached.state())
-    second.optimizer.load_state_dict(first.optimizer.state_dict())
-    second.method.load_state_dict(first.method.state_dict())
-    second.number = first.number
-    assert [second.step() for _ in range(3)] == losses[2:]
-    found = second.attached.state()
-    assert all(torch.equal(found[name], t) for name, t in uninterrupted.attached.state().items())
-
-
 @pytest.mark.parametrize(("d_in", "d_out"), [(57, 32), (56, 33)])
 def test_features_that_the_blocks_do_not_divide_are_an_error_with_the_layer(d_in, d_out):
     with pytest.raises(AdapterError) as caught:

@@ -1,5 +1,7 @@
 """RM-LoRA: the orthonormality penalty and the masks drawn in every step."""
 
+from functools import partial
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -10,7 +12,7 @@ from qlora_lite.foundation.seeds import generator
 from qlora_lite.methods.lora import LoRA, LoRAMethod
 from qlora_lite.methods.rm_lora import RMLoRA, RMLoRAMethod, distance_from_orthonormal, mask_all_but
 from tests.tiny import save_tiny
-from tests.workbench import Bench, one_layer, perturb
+from tests.workbench import Bench, assert_resumes_exactly, one_layer, perturb
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 """fp32 sums of up to 130 numbers below 1, in another order."""
@@ -318,17 +320,7 @@ def test_with_all_components_and_no_penalty_it_equals_lora_to_the_bit(directory,
 def test_a_resumed_run_ends_with_the_same_bits(directory, strict):
     settings = RMLoRA(rank=6, strict_mask=strict, dropout=0.1)
     how = {"dtype": torch.bfloat16, "weight_decay": 0.1}
-    uninterrupted, first = bench(directory, settings, **how), bench(directory, settings, **how)
-    losses = [uninterrupted.step() for _ in range(6)]
-    for _ in range(3):
-        first.step()
-    second = bench(directory, settings, **how, saved=first.attached.state())
-    second.optimizer.load_state_dict(first.optimizer.state_dict())
-    second.method.load_state_dict(first.method.state_dict())
-    second.number = first.number
-    assert [second.step() for _ in range(3)] == losses[3:]
-    found = second.attached.state()
-    assert all(torch.equal(found[name], t) for name, t in uninterrupted.attached.state().items())
+    assert_resumes_exactly(partial(bench, directory, settings, **how))
 
 
 def effective_rank_after_learning(method, settings, seed):
