@@ -1,6 +1,7 @@
 """What the config of a base determines."""
 
 import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.model.facts import facts_of, read_facts
@@ -49,3 +50,16 @@ def test_building_the_facts_does_not_change_the_config():
     before = config.to_dict()
     facts_of(config)
     assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture", "words"),
+    [
+        ("bert", "BertForMaskedLM", r"is an encoder \(BertForMaskedLM\)"),
+        ("whisper", "WhisperForConditionalGeneration", "is an encoder-decoder model"),
+    ],
+)
+def test_a_config_that_is_no_causal_language_model_is_refused(family, architecture, words):
+    config = CONFIG_MAPPING[family](architectures=[architecture])
+    with pytest.raises(BaseModelError, match=words):
+        facts_of(config)
