@@ -211,10 +211,6 @@ TABLE: dict[str, tuple[tuple[str, ...], Callable[[], object]]] = {
         ("qlora_lite/model/load.py",),
         lambda: _is_public("modeling_utils", "PreTrainedModel"),
     ),
-    "transformers.tokenization_utils_fast.PreTrainedTokenizerFast": (
-        ("qlora_lite/model/load.py",),
-        lambda: _is_public("tokenization_utils_fast", "PreTrainedTokenizerFast"),
-    ),
     "transformers.pytorch_utils.Conv1D": (
         ("qlora_lite/model/load.py", "qlora_lite/model/shape.py"),
         lambda: transformers.pytorch_utils.Conv1D(3, 2).weight.shape == (2, 3),

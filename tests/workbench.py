@@ -147,7 +147,7 @@ class Bench:
         save_adapter(
             folder,
             self.attached,
-            base=str(self.base.path),
+            base=str(self.base.files.directory),
             revision=None,
             sidecar={"adapter": self.method.settings.model_dump(mode="json")},
         )

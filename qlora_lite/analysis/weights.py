@@ -10,9 +10,9 @@ from torch import Tensor
 
 from qlora_lite.analysis.findings import Shape
 from qlora_lite.foundation.device import DeviceRule
+from qlora_lite.model.base_files import locate
 from qlora_lite.model.config import read_config
 from qlora_lite.model.frozen import Scratch
-from qlora_lite.model.load import locate
 from qlora_lite.model.prequantised import is_packed, read_packed
 from qlora_lite.model.settings import Base
 from qlora_lite.model.shape import ParameterShape, model_shape
@@ -36,7 +36,7 @@ class BaseWeights:
         config = read_config(model, trust_remote_code=trust_remote_code)
         shape = model_shape(config, trust_remote_code)
         self.model = model
-        self.checkpoint = Checkpoint.open(locate(base))
+        self.checkpoint = Checkpoint.open(locate(base).weights)
         self._rule = rule
         self._decoder = shape.blocks.partition(".")[0]
         matrices = [p for p in shape.parameters if len(p.shape) == 2]

@@ -126,7 +126,7 @@ def preview(
     from qlora_lite.cli.rows import show_preview
     from qlora_lite.data import preview as previewing
     from qlora_lite.data.load import load_data
-    from qlora_lite.model.load import load_tokenizer
+    from qlora_lite.model.tokenizer import load_tokenizer
     from qlora_lite.recipe_files import load_with_settings
 
     changed, notes = load_with_settings(recipe, settings or [])

@@ -15,7 +15,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -30,6 +29,7 @@ from qlora_lite.export.adapter_parts import mismatch, sort_by_module
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import AdapterError, ExportError
 from qlora_lite.methods.catalogue import method_for
+from qlora_lite.model.base_files import BaseFiles
 from qlora_lite.model.facts import BaseFacts
 from qlora_lite.model.frozen import FrozenLinear, Scratch
 from qlora_lite.model.prequantised import is_packed, read_packed, stored_quant
@@ -51,8 +51,7 @@ class MergeSource:
 
     base: Base
     facts: BaseFacts
-    path: Path
-    """The base's directory, as `locate` returns it."""
+    files: BaseFiles
     rule: DeviceRule
     """The dtypes of training, and the device on which to compute."""
     adapter: AdapterSettings
@@ -75,7 +74,7 @@ class MergeSource:
         if Requirement.ORIGINAL_WEIGHTS in method_for(self.adapter).requires:
             return f"adapter={self.adapter.kind} with its settings changed the base weights"
         if stored_quant(self.facts.config, self.base.quant) is not None:
-            return f"the checkpoint {self.path} is quantised and has no original weights"
+            return f"the checkpoint {self.files.weights} is quantised and has no original weights"
         return None
 
     def require(self, base: BaseOfMerge) -> None:
@@ -103,7 +102,7 @@ class TrainedLayers:
         source.require(base)
         self.source = source
         self.base = base
-        self.checkpoint = Checkpoint.open(source.path)
+        self.checkpoint = Checkpoint.open(source.files.weights)
         self.method = method_for(source.adapter)
         self.parts = sort_by_module(source.state, self.method, source.facts)
         self.parameters = {p.name: p for p in source.facts.shape.parameters}

@@ -12,30 +12,19 @@ import copy
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.foundation.files import is_directory
-from qlora_lite.foundation.json_files import shown
-from qlora_lite.model.config import (
-    brings_code,
-    hub_error,
-    reading_config,
-    require_generation_settings,
-    require_hub_id,
-    unreachable,
-)
+from qlora_lite.model.base_files import BaseFiles, locate
+from qlora_lite.model.config import reading_config, require_generation_settings
 from qlora_lite.model.facts import BaseFacts, read_facts
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear, Scratch, Source
 from qlora_lite.model.prequantised import (
@@ -68,89 +57,11 @@ class LoadedBase:
     model: PreTrainedModel
     config: PretrainedConfig
     """Of the unquantised model."""
-    path: Path
+    files: BaseFiles
     checkpoint: Checkpoint
     rule: DeviceRule
     quant: Quant
     """Quantisation of the linear layers; that of the checkpoint if it was already quantised."""
-
-
-def locate(base: Base) -> Path:
-    """The directory of the model. From the hub, downloads only config, tokenizer and safetensors.
-
-    Raises:
-        BaseModelError: if there is no such model, or it cannot be downloaded.
-    """
-    if is_directory(Path(base.model)):
-        return Path(base.model)
-    require_hub_id(base.model)
-    code = ["*.py"] if base.trust_remote_code else []
-    try:
-        directory = snapshot_download(
-            base.model,
-            revision=base.revision,
-            allow_patterns=["*.json", "model*.safetensors", "*.model", "*.jinja", "*.txt", *code],
-            ignore_patterns=["*/*"],
-        )
-    except OSError as error:
-        raise BaseModelError(unreachable(base.model, base.revision, error)) from error
-    return Path(directory)
-
-
-def load_tokenizer(base: Base) -> PreTrainedTokenizerFast:
-    """Load the model's tokenizer, without downloading weights.
-
-    Raises:
-        BaseModelError: if there is none, or only a slow one.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            base.model, revision=base.revision, trust_remote_code=base.trust_remote_code
-        )
-        _try_out(tokenizer)
-    except BaseException as error:
-        # foreign files end in any exception; a panic of the tokenizers library is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        if (problem := hub_error(error)) is not None:
-            raise BaseModelError(unreachable(base.model, base.revision, problem)) from error
-        if "trust_remote_code" in str(error):
-            raise BaseModelError(brings_code(base.model)) from error
-        raise BaseModelError(
-            f"base.model={base.model}: its tokenizer cannot be read "
-            f"({_first_line(error)}). A tokenizer.json next to config.json is needed"
-        ) from error
-    if not tokenizer.is_fast:
-        raise BaseModelError(
-            f"base.model={base.model}: it has a slow tokenizer without tokenizer.json, and a fast "
-            "one is needed. Convert it with transformers, or use another version of the model"
-        )
-    return tokenizer
-
-
-def _try_out(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Use what its files set, so that a wrong type shows here.
-
-    Raises:
-        TypeError: naming the field.
-    """
-    templates = tokenizer.chat_template
-    found = list(templates.values()) if isinstance(templates, dict) else [templates]
-    if not all(text is None or isinstance(text, str) for text in found):
-        raise TypeError(f"its chat_template is {shown(templates)}, and text is needed")
-    ids = tokenizer("a b").input_ids
-    tokenizer.decode(ids)
-    special = tokenizer.special_tokens_map.values()
-    if not all(isinstance(token, str | list) for token in special):
-        raise TypeError("a special token is not a string")
-    if templates is not None:
-        tokenizer.get_chat_template()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    is_plain = isinstance(error, OSError | ValueError | TypeError)
-    return lines[0] if is_plain else f"{type(error).__name__}: {lines[0]}"
 
 
 def load_base(
@@ -158,6 +69,7 @@ def load_base(
     rule: DeviceRule,
     *,
     facts: BaseFacts | None = None,
+    files: BaseFiles | None = None,
     split: SplitOf | None = None,
     progress: Progress | None = None,
 ) -> LoadedBase:
@@ -165,6 +77,7 @@ def load_base(
 
     Args:
         facts: of this base; read here unless given.
+        files: of this base; located here unless given.
         split: for methods that start from the quantisation error: what to quantise instead of a
             layer's weight. It gets each weight as one fp32 tensor.
 
@@ -172,18 +85,18 @@ def load_base(
         BaseModelError: if the model cannot be found, read, or loaded with these settings.
     """
     facts = facts or read_facts(base)
-    path = locate(base)
+    files = files or locate(base)
     stored = stored_quant(facts.config, base.quant)
-    checkpoint = Checkpoint.open(path)
-    require_generation_settings(path)
+    checkpoint = Checkpoint.open(files.weights)
+    require_generation_settings(files.directory)
     require_readable_dtypes(checkpoint)
     model = build_empty(facts.config, base)
     _Loading(model, checkpoint, facts, base, rule, split, stored is not None).run(progress)
-    if (path / "generation_config.json").exists():
+    if (files.directory / "generation_config.json").exists():
         with reading_config(base.model):
-            model.generation_config = GenerationConfig.from_pretrained(path)
+            model.generation_config = GenerationConfig.from_pretrained(files.directory)
     checkpoint.close()
-    return LoadedBase(model, model.config, path, checkpoint, rule, stored or base.quant)
+    return LoadedBase(model, model.config, files, checkpoint, rule, stored or base.quant)
 
 
 def build_empty(config: PretrainedConfig, base: Base) -> PreTrainedModel:

@@ -21,7 +21,7 @@ from qlora_lite.foundation.files import make_folder, read_object, write_json
 from qlora_lite.foundation.json_files import check_as
 from qlora_lite.foundation.overrides import validate
 from qlora_lite.foundation.sealed import read_sealed, require_files
-from qlora_lite.model.load import locate
+from qlora_lite.model.base_files import BaseFiles, locate
 from qlora_lite.model.settings import Base
 from qlora_lite.recipe import CHANGEABLE_SETTINGS, Recipe, differences
 from qlora_lite.recipe_files import load_recipe
@@ -147,8 +147,8 @@ class RunFolder:
             )
         return recipe
 
-    def require_base(self, base: Base, *, every_byte: bool = False) -> Path:
-        """The directory of the base that this run was trained on.
+    def require_base(self, base: Base, *, every_byte: bool = False) -> BaseFiles:
+        """The files of the base that this run was trained on.
 
         Args:
             every_byte: compare the hash of all bytes, not only of samples.
@@ -156,8 +156,8 @@ class RunFolder:
         Raises:
             RunError: if its files changed since then.
         """
-        path, recorded = locate(base), self.read_sidecar()["base"]
-        checkpoint = Checkpoint.open(path)
+        files, recorded = locate(base), self.read_sidecar()["base"]
+        checkpoint = Checkpoint.open(files.weights)
         is_same = checkpoint.fingerprint == recorded["fingerprint"]
         if is_same and every_byte and recorded.get("sha256"):
             is_same = checkpoint.full_hash == recorded["sha256"]
@@ -166,7 +166,7 @@ class RunFolder:
                 f"the base {base.model} is not the one that {self.path} was trained on: its files "
                 "changed. Restore them: an adapter only works with the base that it was trained on"
             )
-        return path
+        return files
 
     def is_finished(self, recipe: Recipe) -> bool:
         """Whether the adapter exists and was trained to the end with this recipe."""

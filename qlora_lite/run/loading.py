@@ -15,13 +15,15 @@ from qlora_lite.adapters.split_state import SplitState
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.foundation.watcher import Watcher
+from qlora_lite.model.base_files import BaseFiles
 from qlora_lite.model.causal import CausalModel
 from qlora_lite.model.facts import BaseFacts, read_facts
-from qlora_lite.model.load import LoadedBase, load_base, load_tokenizer
+from qlora_lite.model.load import LoadedBase, load_base
 from qlora_lite.model.prequantised import own_quant
 from qlora_lite.model.probes import probe
 from qlora_lite.model.quant import BF16, FP32, Quant
 from qlora_lite.model.settings import Base
+from qlora_lite.model.tokenizer import load_tokenizer
 from qlora_lite.recipe import Recipe
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.setup import RunSetup, set_up
@@ -71,31 +73,38 @@ def load_run(
     recipe = folder.trained_recipe(trust_remote_code=trust_remote_code)
     for note in folder.unfinished_extension():
         watcher.note(note)
-    folder.require_base(recipe.base)
+    files = folder.require_base(recipe.base)
     saved = read_native(folder.adapter)
     rule = devices.choose(device or recipe.device, recipe.base.compute)
-    loaded = load_adapted(set_up(recipe, rule, facts=facts), watcher, saved)
+    loaded = load_adapted(
+        set_up(recipe, rule, facts=facts), load_tokenizer(recipe.base), watcher, saved, files
+    )
     assert loaded.attached is not None
     loaded.attached.load_state(saved)
     return loaded
 
 
 def load_adapted(
-    setup: RunSetup, watcher: Watcher, saved: Mapping[str, Tensor] | None = None
+    setup: RunSetup,
+    tokenizer: PreTrainedTokenizerBase,
+    watcher: Watcher,
+    saved: Mapping[str, Tensor] | None = None,
+    files: BaseFiles | None = None,
 ) -> LoadedModel:
     """Load a recipe's base and attach its adapter, untrained.
 
     Args:
         saved: the adapter's state that the caller will load. The results of `Method.split` are
             taken from it, so that the base is quantised as it was in training.
+        files: of the base; located here unless given.
     """
     recipe = setup.recipe
     split_state = SplitState(setup.method, setup.adapter, recipe.seed, saved)
-    tokenizer = load_tokenizer(recipe.base)
     base = load_base(
         recipe.base,
         setup.rule,
         facts=setup.facts,
+        files=files,
         split=split_state.split,
         progress=watcher.loading,
     )

@@ -38,7 +38,7 @@ from qlora_lite.foundation.sealed import digest_of
 from qlora_lite.foundation.units import parse_bytes
 from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.model.facts import read_facts
-from qlora_lite.model.load import load_tokenizer
+from qlora_lite.model.tokenizer import load_tokenizer
 from qlora_lite.recipe import Recipe
 from qlora_lite.report import page as reports
 from qlora_lite.report.contents import MergeRow, Report
@@ -164,12 +164,12 @@ def merge_source(
         RunError: if the run is not finished, or its base changed.
     """
     sidecar = folder.read_sidecar()
-    path = folder.require_base(recipe.base, every_byte=every_byte)
+    files = folder.require_base(recipe.base, every_byte=every_byte)
     recorded = sidecar["base"]
     return MergeSource(
         base=recipe.base,
         facts=read_facts(recipe.base),
-        path=path,
+        files=files,
         rule=dataclasses.replace(
             rule,
             compute=devices.DTYPES[recorded["compute"]],
@@ -212,7 +212,7 @@ def _write_model(
     hashes = write(weights, directory, max_shard_bytes, watcher.writing)
     write_companions(
         directory,
-        weights.layers.source.path,
+        weights.layers.source.files.directory,
         tokenizer,
         dtype=weights.dtype,
         is_tied=False if weights.untied else None,
@@ -254,7 +254,7 @@ def _card(check: MergeCheck, out: Path, report: Report, command: str) -> Card:
     model = check.source.base.model
     licence: dict[str, Any] = {}
     try:
-        licence = licence_of(check.source.path)
+        licence = licence_of(check.source.files.directory)
     except ValueError as error:
         check.note(f"the card has no licence, because that of the base is unknown: {error}")
     is_local = Path(model).is_dir()

@@ -32,8 +32,8 @@ from qlora_lite.foundation.errors import BaseModelError, QloraLiteError, RecipeE
 from qlora_lite.foundation.files import DiskFull
 from qlora_lite.model.config import require_generation_settings
 from qlora_lite.model.facts import facts_of, read_facts
-from qlora_lite.model.load import load_tokenizer
 from qlora_lite.model.settings import Base
+from qlora_lite.model.tokenizer import load_tokenizer
 from qlora_lite.recipe_files import load_recipe
 from qlora_lite.report import page
 from qlora_lite.run.folder import RunFolder

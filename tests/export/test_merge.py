@@ -41,7 +41,7 @@ def write_directory(trained: Trained, out: Path, base="trained", dtype=None, **s
     is_tied = False if weights.untied else None
     write_companions(
         out,
-        trained.source.path,
+        trained.source.files.directory,
         tiny_tokenizer(),
         dtype=weights.dtype,
         is_tied=is_tied,

@@ -14,6 +14,7 @@ from qlora_lite.export.merge import MergedWeights, write
 from qlora_lite.export.trained_layers import MergeSource, TrainedLayers
 from qlora_lite.foundation.device import choose
 from qlora_lite.methods.lora import LoRA
+from qlora_lite.model.base_files import BaseFiles
 from qlora_lite.model.facts import read_facts
 from qlora_lite.model.settings import Base
 from qlora_lite.model.shape import model_shape
@@ -57,7 +58,7 @@ def save_random(directory: Path, config: LlamaConfig) -> MergeSource:
 def merge_source(directory: Path, state: dict[str, torch.Tensor]) -> MergeSource:
     base = Base(model=str(directory))
     facts = read_facts(base)
-    return MergeSource(base, facts, directory, choose("cpu"), LoRA(rank=8), state, 0)
+    return MergeSource(base, facts, BaseFiles.of(directory), choose("cpu"), LoRA(rank=8), state, 0)
 
 
 def anonymous_bytes() -> int:

@@ -16,6 +16,7 @@ from qlora_lite.export.trained_layers import MergeSource
 from qlora_lite.foundation.device import choose
 from qlora_lite.methods.catalogue import method_for
 from qlora_lite.methods.lora import LoRA
+from qlora_lite.model.base_files import BaseFiles
 from qlora_lite.model.causal import CausalModel
 from qlora_lite.model.facts import read_facts
 from qlora_lite.model.load import load_base
@@ -60,7 +61,7 @@ def train_a_little(
         parameter.data += (noise * draws).to(parameter.dtype)
     state = {name: p.detach().clone() for name, p in attached.parameters().items()}
     loaded.model.eval()
-    source = MergeSource(base, facts, directory, rule, adapter, state, SEED)
+    source = MergeSource(base, facts, BaseFiles.of(directory), rule, adapter, state, SEED)
     return Trained(CausalModel(loaded.model), attached, source)
 
 

@@ -13,6 +13,7 @@ from qlora_lite.export.trained_layers import MergeSource
 from qlora_lite.inspection.deltas import BaseId, RunDeltas
 from qlora_lite.methods.catalogue import METHODS
 from qlora_lite.methods.lora import LoRA, LoRALayer, LoRAMethod
+from qlora_lite.model.base_files import BaseFiles
 from qlora_lite.model.facts import read_facts
 from qlora_lite.model.quant import NF4
 from qlora_lite.model.settings import Base
@@ -37,7 +38,9 @@ def rebuilt(bench, directory):
     base = Base(model=str(directory), quant=NF4())
     state = {name: tensor.clone() for name, tensor in bench.attached.state().items()}
     settings = bench.method.settings
-    source = MergeSource(base, read_facts(base), directory, CPU, settings, state, bench.seed)
+    source = MergeSource(
+        base, read_facts(base), BaseFiles.of(directory), CPU, settings, state, bench.seed
+    )
     return RunDeltas(str(directory), source, [])
 
 

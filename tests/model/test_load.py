@@ -15,10 +15,12 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_lite.foundation.device import choose
 from qlora_lite.foundation.errors import BaseModelError
+from qlora_lite.model.base_files import locate
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear
-from qlora_lite.model.load import load_base, load_tokenizer, locate
+from qlora_lite.model.load import load_base
 from qlora_lite.model.quant import BF16, FP4, FP32, NF4, Int8
 from qlora_lite.model.settings import Base
+from qlora_lite.model.tokenizer import load_tokenizer
 from tests.tiny import FAMILIES, VOCABULARY, save_tiny
 
 CPU = choose("cpu")

@@ -12,6 +12,7 @@ from qlora_lite.export.trained_layers import MergeSource, TrainedLayers
 from qlora_lite.foundation.device import choose
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.methods.lora import LoRA
+from qlora_lite.model.base_files import BaseFiles
 from qlora_lite.model.facts import read_facts
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.load import load_base
@@ -129,7 +130,7 @@ def test_a_merge_leaves_them_as_stored(partly_quantised):
         for i in range(2)
         for name, shape in (("a", (2, 64)), ("b", (64, 2)))
     }
-    source = MergeSource(base, facts, partly_quantised, CPU, adapter, state, 0)
+    source = MergeSource(base, facts, BaseFiles.of(partly_quantised), CPU, adapter, state, 0)
     weights = MergedWeights(TrainedLayers(source, "trained"))
     stored = load_file(partly_quantised / "model.safetensors")
     for path in SKIPPED:

@@ -15,6 +15,7 @@ from qlora_lite.export.merge import MergedWeights
 from qlora_lite.export.trained_layers import MergeSource, TrainedLayers
 from qlora_lite.export.verify import candidate
 from qlora_lite.methods.loftq import LoftQ
+from qlora_lite.model.base_files import BaseFiles
 from qlora_lite.model.facts import read_facts
 from qlora_lite.model.load import load_base
 from qlora_lite.model.settings import Base
@@ -141,7 +142,7 @@ def test_merged_weights_give_the_same_logits(directory, name, quant):
     source = MergeSource(
         base,
         read_facts(base),
-        directory,
+        BaseFiles.of(directory),
         CPU,
         it.method.settings,
         {key: tensor.clone() for key, tensor in it.attached.state().items()},

@@ -5,7 +5,7 @@ import pytest
 from qlora_lite.data.load import load_data
 from qlora_lite.foundation import device
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.model.load import load_tokenizer
+from qlora_lite.model.tokenizer import load_tokenizer
 from qlora_lite.run.job import held_out_batches, require_known_tokens, training_batches
 from qlora_lite.run.setup import set_up
 from qlora_lite.run.training import run_recipe

@@ -12,8 +12,8 @@ from qlora_lite.export.directory import write_companions
 from qlora_lite.foundation.errors import BaseModelError, DataError, ExportError, RecipeError
 from qlora_lite.inspection.inspect import inspect
 from qlora_lite.model.config import read_config
-from qlora_lite.model.load import load_tokenizer
 from qlora_lite.model.settings import Base
+from qlora_lite.model.tokenizer import load_tokenizer
 from qlora_lite.recipe_files import load_recipe, load_with_settings
 from qlora_lite.run.chat import load
 from qlora_lite.run.extracting import extract

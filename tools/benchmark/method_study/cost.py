@@ -14,7 +14,7 @@ from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.seeds import generator
 from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.model.checkpointing import enable_checkpointing
-from qlora_lite.model.load import load_tokenizer
+from qlora_lite.model.tokenizer import load_tokenizer
 from qlora_lite.recipe import Recipe
 from qlora_lite.run.job import training_batches
 from qlora_lite.run.loading import load_adapted
@@ -33,7 +33,7 @@ class Stepper:
     def __init__(self, recipe: Recipe, data: PreparedData) -> None:
         optim = recipe.optim
         rule = devices.choose(recipe.device, recipe.base.compute)
-        loaded = load_adapted(set_up(recipe, rule), Watcher())
+        loaded = load_adapted(set_up(recipe, rule), load_tokenizer(recipe.base), Watcher())
         assert loaded.attached is not None
         self.recipe, self.attached, self.model = recipe, loaded.attached, loaded.causal
         if optim.checkpointing:

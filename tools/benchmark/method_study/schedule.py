@@ -15,8 +15,8 @@ from method_study.training import train
 from qlora_lite.data.load import load_data
 from qlora_lite.demo import BASE
 from qlora_lite.evaluation.perplexity import score
-from qlora_lite.model.load import load_tokenizer
 from qlora_lite.model.quant import FP32
+from qlora_lite.model.tokenizer import load_tokenizer
 from qlora_lite.run.job import held_out_batches
 from qlora_lite.run.loading import load_model
 
