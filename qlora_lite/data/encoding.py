@@ -1,7 +1,8 @@
 """Token ids and loss masks of rendered conversations and of plain text.
 
-Text is tokenised without the special tokens that a tokenizer adds by itself: the chat template has
-written its own, so there is never a second BOS.
+Text is tokenised without the special tokens that a tokenizer adds by itself. A conversation has
+those that its chat template writes: no BOS, one, or one per turn (SmolLM2), as
+`apply_chat_template` returns them. Plain text gets one BOS if the tokenizer adds one, and one EOS.
 """
 
 from collections.abc import Sequence

@@ -77,7 +77,7 @@ class ChatTemplate:
             raise DataError("the tokenizer has no eos token; set eos_token in its configuration")
         self.tokenizer = tokenizer
         self._special_tokens = dict(tokenizer.special_tokens_map)
-        self.adds_bos = tokenizer.bos_token_id in tokenizer("a").input_ids[:1]
+        self.adds_bos = _adds_bos(tokenizer)
         self.is_plain = tokenizer.chat_template is None
         self.source = self._plain() if self.is_plain else tokenizer.get_chat_template()
         _require_no_powers(self.source)
@@ -217,6 +217,15 @@ class ChatTemplate:
                     "with {% generation %}",
                 )
         return spans
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts BOS in front of a text.
+
+    The ids alone do not say: without an entry for a word, some tokenizers return BOS for it.
+    """
+    word = tokenizer("a", add_special_tokens=False).input_ids
+    return tokenizer("a").input_ids[: len(word) + 1] == [tokenizer.bos_token_id, *word]
 
 
 def _require_no_powers(source: str) -> None:

@@ -260,14 +260,6 @@ def test_a_date_in_the_template_is_the_same_every_day():
     assert ChatTemplate(styled(dated)).render(talk("a", "b")).text.startswith("26 Jul 2024\n<|im")
 
 
-def test_a_row_has_at_most_one_bos():
-    for style, count in ((HEADERS, 1), (BRACKETS, 1), (CHATML, 0), (PLAIN, 1)):
-        tokenizer = styled(style)
-        template = ChatTemplate(tokenizer)
-        (encoded,) = encode(template, [template.render(talk("One?", "Two.", "Three?", "Four."))])
-        assert encoded.ids.count(tokenizer.bos_token_id) == count
-
-
 def test_without_a_chat_template_a_row_is_prompt_completion_and_eos():
     tokenizer = styled(PLAIN)
     template = ChatTemplate(tokenizer)

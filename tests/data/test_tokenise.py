@@ -111,27 +111,6 @@ def test_a_row_without_a_trained_token_is_refused_with_its_tokens(jsonl):
     assert not any(piece.is_trained for piece in e.value.pieces)
 
 
-@pytest.mark.parametrize("adds_bos", [True, False])
-def test_bos_is_written_as_often_as_the_template_writes_it(jsonl, adds_bos):
-    """SmolLM2's BOS starts every turn. Nothing is added, even if the tokenizer adds one to text."""
-    tokenizer = tiny_tokenizer()
-    if not adds_bos:
-        tokenizer.backend_tokenizer.post_processor = None
-    tokenizer.chat_template = (
-        "{% for message in messages %}{{ bos_token }}{{ message['role'] }}\n"
-        "{{ message['content'] }}<|end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}{{ bos_token }}assistant\n{% endif %}"
-    )
-    messages = [
-        {"role": "user", "content": SHORT},
-        {"role": "assistant", "content": "Paris."},
-    ]
-    (example,) = read(jsonl([{"messages": messages}]), tokenizer).examples
-    expected = tokenizer.apply_chat_template(messages, return_dict=False)
-    assert example.ids.tolist() == expected[:-1]  # nothing follows the last end of turn
-    assert expected.count(tokenizer.bos_token_id) == 2
-
-
 def test_the_end_of_turn_is_trained_even_if_padding_is_eos(jsonl):
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
