@@ -9,6 +9,7 @@ from qlora_lite.export.trained_layers import CHUNK_WEIGHTS, TrainedLayers, chunk
 from qlora_lite.foundation.errors import AdapterError, ExportError
 from qlora_lite.methods.loftq import LoftQ
 from qlora_lite.methods.lora import LoRA
+from qlora_lite.model.base_files import BaseFiles
 from qlora_lite.model.facts import read_facts
 from qlora_lite.model.quant import NF4, Int8
 from qlora_lite.model.settings import Base
@@ -66,7 +67,7 @@ def test_an_adapter_of_a_larger_base_is_refused(tmp_path):
     other = save_tiny(tmp_path / "other", hidden_size=32)
     facts = read_facts(Base(model=str(other)))
     with pytest.raises(AdapterError, match="another base model"):
-        TrainedLayers(replace(trained.source, path=other, facts=facts), "trained")
+        TrainedLayers(replace(trained.source, files=BaseFiles.of(other), facts=facts), "trained")
 
 
 def test_an_adapter_of_a_changed_base_fits_only_that_base(tmp_path):
