@@ -10,7 +10,6 @@ they can run code.
 """
 
 import functools
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.foundation.files import file_hash, read_object
+from qlora_lite.foundation.files import read_object
+from qlora_lite.shards.fingerprint import hash_of_all, sampled_hash
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -39,8 +39,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-_SAMPLE_BYTES, _NUM_SAMPLES = 4096, 64
 
 
 @dataclass(frozen=True)
@@ -119,25 +117,16 @@ class Checkpoint:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of names, sizes, headers and 64 evenly spaced samples: quick for any size."""
-        digest = hashlib.sha256()
+        headers = []
         for file in self.files:
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}\n".encode())
             with open(file, "rb") as handle:
-                header_bytes = int.from_bytes(handle.read(8), "little")
-                digest.update(handle.read(header_bytes))
-                for i in range(_NUM_SAMPLES):
-                    handle.seek(8 + header_bytes + (size - 8 - header_bytes) * i // _NUM_SAMPLES)
-                    digest.update(handle.read(_SAMPLE_BYTES))
-        return digest.hexdigest()
+                headers.append((file, 8, 8 + int.from_bytes(handle.read(8), "little")))
+        return sampled_hash(headers)
 
     @functools.cached_property
     def full_hash(self) -> str:
         """SHA-256 of names and all bytes: about a second per GB."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            digest.update(f"{file.name} {file_hash(file)}\n".encode())
-        return digest.hexdigest()
+        return hash_of_all(self.files)
 
     def _require_index_matches(self) -> None:
         """Check that each file has the tensors that the index expects there.
