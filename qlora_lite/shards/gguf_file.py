@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.shards.gguf_types import SUPPORTED, block_size, kind_of
 
@@ -35,8 +33,9 @@ _SCALARS = {
 _STRING, _ARRAY = 8, 9
 
 _MAX_HEADER_BYTES = 2**28
+_MAX_STRING_BYTES = 2**24
 _MAX_ENTRIES = 2**16
-"""Limits of the header's size, and of its keys and tensors: so that damaged counts end early."""
+"""Limits of the header, a string, and the keys and tensors: damaged numbers cost no memory."""
 
 _MAX_DIMENSIONS = 4
 _ENDS_EARLY = "it ends inside its header, or a length in its header is wrong"
@@ -131,9 +130,9 @@ def read_array(path: Path, key: str, array: StoredArray) -> list[Any]:
             if array.type == _STRING:
                 cursor = _Cursor(data, array.offset)
                 return [cursor.string() for _ in range(array.length)]
-            dtype = np.dtype(_SCALARS[array.type])
-            return np.frombuffer(data, dtype, array.length, array.offset).tolist()
-        except (_Damage, ValueError) as error:
+            layout = f"<{array.length}{_SCALARS[array.type][1]}"
+            return list(struct.unpack_from(layout, data, array.offset))
+        except (_Damage, struct.error) as error:
             raise BaseModelError(
                 f"{path} is damaged: {key} cannot be read ({error}). Download it again"
             ) from None
@@ -164,6 +163,8 @@ class _Cursor:
 
     def string(self) -> str:
         length = self.number("<Q")
+        if length > _MAX_STRING_BYTES:
+            raise _Damage(_ENDS_EARLY)
         start = self.skip(length)
         try:
             return self._data[start : start + length].decode()
