@@ -201,6 +201,8 @@ TABLE: dict[str, tuple[tuple[str, ...], Callable[[], object]]] = {
         (
             "qlora_lite/model/config.py",
             "qlora_lite/model/facts.py",
+            "qlora_lite/model/gguf_config.py",
+            "qlora_lite/model/gguf_names.py",
             "qlora_lite/model/load.py",
             "qlora_lite/model/shape.py",
             "qlora_lite/run/loading.py",
@@ -210,6 +212,14 @@ TABLE: dict[str, tuple[tuple[str, ...], Callable[[], object]]] = {
     "transformers.modeling_utils.PreTrainedModel": (
         ("qlora_lite/model/load.py",),
         lambda: _is_public("modeling_utils", "PreTrainedModel"),
+    ),
+    "transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS": (
+        ("qlora_lite/model/gguf_rope.py",),
+        lambda: _takes(
+            transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"],
+            transformers.LlamaConfig(),
+            torch.device("cpu"),
+        ),
     ),
     "transformers.pytorch_utils.Conv1D": (
         ("qlora_lite/model/load.py", "qlora_lite/model/shape.py"),
