@@ -61,12 +61,15 @@ def tensor_sources(
 def _spellings(
     header: GgufHeader, config: PretrainedConfig, parameters: Mapping[str, tuple[int, ...]]
 ) -> dict[str, str]:
-    """The name in the file of each parameter. Files made from a bare decoder lack the
-    prefix of its names (Bloom)."""
+    """The name in the file of each parameter. Files made from a bare decoder lack the prefix of its
+    names (Bloom); the table has no head for families that always tie it (Gemma)."""
     architecture = {name: key for key, name in MODEL_ARCH_NAMES.items()}[header.architecture]
     table = get_tensor_name_map(architecture, config.num_hidden_layers)
     spellings = {}
     for name in parameters:
+        if name == "lm_head.weight":
+            spellings[name] = HEAD
+            continue
         stem, _, ending = name.rpartition(".")
         found = table.get_name(stem) or table.get_name(stem.partition(".")[2])
         assert found is not None, f"{header.architecture} has no name for {name}"

@@ -3,13 +3,11 @@
 import gguf
 import pytest
 import torch
-from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.model.gguf_config import config_from_gguf
 from qlora_lite.shards.gguf_header import read_header
-from tests.model.gguf_files import GEMMA, SMOLLM2, real_file
 from tests.workbench_gguf import ALL_CASES, llama3_factors, tiny_gguf_model, write_gguf
 
 NOT_IN_THE_FILE = {
@@ -25,8 +23,8 @@ DIFFERS = {
     "mistral": {"model_type", "sliding_window", "pretraining_tp", "attention_bias", "mlp_bias"},
     # the file has the width after the adjustment
     "lfm2": {"intermediate_size", "block_auto_adjust_ff_dim", "full_attn_idxs"},
-    # both mean 1
-    "falcon_11b": set(),
+    # one key for all heads is `multi_query`, whatever the number says
+    "falcon": {"num_kv_heads"},
 }
 
 FURTHER_FIELDS = {"partial_rotary_factor"}
@@ -333,14 +331,3 @@ def test_the_factors_of_the_test_follow_from_the_settings():
     factors = llama3_factors(rope | {"original_max_position_embeddings": 100}, 4)
     smooth = (100 / (20 * torch.pi) - 1) / 3
     assert factors.tolist() == pytest.approx([1.0, 1 / ((1 - smooth) / 4 + smooth)])
-
-
-@pytest.mark.parametrize("model", [SMOLLM2, pytest.param(GEMMA, marks=pytest.mark.slow)])
-def test_the_config_of_a_real_file_is_that_of_transformers(model):
-    path = real_file(model)
-    found = config_from_gguf(read_header(path)).to_dict()
-    theirs = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
-    ignored = {"_name_or_path", "architectures", "rms_norm_eps", "_sliding_window_pattern"}
-    expected = {k: v for k, v in theirs.items() if k not in ignored | {"unk_token_id"}}
-    assert {k: v for k, v in found.items() if k not in ignored} == expected
-    assert found["rms_norm_eps"] == pytest.approx(theirs["rms_norm_eps"], rel=1e-7)

@@ -1,13 +1,16 @@
 """Every parameter of a model comes from one tensor of its GGUF file, with its values."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.modeling_gguf_pytorch_utils import (
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+    load_gguf_checkpoint,
+)
 
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.model.gguf_config import config_from_gguf
@@ -47,10 +50,6 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return {name: checkpoint.read(name) for name in checkpoint.names}
 
 
-def _by_transformers(path: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
-
-
 @pytest.mark.parametrize("case", ALL_CASES)
 def test_tensors_and_logits_are_those_of_the_model_in_the_file(case, tmp_path):
     model = tiny_gguf_model(case)
@@ -66,7 +65,7 @@ def test_tensors_and_logits_are_those_of_the_model_in_the_file(case, tmp_path):
     with torch.no_grad():
         assert torch.equal(rebuilt(ids).logits, model(ids).logits)
     if case not in UNKNOWN_TO_TRANSFORMERS:
-        theirs = _by_transformers(path).state_dict()
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name).state_dict()
         for name, tensor in tensors.items():
             assert torch.equal(tensor, theirs[name]), name
 
@@ -136,9 +135,16 @@ def test_a_head_without_a_tensor_is_the_embedding(tmp_path):
 
 
 @pytest.mark.parametrize("model", [SMOLLM2, pytest.param(GEMMA, marks=pytest.mark.slow)])
-def test_every_tensor_of_a_real_file_is_that_of_transformers(model):
+def test_config_and_tensors_of_a_real_file_are_those_of_transformers(model):
     path = real_file(model)
-    tensors, theirs = _tensors(path), _by_transformers(path).state_dict()
-    assert tensors.keys() | {"lm_head.weight"} == theirs.keys()
+    config, _ = _sources(path)
+    theirs = load_gguf_checkpoint(path, return_tensors=True, model_to_load=build_on_meta(config))
+    tensors, expected = _tensors(path), theirs["tensors"]
+    assert tensors.keys() == expected.keys()
     for name, tensor in tensors.items():
-        assert torch.equal(tensor, theirs[name]), name
+        assert torch.equal(tensor, expected[name]), name
+    found, expected = config.to_dict(), AutoConfig.for_model(**theirs["config"]).to_dict()
+    epsilon = found.pop("rms_norm_eps")  # theirs is not rounded to the shortest decimal
+    assert epsilon == pytest.approx(expected["rms_norm_eps"], rel=1e-7)
+    for field in found.keys() - {"_name_or_path", "architectures", "_sliding_window_pattern"}:
+        assert found[field] == expected[field], field
