@@ -78,6 +78,7 @@ CASES: dict[str, dict[str, Any]] = {
     "cohere2": {"sliding_window": 8, "eos_token_id": 3},
     "lfm2": {"full_attn_idxs": [1, 3]},
     "falcon": {},
+    "falcon_untied": {"tie_word_embeddings": False},
     "falcon_11b": {
         "new_decoder_architecture": True,
         "num_kv_heads": 2,
@@ -90,6 +91,12 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "bloom": {},
     "gpt2": {"max_position_embeddings": 1024, "bos_token_id": None, "eos_token_id": 2},
+    "gpt2_untied": {
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+    },
 }
 """Models of every family, in the kinds that a file can have."""
 
@@ -276,7 +283,7 @@ def _stablelm(writer: GGUFWriter, config: Any) -> None:
     writer.add_rope_dimension_count(int(share * _head_size(config)))
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_parallel_residual(config.use_parallel_residual)
+    writer.add_parallel_residual(True)  # the configs of StableLM 3B do not have it
     writer.add_layer_norm_eps(config.layer_norm_eps)
     writer.add_file_type(0)
 

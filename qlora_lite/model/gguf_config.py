@@ -46,13 +46,16 @@ def _sizes(family: Family, keys: ArchitectureKeys) -> Fields:
     tensors = keys.header.tensors
     blocks = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
     keys.require("block_count", len(blocks))
-    rows, hidden = tensors["token_embd.weight"].shape
+    shape = tensors["token_embd.weight"].shape
+    heads = keys.integer("attention.head_count")
+    if len(shape) != 2 or shape[1] < heads:
+        raise keys.wrong("attention.head_count", heads, f"an embedding wider than {list(shape)}")
+    rows, hidden = shape
     keys.require("embedding_length", hidden)
     keys.require("vocab_size", rows)
     keys.require("attention.causal", True)
     keys.require("expert_count", 0)
     keys.require("expert_used_count", 0)
-    heads = keys.integer("attention.head_count")
     fields: Fields = {
         "num_hidden_layers": len(blocks),
         "hidden_size": hidden,
@@ -82,7 +85,7 @@ def _sizes(family: Family, keys: ArchitectureKeys) -> Fields:
 def _epsilon(keys: ArchitectureKeys) -> float:
     """Under either of two names, or under both with one value."""
     names = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
-    found = [keys.number(name) for name in names if name in keys]
+    found = [keys.positive(name) for name in names if name in keys]
     if not found or len(set(found)) > 1:
         raise keys.wrong(names[0], found or None, "one value, the epsilon of the norms,")
     return found[0]
@@ -145,7 +148,7 @@ def _positions(family: Family, keys: ArchitectureKeys, fields: Fields) -> Fields
         raise keys.wrong("rope.dimension_count", rotated, "an even number")
     parameters = rope_parameters(keys, rotated, context)
     if family.rope == "per layer type":
-        local = float(keys.number("rope.freq_base_swa", 10_000.0))
+        local = float(keys.positive("rope.freq_base_swa", 10_000.0))
         return {
             "rope_parameters": {
                 "full_attention": parameters,
@@ -178,11 +181,12 @@ def _gemma3(keys: ArchitectureKeys, fields: Fields) -> Fields:
     if "attention.sliding_window" not in keys:
         return further | {"layer_types": ["full_attention"] * num_layers}
     further["sliding_window"] = keys.integer("attention.sliding_window")
-    if "attention.sliding_window_pattern" not in keys:
-        return further
-    pattern = keys.per_layer("attention.sliding_window_pattern", num_layers)
-    if type(pattern[0]) is int:
-        pattern = [bool((i + 1) % pattern[0]) for i in range(num_layers)]
+    name = "attention.sliding_window_pattern"
+    if keys.is_array(name):
+        pattern = keys.per_layer(name, num_layers)
+    else:
+        period = keys.integer(name, 6)
+        pattern = [(i + 1) % period != 0 for i in range(num_layers)]
     types = ["sliding_attention" if slides else "full_attention" for slides in pattern]
     return further | {"layer_types": types}
 
@@ -191,6 +195,12 @@ def _query_scale(fields: Fields, wide_at_layers: int) -> int:
     if fields["num_hidden_layers"] == wide_at_layers:
         return fields["hidden_size"] // fields["num_attention_heads"]
     return fields["head_dim"]
+
+
+def _llama(keys: ArchitectureKeys, fields: Fields) -> Fields:
+    """Files from Meta's own weights have the same order of rows as those from transformers'."""
+    keys.require("tensor_data_layout", "Meta AI original pth")
+    return {}
 
 
 def _granite(keys: ArchitectureKeys, fields: Fields) -> Fields:
@@ -215,10 +225,10 @@ def _phi3(keys: ArchitectureKeys, fields: Fields) -> Fields:
 
 
 def _stablelm(keys: ArchitectureKeys, fields: Fields) -> Fields:
-    """Attention and MLP in parallel share a norm."""
-    parallel = "blk.0.ffn_norm.weight" not in keys.header.tensors
-    keys.require("use_parallel_residual", parallel)
-    return {"use_parallel_residual": parallel}
+    """Attention and MLP in parallel share a norm. The key is true in all files, and llama.cpp does
+    not use it either."""
+    keys.flag("use_parallel_residual", True)
+    return {"use_parallel_residual": "blk.0.ffn_norm.weight" not in keys.header.tensors}
 
 
 def _falcon(keys: ArchitectureKeys, fields: Fields) -> Fields:
@@ -254,6 +264,7 @@ def _lfm2(keys: ArchitectureKeys, fields: Fields) -> Fields:
 _FURTHER: dict[str, Callable[[ArchitectureKeys, Fields], Fields]] = {
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
+    "llama": _llama,
     "granite": _granite,
     "phi3": _phi3,
     "stablelm": _stablelm,

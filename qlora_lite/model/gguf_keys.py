@@ -15,7 +15,7 @@ import numpy as np
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.shards.gguf_header import GgufHeader
 
-DESCRIPTIVE = ("general.", "tokenizer.", "split.", "quantize.")
+DESCRIPTIVE = ("general.", "tokenizer.", "split.", "quantize.", "mradermacher.")
 """Prefixes of keys that do not bear on the config."""
 
 
@@ -52,6 +52,13 @@ class ArchitectureKeys:
             raise self.wrong(key, value, "a finite number")
         return shortest_decimal(value) if type(value) is float else value
 
+    def positive(self, key: str, default: float | None = None) -> float:
+        """As `number`; it must be above 0."""
+        value = self.number(key, default)
+        if value <= 0:
+            raise self.wrong(key, value, "a positive number")
+        return value
+
     def text(self, key: str, default: str) -> str:
         """Raises BaseModelError if it is no text."""
         value = self._get(key, default)
@@ -66,19 +73,21 @@ class ArchitectureKeys:
             raise self.wrong(key, value, "true or false")
         return value
 
+    def is_array(self, key: str) -> bool:
+        return self._name(key) in self.header.array_lengths
+
     def per_layer(self, key: str, num_layers: int) -> list[Any]:
-        """One value per layer, from an array or from a scalar that holds for all.
+        """An array with one value per layer.
 
         Raises:
-            BaseModelError: if the array has another length, or the key is absent.
+            BaseModelError: if it has another length, or is absent.
         """
         name = self._name(key)
-        if name not in self.header.array_lengths:
-            return [self._get(key, None)] * num_layers
         self._read.add(name)
-        length = self.header.array_lengths[name]
+        length = self.header.array_lengths.get(name)
         if length != num_layers:
-            raise self.wrong(key, f"an array of {length}", f"one value per layer ({num_layers})")
+            found = f"an array of {length}" if length else self.header.metadata.get(name)
+            raise self.wrong(key, found, f"an array of {num_layers}, one value per layer,")
         return self.header.array(name)
 
     def require(self, key: str, expected: object) -> None:

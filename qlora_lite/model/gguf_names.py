@@ -146,8 +146,8 @@ def _require_shape(
 def _require_all_used(header: GgufHeader, used: list[str]) -> None:
     """Raises BaseModelError if a tensor is used twice or not at all."""
     assert len(set(used)) == len(used), "two parameters with one source"
-    for name in header.tensors:
-        if name not in used and name not in AUXILIARY:
+    for name in header.tensors.keys() - used:
+        if name not in AUXILIARY:
             raise BaseModelError(
                 f"{header.files[0]} has the tensor {name!r}, which transformers' model of "
                 f"{header.architecture!r} does not have. Use the safetensors version of this model"

@@ -41,14 +41,20 @@ def rope_parameters(keys: ArchitectureKeys, rotated: int, context: int) -> dict[
     Raises:
         BaseModelError: if the scaling is not known, or transformers cannot express it.
     """
-    theta = float(keys.number("rope.freq_base", 10_000.0))
+    theta = float(keys.positive("rope.freq_base", 10_000.0))
     stored = [name for name in AUXILIARY if name in keys.header.tensors]
-    kind = keys.text("rope.scaling.type", "longrope" if LONG in stored else "none")
+    kind = keys.text("rope.scaling.type", "longrope" if LONG in stored else "linear")
     keys.flag("rope.scaling.finetuned", False)
+    if kind in ("linear", "none"):
+        # the second is the older name; 0 means that there is none
+        factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0))
+        if factor < 0:
+            raise keys.wrong("rope.scaling.factor", factor, "a positive number")
+        kind = "linear" if kind == "linear" and factor not in (0, 1) else "none"
     if stored not in ([], [FACTORS], [LONG, SHORT]) or (stored == [FACTORS] and kind != "none"):
         raise BaseModelError(
-            f"{keys.header.files[0]} has {', '.join(stored)} and rope.scaling.type={kind}, which "
-            "is not known together. Use the safetensors version of this model"
+            f"{keys.header.files[0]} has {', '.join(stored)} and a RoPE scaling of type {kind}, "
+            "which is not known together. Use the safetensors version of this model"
         )
     if stored == [FACTORS]:
         scaling = _llama3(keys, theta, rotated)
@@ -56,10 +62,10 @@ def rope_parameters(keys: ArchitectureKeys, rotated: int, context: int) -> dict[
         scaling = _longrope(keys, rotated, context)
     elif kind == "yarn":
         scaling = _yarn(keys, context)
-    elif kind in ("linear", "none"):
-        factor = keys.number("rope.scaling.factor", 1.0)
-        scaled = kind == "linear" and factor not in (0, 1)
-        scaling = {"rope_type": "linear", "factor": factor} if scaled else {"rope_type": "default"}
+    elif kind == "linear":
+        scaling = {"rope_type": "linear", "factor": factor}
+    elif kind == "none":
+        scaling = {"rope_type": "default"}
     else:
         raise keys.wrong("rope.scaling.type", kind, "none, linear, yarn or longrope")
     return {"rope_theta": theta, **scaling}
@@ -70,7 +76,7 @@ def _yarn(keys: ArchitectureKeys, context: int) -> dict[str, Any]:
     original = keys.integer("rope.scaling.original_context_length", context)
     scaling: dict[str, Any] = {
         "rope_type": "yarn",
-        "factor": keys.number("rope.scaling.factor"),
+        "factor": keys.positive("rope.scaling.factor"),
         "original_max_position_embeddings": original,
     }
     keys.require("rope.scaling.yarn_ext_factor", 1.0)
@@ -81,7 +87,7 @@ def _yarn(keys: ArchitectureKeys, context: int) -> dict[str, Any]:
         ("yarn_beta_slow", "beta_slow"),
     ):
         if f"rope.scaling.{key}" in keys:
-            scaling[field] = keys.number(f"rope.scaling.{key}")
+            scaling[field] = keys.positive(f"rope.scaling.{key}")
     if keys.number("rope.scaling.yarn_log_multiplier", 0.0):
         log_multiplier = keys.number("rope.scaling.yarn_log_multiplier")
         scaling |= {"mscale": 1.0, "mscale_all_dim": log_multiplier}
@@ -95,7 +101,7 @@ def _longrope(keys: ArchitectureKeys, rotated: int, context: int) -> dict[str, A
         raise keys.wrong("rope.scaling.type", "longrope", f"the tensor {LONG}")
     original = keys.integer("rope.scaling.original_context_length", context)
     factor = context / original
-    derived = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    derived = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 < original else 1.0
     attention = keys.number("rope.scaling.attn_factor", derived)
     scaling = {
         "rope_type": "longrope",

@@ -25,6 +25,7 @@ DIFFERS = {
     "lfm2": {"intermediate_size", "block_auto_adjust_ff_dim", "full_attn_idxs"},
     # one key for all heads is `multi_query`, whatever the number says
     "falcon": {"num_kv_heads"},
+    "falcon_untied": {"num_kv_heads"},
 }
 
 FURTHER_FIELDS = {"partial_rotary_factor"}
@@ -165,6 +166,29 @@ def test_factors_of_one_are_no_scaling(tmp_path):
     assert config_from_gguf(read_header(path)).rope_parameters["rope_type"] == "default"
 
 
+LINEAR = {"rope_theta": 10_000.0, "rope_type": "linear", "factor": 4.0}
+DEFAULT = {"rope_theta": 10_000.0, "rope_type": "default"}
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "expected"),
+    [
+        ("rope.scaling.factor", None, LINEAR),  # what llama.cpp assumes
+        ("rope.scale_linear", None, LINEAR),
+        ("rope.scaling.factor", "linear", LINEAR),
+        ("rope.scaling.factor", "none", DEFAULT),
+    ],
+)
+def test_a_factor_without_a_type_is_linear(key, kind, expected, tmp_path):
+    def keys(writer: gguf.GGUFWriter) -> None:
+        writer.add_float32(f"llama.{key}", 4.0)
+        if kind:
+            writer.add_string("llama.rope.scaling.type", kind)
+
+    path = write_gguf(tmp_path / "model.gguf", tiny_gguf_model("llama"), keys=keys)
+    assert config_from_gguf(read_header(path)).rope_parameters == expected
+
+
 def test_generation_ends_at_the_end_of_a_turn_as_well(tmp_path):
     path = write_gguf(
         tmp_path / "model.gguf", tiny_gguf_model("llama"), keys=lambda w: w.add_eot_token_id(7)
@@ -172,14 +196,21 @@ def test_generation_ends_at_the_end_of_a_turn_as_well(tmp_path):
     assert config_from_gguf(read_header(path)).eos_token_id == [2, 7]
 
 
-def test_the_pattern_of_windows_is_read(tmp_path):
-    pattern = [True, False, True, False]
+@pytest.mark.parametrize(
+    ("pattern", "slides"),
+    [
+        ([True, False, False, True], [True, False, False, True]),
+        ([1, 0, 0, 1], [True, False, False, True]),
+        (2, [True, False, True, False]),
+    ],
+)
+def test_the_pattern_of_windows_is_read(pattern, slides, tmp_path):
     path = write_gguf(
         tmp_path / "model.gguf",
         tiny_gguf_model("gemma3_text", num_hidden_layers=4),
         keys=lambda w: w.add_sliding_window_pattern(pattern),
     )
-    types = ["sliding_attention" if slides else "full_attention" for slides in pattern]
+    types = ["sliding_attention" if x else "full_attention" for x in slides]
     assert config_from_gguf(read_header(path)).layer_types == types
 
 
@@ -249,6 +280,65 @@ REFUSED = {
         {},
         "layer_norm_rms_epsilon is nan",
     ),
+    "an epsilon of zero": (
+        "llama",
+        lambda w: w.add_layer_norm_rms_eps(0.0),
+        {},
+        "layer_norm_rms_epsilon is 0.0, and a positive number",
+    ),
+    "more heads than dimensions": (
+        "granite",
+        lambda w: w.add_head_count(10**9),
+        {},
+        "attention.head_count is 1000000000",
+    ),
+    "an embedding of one dimension": (
+        "llama",
+        None,
+        {"token_embd.weight": torch.ones(64)},
+        "wider than [64]",
+    ),
+    "a period of zero": (
+        "gemma3_text",
+        lambda w: w.add_sliding_window_pattern(0),
+        {},
+        "sliding_window_pattern is 0",
+    ),
+    "a pattern of another length": (
+        "gemma3_text",
+        lambda w: w.add_sliding_window_pattern([True, False]),
+        {},
+        "is an array of 2, and an array of 6",
+    ),
+    "layers without a number of heads": (
+        "lfm2",
+        lambda w: w.add_head_count_kv(2),
+        {},
+        "attention.head_count_kv is 2, and an array of 4",
+    ),
+    "a base of zero": ("llama", lambda w: w.add_rope_freq_base(0.0), {}, "rope.freq_base is 0.0"),
+    "a negative factor": (
+        "llama",
+        lambda w: w.add_rope_scaling_factor(-2.0),
+        {},
+        "rope.scaling.factor is -2.0",
+    ),
+    "odd heads": (
+        "llama",
+        lambda w: (
+            w.add_key_length(15),
+            w.add_value_length(15),
+            w.add_rope_dimension_count(15),
+        ),
+        {},
+        "an even number",
+    ),
+    "a flag that is a number": (
+        "stablelm",
+        lambda w: w.add_uint32("stablelm.use_parallel_residual", 1),
+        {},
+        "use_parallel_residual is 1, and true or false",
+    ),
     "two epsilons": ("llama", lambda w: w.add_layer_norm_eps(0.1), {}, "one value"),
     "rotation of a part of a head": (
         "llama",
@@ -281,7 +371,7 @@ REFUSED = {
     "factors of no known scaling": ("llama", None, WITH_FACTORS, "rope_freqs.weight does not"),
     "factors and a scaling": (
         "llama",
-        lambda w: w.add_string("llama.rope.scaling.type", "linear"),
+        lambda w: w.add_float32("llama.rope.scaling.factor", 2.0),
         WITH_FACTORS,
         "not known together",
     ),

@@ -32,6 +32,7 @@ UNKNOWN_TO_TRANSFORMERS = {
     "nemotron_biased": "no biases",
     "starcoder2_unbiased": "always biases",
     "phi3_partial": "no partial rotation",
+    "falcon_untied": "always a tied head",
     "falcon_11b": "no groups of keys",
     "falcon_40b": "no groups of keys",
 }
