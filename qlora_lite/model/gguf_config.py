@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PretrainedConfig
 
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.model.gguf_families import Family, family_of
+from qlora_lite.model.gguf_families import EMBEDDING, HEAD, Family, family_of
 from qlora_lite.model.gguf_keys import ArchitectureKeys
 from qlora_lite.model.gguf_rope import AUXILIARY, rope_parameters
 from qlora_lite.shards.gguf_header import GgufHeader
@@ -46,7 +46,7 @@ def _sizes(family: Family, keys: ArchitectureKeys) -> Fields:
     tensors = keys.header.tensors
     blocks = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
     keys.require("block_count", len(blocks))
-    shape = tensors["token_embd.weight"].shape
+    shape = tensors[EMBEDDING].shape
     heads = keys.integer("attention.head_count")
     if len(shape) != 2 or shape[1] < heads:
         raise keys.wrong("attention.head_count", heads, f"an embedding wider than {list(shape)}")
@@ -62,7 +62,7 @@ def _sizes(family: Family, keys: ArchitectureKeys) -> Fields:
         "vocab_size": rows,
         "num_attention_heads": heads,
         "max_position_embeddings": keys.integer("context_length"),
-        "tie_word_embeddings": "output.weight" not in tensors,
+        "tie_word_embeddings": HEAD not in tensors,
         family.epsilon: _epsilon(keys),
     }
     width = 4 * hidden

@@ -11,6 +11,8 @@ from typing import Literal
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.shards.gguf_header import GgufHeader
 
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+
 _BIASES = {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"}
 
 
@@ -142,22 +144,23 @@ def family_of(header: GgufHeader) -> Family:
     """The family of a file.
 
     Raises:
-        BaseModelError: if it is not supported, or the file is an adapter or only a vocabulary.
+        BaseModelError: if it is not supported, or the file is no language model or a part of one.
     """
-    kind = header.metadata.get("general.type", "model")
-    if kind != "model" or "token_embd.weight" not in header.tensors:
-        what = "has no weights, only a vocabulary" if kind == "model" else f"is of type {kind!r}"
+    file, kind = header.files[0], header.metadata.get("general.type", "model")
+    if kind != "model":
         raise BaseModelError(
-            f"{header.files[0]} {what}. A whole language model is needed: give another file"
+            f"{file} is of type {kind!r}. A whole language model is needed: give another file"
         )
     if header.architecture not in FAMILIES:
         raise BaseModelError(
-            f"{header.files[0]} has the architecture {header.architecture!r}. GGUF files are "
-            f"supported for {', '.join(FAMILIES)}. Use the safetensors version of this model"
+            f"{file} has the architecture {header.architecture!r}. GGUF files are supported for "
+            f"{', '.join(FAMILIES)}. Use the safetensors version of this model"
         )
     if experts := [name for name in header.tensors if "_exps." in name or "ffn_gate_inp" in name]:
         raise BaseModelError(
-            f"{header.files[0]} has experts ({experts[0]}). GGUF files of dense models are "
-            f"supported: {', '.join(FAMILIES)}. Use the safetensors version of this model"
+            f"{file} has experts ({experts[0]}). GGUF files of dense models are supported: "
+            f"{', '.join(FAMILIES)}. Use the safetensors version of this model"
         )
+    if EMBEDDING not in header.tensors:
+        raise BaseModelError(f"{file} has no tensor {EMBEDDING!r}. Give a file of a whole model")
     return FAMILIES[header.architecture]
