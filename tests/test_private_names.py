@@ -25,6 +25,7 @@ import transformers
 from packaging.requirements import Requirement
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.integrations.gguf import gguf_tokenizer_mapping
 
 ROOT = Path(__file__).parents[1]
 FILES = [
@@ -220,6 +221,14 @@ TABLE: dict[str, tuple[tuple[str, ...], Callable[[], object]]] = {
             transformers.LlamaConfig(),
             torch.device("cpu"),
         ),
+    ),
+    "transformers.integrations.gguf.gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS": (
+        ("qlora_lite/model/gguf_tokenizer.py",),
+        lambda: "qwen2" in gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS,
+    ),
+    "transformers.integrations.gguf.gguf_tokenizer_mapping.convert_gguf_tokenizer": (
+        ("qlora_lite/model/gguf_tokenizer.py",),
+        lambda: _takes(gguf_tokenizer_mapping.convert_gguf_tokenizer, "llama", {}),
     ),
     "transformers.pytorch_utils.Conv1D": (
         ("qlora_lite/model/load.py", "qlora_lite/model/shape.py"),

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from qlora_lite.analysis.findings import Shape
 from qlora_lite.foundation.device import DeviceRule
-from qlora_lite.model.base_files import locate
-from qlora_lite.model.config import read_config
+from qlora_lite.model.base_files import locate, open_checkpoint
+from qlora_lite.model.facts import read_facts
 from qlora_lite.model.frozen import Scratch
 from qlora_lite.model.prequantised import is_packed, read_packed
 from qlora_lite.model.settings import Base
-from qlora_lite.model.shape import ParameterShape, model_shape
-from qlora_lite.shards.reader import Checkpoint
+from qlora_lite.model.shape import ParameterShape
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,10 @@ class BaseWeights:
 
     def __init__(self, model: str, rule: DeviceRule, trust_remote_code: bool = False) -> None:
         base = Base(model=model, trust_remote_code=trust_remote_code)
-        config = read_config(model, trust_remote_code=trust_remote_code)
-        shape = model_shape(config, trust_remote_code)
+        facts = read_facts(base)
+        shape = facts.shape
         self.model = model
-        self.checkpoint = Checkpoint.open(locate(base).weights)
+        self.checkpoint = open_checkpoint(locate(base), facts)
         self._rule = rule
         self._decoder = shape.blocks.partition(".")[0]
         matrices = [p for p in shape.parameters if len(p.shape) == 2]

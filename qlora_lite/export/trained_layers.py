@@ -29,7 +29,7 @@ from qlora_lite.export.adapter_parts import mismatch, sort_by_module
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import AdapterError, ExportError
 from qlora_lite.methods.catalogue import method_for
-from qlora_lite.model.base_files import BaseFiles
+from qlora_lite.model.base_files import BaseFiles, open_checkpoint
 from qlora_lite.model.facts import BaseFacts
 from qlora_lite.model.frozen import FrozenLinear, Scratch
 from qlora_lite.model.prequantised import is_packed, read_packed, stored_quant
@@ -37,7 +37,6 @@ from qlora_lite.model.quant import BF16, FP32, NF4, Int8, Quant
 from qlora_lite.model.quantise import StoredWeight, copy_weight, quantise
 from qlora_lite.model.settings import Base
 from qlora_lite.model.shape import ParameterShape
-from qlora_lite.shards.reader import Checkpoint
 
 CHUNK_WEIGHTS = 2**20
 """Weights that are read, added and rounded at a time: 4 MiB in fp32."""
@@ -102,7 +101,7 @@ class TrainedLayers:
         source.require(base)
         self.source = source
         self.base = base
-        self.checkpoint = Checkpoint.open(source.files.weights)
+        self.checkpoint = open_checkpoint(source.files, source.facts)
         self.method = method_for(source.adapter)
         self.parts = sort_by_module(source.state, self.method, source.facts)
         self.parameters = {p.name: p for p in source.facts.shape.parameters}

@@ -25,6 +25,8 @@ from transformers.configuration_utils import PretrainedConfig
 from qlora_lite.foundation.errors import BaseModelError, QloraLiteError
 from qlora_lite.foundation.files import is_directory, is_file, read_object
 from qlora_lite.foundation.json_files import JsonFile, Malformed, check_as, read_as
+from qlora_lite.model.gguf_config import config_from_gguf
+from qlora_lite.shards.gguf_header import find_gguf, read_header
 
 
 def read_config(
@@ -44,10 +46,15 @@ def read_config(
         BaseModelError: if there is no such model, it cannot be downloaded or read, or the installed
             transformers does not know its architecture.
     """
+    if model and "\0" not in model and (gguf := find_gguf(Path(model))) is not None:
+        config = config_from_gguf(read_header(gguf))
+        config.name_or_path = model
+        require_possible_sizes(model, config)
+        return config
     if not model or "\0" in model or is_file(Path(model)):
         raise BaseModelError(
-            f"base.model={model}: this is not a model. Give a model directory, or a hub id such as "
-            "Qwen/Qwen3-0.6B"
+            f"base.model={model}: this is not a model. Give a model directory, a GGUF "
+            "file, or a hub id such as Qwen/Qwen3-0.6B"
         )
     if is_directory(Path(model)):
         file = Path(model) / "config.json"

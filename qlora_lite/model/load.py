@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.model.base_files import BaseFiles, locate
+from qlora_lite.model.base_files import BaseFiles, locate, open_checkpoint
 from qlora_lite.model.config import reading_config, require_generation_settings
 from qlora_lite.model.facts import BaseFacts, read_facts
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear, Scratch, Source
@@ -37,7 +37,7 @@ from qlora_lite.model.quant import BF16, FP32, NF4, Int8, Quant
 from qlora_lite.model.quantise import Split, StoredWeight, copy_weight, quantise
 from qlora_lite.model.settings import Base
 from qlora_lite.model.shape import is_linear
-from qlora_lite.shards.reader import Checkpoint
+from qlora_lite.shards.checkpoint import Checkpoint
 
 SplitOf = Callable[[str], Split | None]
 """path -> function whose result is quantised instead of that layer's weight; None: the weight."""
@@ -87,7 +87,7 @@ def load_base(
     facts = facts or read_facts(base)
     files = files or locate(base)
     stored = stored_quant(facts.config, base.quant)
-    checkpoint = Checkpoint.open(files.weights)
+    checkpoint = open_checkpoint(files, facts)
     require_generation_settings(files.directory)
     require_readable_dtypes(checkpoint)
     model = build_empty(facts.config, base)

@@ -18,7 +18,7 @@ from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.foundation.json_files import shown
 from qlora_lite.model.frozen import FrozenLinear, Scratch
 from qlora_lite.model.quant import FP4, NESTED_BLOCK_SIZE, NF4, Int8, Quant
-from qlora_lite.shards.reader import Checkpoint
+from qlora_lite.shards.checkpoint import Checkpoint
 
 COMPANION = re.compile(
     r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)$"

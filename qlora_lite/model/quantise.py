@@ -22,7 +22,7 @@ from torch import Tensor
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.model.frozen import FrozenLinear, Scratch, Source
 from qlora_lite.model.quant import BF16, NESTED_BLOCK_SIZE, FourBit, Int8, Quant
-from qlora_lite.shards.reader import Checkpoint
+from qlora_lite.shards.checkpoint import Checkpoint
 
 CHUNK_WEIGHTS = {"cpu": 2**18, "cuda": 2**24}
 """Weights per chunk. On CPU each thread needs about 4.5 MiB of temporary memory for one."""

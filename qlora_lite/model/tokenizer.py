@@ -1,22 +1,31 @@
 """Load the tokenizer of a base, without its weights."""
 
+from pathlib import Path
+
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.foundation.json_files import shown
+from qlora_lite.model.base_files import locate
 from qlora_lite.model.config import brings_code, hub_error, unreachable
 from qlora_lite.model.settings import Base
+from qlora_lite.shards.gguf_header import find_gguf
 
 
-def load_tokenizer(base: Base) -> PreTrainedTokenizerFast:
+def load_tokenizer(base: Base, kept: Path | None = None) -> PreTrainedTokenizerFast:
     """Load the model's tokenizer, without downloading weights.
+
+    Args:
+        kept: where the converted tokenizer of a GGUF file is kept, as in `locate`.
 
     Raises:
         BaseModelError: if there is none, or only a slow one.
     """
+    is_gguf = find_gguf(Path(base.model)) is not None
+    source = locate(base, kept).directory if is_gguf else base.model
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            base.model, revision=base.revision, trust_remote_code=base.trust_remote_code
+            source, revision=base.revision, trust_remote_code=base.trust_remote_code
         )
         _try_out(tokenizer)
     except BaseException as error:

@@ -24,7 +24,7 @@ from qlora_lite.report.contents import Report, Sample
 from qlora_lite.report.page import write as write_report
 from qlora_lite.run.folder import RunFolder, git_revision
 from qlora_lite.run.loading import LoadedModel
-from qlora_lite.shards.reader import Checkpoint
+from qlora_lite.shards.checkpoint import Checkpoint
 from qlora_lite.training import metrics
 from qlora_lite.training.loop import Progress
 

@@ -1,6 +1,6 @@
 """A run's folder: what it records, who may use it, and whether it is finished.
 
-    recipe.json  metrics.jsonl  checkpoints/  adapter/  report.html
+    recipe.json  metrics.jsonl  checkpoints/  adapter/  report.html  base/ (of a GGUF file)
 
 Nothing in it is ever overwritten silently.
 """
@@ -21,12 +21,12 @@ from qlora_lite.foundation.files import make_folder, read_object, write_json
 from qlora_lite.foundation.json_files import check_as
 from qlora_lite.foundation.overrides import validate
 from qlora_lite.foundation.sealed import read_sealed, require_files
-from qlora_lite.model.base_files import BaseFiles, locate
+from qlora_lite.model.base_files import BaseFiles, locate, open_checkpoint
 from qlora_lite.model.settings import Base
 from qlora_lite.recipe import CHANGEABLE_SETTINGS, Recipe, differences
 from qlora_lite.recipe_files import load_recipe
 from qlora_lite.run.records import RunRecord, Sidecar
-from qlora_lite.shards.reader import Checkpoint
+from qlora_lite.shards.checkpoint import Checkpoint
 from qlora_lite.training import checkpoint
 
 _PACKAGES = ("qlora-lite", "torch", "transformers", "bitsandbytes", "accelerate", "datasets")
@@ -64,6 +64,11 @@ class RunFolder:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def base_files(self) -> Path:
+        """The converted config and tokenizer of a GGUF base."""
+        return self.path / "base"
 
     @property
     def report(self) -> Path:
@@ -156,8 +161,8 @@ class RunFolder:
         Raises:
             RunError: if its files changed since then.
         """
-        files, recorded = locate(base), self.read_sidecar()["base"]
-        checkpoint = Checkpoint.open(files.weights)
+        files, recorded = locate(base, self.base_files), self.read_sidecar()["base"]
+        checkpoint = open_checkpoint(files)
         is_same = checkpoint.fingerprint == recorded["fingerprint"]
         if is_same and every_byte and recorded.get("sha256"):
             is_same = checkpoint.full_hash == recorded["sha256"]
@@ -334,7 +339,7 @@ class RunFolder:
             raise RunError(
                 f"{self.path} is a file, and output must be a folder. Give another output=..."
             )
-        ours = {".lock", "checkpoints", "metrics.jsonl"}
+        ours = {".lock", "checkpoints", "metrics.jsonl", "base"}
         others = [
             entry.name
             for entry in self.path.iterdir()

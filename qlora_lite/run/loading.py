@@ -27,6 +27,7 @@ from qlora_lite.model.tokenizer import load_tokenizer
 from qlora_lite.recipe import Recipe
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.setup import RunSetup, set_up
+from qlora_lite.shards.gguf_header import find_gguf
 
 
 @dataclass
@@ -76,9 +77,9 @@ def load_run(
     files = folder.require_base(recipe.base)
     saved = read_native(folder.adapter)
     rule = devices.choose(device or recipe.device, recipe.base.compute)
-    loaded = load_adapted(
-        set_up(recipe, rule, facts=facts), load_tokenizer(recipe.base), watcher, saved, files
-    )
+    setup = set_up(recipe, rule, facts=facts)
+    tokenizer = load_tokenizer(recipe.base, folder.base_files)
+    loaded = load_adapted(setup, tokenizer, watcher, saved, files)
     assert loaded.attached is not None
     loaded.attached.load_state(saved)
     return loaded
@@ -156,7 +157,8 @@ def load(
     if (path / "recipe.json").is_file():
         own_device = None if device == "auto" else device
         return load_run(path, own_device, watcher, trust_remote_code=trust_remote_code)
-    if path.is_dir() and not (path / "config.json").is_file():
+    is_model = (path / "config.json").is_file() or find_gguf(path) is not None
+    if path.is_dir() and not is_model:
         raise BaseModelError(
             f"{path} is neither a run (no recipe.json) nor a model (no config.json). "
             "Give a run's folder, a model directory or a hub id"

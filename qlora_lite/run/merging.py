@@ -149,7 +149,8 @@ def _prepare(
     source = merge_source(folder, recipe, rule, every_byte=True)
     if not folder.read_sidecar()["base"].get("sha256"):
         watcher.note("the run recorded no full hash of its base: it was compared by samples")
-    return MergeCheck(folder, recipe, source, rule, load_tokenizer(recipe.base), watcher)
+    tokenizer = load_tokenizer(recipe.base, folder.base_files)
+    return MergeCheck(folder, recipe, source, rule, tokenizer, watcher)
 
 
 def merge_source(

@@ -15,6 +15,7 @@ from qlora_lite.foundation.units import parse_bytes
 from qlora_lite.memory.ledger import RunShape
 from qlora_lite.memory.measure import available_bytes
 from qlora_lite.memory.plan import Plan, make_plan
+from qlora_lite.model.base_files import BaseFiles, open_checkpoint
 from qlora_lite.model.prequantised import (
     is_skipped,
     require_readable_dtypes,
@@ -25,7 +26,8 @@ from qlora_lite.model.quant import NF4, FourBit
 from qlora_lite.recipe import Recipe
 from qlora_lite.run.savings import alternatives
 from qlora_lite.run.setup import RunSetup, set_up
-from qlora_lite.shards.reader import INDEX, SINGLE, Checkpoint
+from qlora_lite.shards.gguf_header import find_gguf
+from qlora_lite.shards.reader import INDEX, SINGLE
 
 NO_BUDGET = "no budget=... is given, so the memory that is free now is the limit"
 
@@ -106,8 +108,9 @@ def _check_files(setup: RunSetup) -> None:
     base = setup.recipe.base
     stored_quant(setup.facts.config, base.quant)
     directory = Path(base.model)
-    if is_file(directory / SINGLE) or is_file(directory / INDEX):
-        checkpoint = Checkpoint.open(directory)
+    gguf = find_gguf(directory)
+    if gguf or is_file(directory / SINGLE) or is_file(directory / INDEX):
+        checkpoint = open_checkpoint(BaseFiles(directory, gguf or directory), setup.facts)
         setup.facts.match_names(checkpoint.names)
         require_readable_dtypes(checkpoint)
         checkpoint.close()

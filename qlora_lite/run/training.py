@@ -19,6 +19,7 @@ from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.memory.allocator import give_back_freed_memory
 from qlora_lite.memory.measure import reset_peak
 from qlora_lite.memory.plan import Plan, require_fit, with_rows
+from qlora_lite.model.base_files import locate
 from qlora_lite.model.tokenizer import load_tokenizer
 from qlora_lite.recipe import Recipe
 from qlora_lite.recipe_files import with_absolute_paths
@@ -91,7 +92,7 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock) -> R
     _require_budget(recipe, plan, watcher)
     for note in check_settings(setup):
         watcher.note(note)
-    tokenizer = load_tokenizer(recipe.base)
+    tokenizer = load_tokenizer(recipe.base, folder.base_files)
     data = load_data(recipe.data, tokenizer, recipe.seed, watcher.reading)
     require_known_tokens(data, setup)
     plan = _with_rows(plan, data, setup, watcher)
@@ -99,7 +100,9 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock) -> R
 
     try:
         resume_from = checkpoint.find_newest(folder.checkpoints, watcher.note)
-        loaded = load_adapted(setup, tokenizer, watcher, _saved_adapter(recipe, resume_from))
+        files = locate(recipe.base, folder.base_files)
+        saved = _saved_adapter(recipe, resume_from)
+        loaded = load_adapted(setup, tokenizer, watcher, saved, files)
         if setup.facts.packs and not loaded.packs:
             watcher.note(not_packed(recipe))
         micro_batch_tokens = recipe.optim.micro_batch_tokens or plan.micro_batch_tokens

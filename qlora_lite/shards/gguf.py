@@ -3,7 +3,7 @@
     checkpoint = GgufCheckpoint(read_header(path), sources)
     checkpoint.rows("model.layers.0.self_attn.q_proj.weight", 0, 64)
 
-The interface is that of `reader.Checkpoint`. Quantised types are dequantised to fp32, only what is
+Quantised types are dequantised to fp32, only what is
 asked for. F32, F16 and BF16 keep their dtype and are views of the memory-mapped file where nothing
 has to be reordered: copy what you keep. Values equal those that transformers reads from the file.
 """
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from qlora_lite.foundation.errors import BaseModelError
+from qlora_lite.shards.checkpoint import TensorInfo
 from qlora_lite.shards.fingerprint import hash_of_all, sampled_hash
 from qlora_lite.shards.gguf_file import StoredTensor, map_file
 from qlora_lite.shards.gguf_header import GgufHeader
 from qlora_lite.shards.gguf_types import FLOATS, block_size, dequantise
-from qlora_lite.shards.reader import TensorInfo
 
 _WEIGHTS_AT_ONCE = 2**18
 """Limits the temporary memory of a reordered or cut slice to 1 MiB."""

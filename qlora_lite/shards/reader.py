@@ -1,6 +1,6 @@
 """Read safetensors checkpoints, one tensor or one slice at a time.
 
-    checkpoint = Checkpoint.open(directory)
+    checkpoint = SafetensorsCheckpoint.open(directory)
     for name in checkpoint.names:                  # in the order of the files
         tensor = checkpoint.read(name)
 
@@ -10,7 +10,6 @@ they can run code.
 """
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.foundation.files import read_object
+from qlora_lite.shards.checkpoint import TensorInfo
 from qlora_lite.shards.fingerprint import hash_of_all, sampled_hash
 
 SINGLE = "model.safetensors"
@@ -41,18 +41,7 @@ DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor's entry in the header of a file."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    num_bytes: int
-    file: Path
-
-
-class Checkpoint:
+class SafetensorsCheckpoint:
     """The tensors of a directory with `model.safetensors` or an index of shards."""
 
     def __init__(self, directory: Path, files: list[Path]) -> None:
@@ -64,7 +53,7 @@ class Checkpoint:
             self._require_index_matches()
 
     @classmethod
-    def open(cls, directory: Path | str) -> "Checkpoint":
+    def open(cls, directory: Path | str) -> "SafetensorsCheckpoint":
         """Read the headers only.
 
         Raises:

@@ -39,7 +39,7 @@ from qlora_lite.foundation.files import (
     write_text,
 )
 from qlora_lite.shards.layout import MAX_SHARD_BYTES, Shard, TensorSpec, split_into_shards
-from qlora_lite.shards.reader import INDEX, Checkpoint
+from qlora_lite.shards.reader import INDEX, SafetensorsCheckpoint
 
 _JOURNAL = ".shards.jsonl"
 _READ_BYTES = 2**20
@@ -213,7 +213,7 @@ class ShardWriter:
                     f"{path} does not hold what was written to it. Check the disk, remove "
                     f"{self.directory} and run the same command again"
                 )
-        checkpoint = Checkpoint.open(self.directory)
+        checkpoint = SafetensorsCheckpoint.open(self.directory)
         for spec in (spec for shard in self._shards for spec in shard.specs):
             found = checkpoint.info(spec.name)
             assert (found.dtype, found.shape) == (spec.dtype, spec.shape), f"{found}, not {spec}"

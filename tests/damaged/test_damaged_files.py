@@ -40,7 +40,7 @@ from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.merging import merge
 from qlora_lite.run.training import run_recipe
 from qlora_lite.shards.layout import TensorSpec
-from qlora_lite.shards.reader import Checkpoint
+from qlora_lite.shards.reader import SafetensorsCheckpoint
 from qlora_lite.shards.writer import ShardWriter
 from qlora_lite.training import checkpoint, metrics
 from qlora_lite.training.loop import Progress
@@ -71,7 +71,7 @@ def shards(folder: Path) -> Any:
 
 
 def weights(folder: Path, name: str = "base") -> Any:
-    found = Checkpoint.open(folder / name)
+    found = SafetensorsCheckpoint.open(folder / name)
     read_facts(Base(model=str(folder / name))).match_names(found.names)
     return [(name, found.info(name).shape, found.read(name).sum().item()) for name in found.names]
 
@@ -316,7 +316,7 @@ def test_a_damaged_journal_starts_the_files_again(tmp_path, content):
     (tmp_path / ".shards.writing.json").write_text(content)
     with ShardWriter(tmp_path, specs, "identity") as writer:
         writer.write("a", torch.ones(2))
-    assert Checkpoint.open(tmp_path).read("a").sum() == 2
+    assert SafetensorsCheckpoint.open(tmp_path).read("a").sum() == 2
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "rwkv", "falcon_mamba", "gemma4_text"])

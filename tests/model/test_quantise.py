@@ -9,7 +9,7 @@ from qlora_lite.foundation.device import choose
 from qlora_lite.model import quantise as module
 from qlora_lite.model.quant import BF16, FP4, FP32, NF4, Int8
 from qlora_lite.model.quantise import StoredWeight, quantise
-from qlora_lite.shards.reader import Checkpoint
+from qlora_lite.shards.reader import SafetensorsCheckpoint
 
 CPU = choose("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -85,7 +85,7 @@ def test_int8_codes_and_scales_are_those_of_bitsandbytes(dtype):
 def test_a_weight_stored_transposed_gives_the_same_codes(tmp_path, quant):
     weight = random_weight()
     save_file({"w": weight, "t": weight.T.contiguous()}, tmp_path / "model.safetensors")
-    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint = SafetensorsCheckpoint.open(tmp_path)
     plain = quantise(StoredWeight(checkpoint, "w"), quant, CPU)
     transposed = quantise(StoredWeight(checkpoint, "t", transposed=True), quant, CPU)
     assert torch.equal(plain.weight, transposed.weight)

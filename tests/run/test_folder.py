@@ -248,7 +248,7 @@ def test_a_large_base_is_hashed_at_the_end_of_its_run(folder, tmp_path, monkeypa
     run_recipe(recipe, watcher=Notes())
     assert any("samples of its files were compared" in note for note in notes)
     assert RunFolder(run).read_sidecar()["base"]["sha256"] == (
-        reader.Checkpoint.open(folder / "base").full_hash
+        reader.SafetensorsCheckpoint.open(folder / "base").full_hash
     )
 
 

@@ -20,7 +20,7 @@ from qlora_lite.run.extracting import extract
 from qlora_lite.run.merging import merge
 from qlora_lite.run.scoring import score_targets
 from qlora_lite.run.training import run_recipe
-from qlora_lite.shards.reader import Checkpoint
+from qlora_lite.shards.reader import SafetensorsCheckpoint
 from tests.cli.workplace import run_command
 from tests.end_to_end.small_run import recipe_in, write_rows
 from tests.tiny import save_tiny, tiny_tokenizer
@@ -134,7 +134,7 @@ def test_an_index_names_only_files_of_its_own_folder(tmp_path, name):
     save_tiny(tmp_path / "x")
     shutil.copyfile(tmp_path / "x" / "model.safetensors", tmp_path.parent / "other.safetensors")
     with pytest.raises(BaseModelError, match=r"only safetensors files in its own folder"):
-        Checkpoint.open(tmp_path)
+        SafetensorsCheckpoint.open(tmp_path)
 
 
 @pytest.mark.parametrize("field", ["attn_implementation", "experts_implementation"])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from qlora_lite.foundation.errors import ExportError, RunError
 from qlora_lite.shards.layout import TensorSpec
-from qlora_lite.shards.reader import Checkpoint
+from qlora_lite.shards.reader import SafetensorsCheckpoint
 from qlora_lite.shards.writer import ShardWriter, save_tensors
 from tests.damage import flip_bit
 from tests.disk_calls import record_disk_calls
@@ -65,7 +65,7 @@ def test_shards_have_at_most_the_given_size_and_an_index(tmp_path):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(spec.num_bytes for spec in SPECS)
     assert index["weight_map"]["embed"] == "model-00001-of-00002.safetensors"
-    assert sorted(Checkpoint.open(tmp_path).names) == sorted(TENSORS)
+    assert sorted(SafetensorsCheckpoint.open(tmp_path).names) == sorted(TENSORS)
 
 
 def test_a_tensor_can_be_written_in_chunks_of_rows(tmp_path):
