@@ -14,7 +14,6 @@ from qlora_lite.shards import gguf_types
 from qlora_lite.shards.gguf import GgufCheckpoint, TensorSource
 from qlora_lite.shards.gguf_header import read_header
 from qlora_lite.shards.gguf_types import FLOATS, SUPPORTED
-from qlora_lite.shards.reader import Checkpoint
 from tests.gguf_files import oracle, pack, write_gguf
 
 QUICK = tuple(kind for kind in SUPPORTED if not kind.startswith(("IQ1", "IQ2", "IQ3")))
@@ -270,11 +269,6 @@ def test_the_fingerprint_depends_on_content_and_name_and_not_on_the_directory(tm
     assert hashes("b") == first
     assert set(hashes("c", kind="Q4_0")).isdisjoint(first)
     assert set(hashes("d", name="x")).isdisjoint(first)
-
-
-def test_it_offers_what_the_reader_of_safetensors_offers():
-    public = {name for name in vars(Checkpoint) if not name.startswith("_")} - {"open"}
-    assert public <= set(vars(GgufCheckpoint))
 
 
 def test_a_real_model_is_read_as_gguf_reads_it():
