@@ -19,7 +19,11 @@ def add_metadata(writer: GGUFWriter, config: Any) -> None:
 
 def _add_tokens(writer: GGUFWriter, config: Any) -> None:
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"token{i}" for i in range(config.vocab_size)])
+    writer.add_tokenizer_pre("gpt-2")
+    pieces = ["t", "o", "to", "k", "tok"]
+    others = [f"token{i}" for i in range(len(pieces), config.vocab_size)]
+    writer.add_token_list(pieces + others)
+    writer.add_token_merges(["t o", "to k"])
     for add, token in (
         (writer.add_bos_token_id, config.bos_token_id),
         (writer.add_eos_token_id, config.eos_token_id),

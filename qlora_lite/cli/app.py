@@ -154,13 +154,15 @@ def merge(
     base: Annotated[
         Literal["auto", "trained", "original"],
         typer.Option(
-            help="Merge into the quantised base of training, into the original weights, or (auto) "
-            "into whichever scores better on the held-out rows."
+            help="Merge into the quantised base of training, into the original weights (those of a "
+            "GGUF file are dequantised), or (auto) into whichever scores better on held-out rows."
         ),
     ] = "auto",
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"] | None,
-        typer.Option(help="Dtype of the written weights; default: that of the original."),
+        typer.Option(
+            help="Dtype of the written weights; default: that of the base, bf16 for GGUF."
+        ),
     ] = None,
     shard: Annotated[str, typer.Option(help="Maximum size of a file.")] = "5GB",
     format: Annotated[Literal["hf"], typer.Option(help="hf: a Hugging Face directory.")] = "hf",

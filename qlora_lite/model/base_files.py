@@ -53,6 +53,10 @@ class BaseFiles:
     weights: Path
     """The same directory, with its safetensors files; or a GGUF file."""
 
+    @property
+    def is_gguf(self) -> bool:
+        return self.weights != self.directory
+
     @classmethod
     def of(cls, directory: Path) -> "BaseFiles":
         """The files of a model directory."""
@@ -98,7 +102,7 @@ def open_checkpoint(files: BaseFiles, facts: BaseFacts | None = None) -> Checkpo
     Raises:
         BaseModelError: if a file is missing or damaged, or has other tensors than the model.
     """
-    if is_directory(files.weights):
+    if not files.is_gguf:
         return SafetensorsCheckpoint.open(files.weights)
     header = read_header(files.weights)
     if facts is None:

@@ -6,6 +6,7 @@ added here: splits that it does not know, which would tokenise numbers and punct
 `ignore_merges`, and the space in front of a text.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,11 +68,12 @@ def tokenizer_from_gguf(header: GgufHeader) -> PreTrainedTokenizerFast:
     parts = _parts(header, kind)
     try:
         backend, _ = convert_gguf_tokenizer(header.architecture, parts)
+        backend = _without_defaults(backend, len(parts["tokens"]))
         _set_split(backend, split, parts["tokens"])
         _set_space(backend, header, kind)
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **_settings(header, split))
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise BaseModelError(_damaged(header, str(error))) from error
+    except Exception as error:  # a vocabulary is foreign data, and tokenizers raises any of them
+        raise BaseModelError(_damaged(header, f"{type(error).__name__}: {error}")) from error
     _require_same_ids(tokenizer, header, parts)
     return tokenizer
 
@@ -94,8 +96,8 @@ def _split(header: GgufHeader, kind: str) -> str:
     name = header.metadata.get("tokenizer.ggml.pre", "default")
     if name not in KNOWN_SPLITS:
         raise BaseModelError(
-            f"{header.files[0]} splits text by tokenizer.ggml.pre={name!r}, and known here are "
-            f"{', '.join(sorted(KNOWN_SPLITS))}. Use the original model directory as base.model"
+            f"{header.files[0]} splits text by tokenizer.ggml.pre={name!r}, which is not known "
+            "here: it would be tokenised wrongly. Use the original model directory as base.model"
         )
     return str(name)
 
@@ -113,6 +115,16 @@ def _parts(header: GgufHeader, kind: str) -> dict[str, Any]:
                 _damaged(header, f"{len(parts[key])} {key} for {len(parts['tokens'])} tokens")
             )
     return parts
+
+
+def _without_defaults(backend: Tokenizer, num_tokens: int) -> Tokenizer:
+    """Remove tokens that the class of transformers adds by default, such as <|endoftext|>, and the
+    file does not have: the embedding has no rows for them."""
+    if backend.get_vocab_size() <= num_tokens:
+        return backend
+    content = json.loads(backend.to_str())
+    kept = [token for token in content["added_tokens"] if token["id"] < num_tokens]
+    return Tokenizer.from_str(json.dumps(content | {"added_tokens": kept}))
 
 
 def _set_split(backend: Tokenizer, split: str, tokens: list[str]) -> None:

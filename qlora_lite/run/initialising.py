@@ -110,7 +110,7 @@ def _settings_in(text: str) -> list[str]:
 
 def recipe_text(model: str, file: Path, trust_remote_code: bool = False) -> tuple[str, Plan]:
     """The text of a recipe for `model` that will be written to `file`, and its plan."""
-    if Path(model).is_dir():
+    if Path(model).exists():
         model = str(Path(model).resolve())
     config = read_config(model, trust_remote_code=trust_remote_code, known=known_config(model))
     num_parameters = model_shape(config, trust_remote_code).num_parameters
@@ -169,7 +169,12 @@ def _budget() -> str:
 
 def _slug(model: str) -> str:
     """A model's name as a file name: `Qwen/Qwen3-0.6B` -> `qwen3_0_6b`."""
-    return re.sub(r"[^a-z0-9]+", "_", Path(model).resolve().name.lower()).strip("_") or "model"
+    return (
+        re.sub(r"[^a-z0-9]+", "_", Path(model).resolve().name.lower().removesuffix(".gguf")).strip(
+            "_"
+        )
+        or "model"
+    )
 
 
 def _quoted(text: str) -> str:

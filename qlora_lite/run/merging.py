@@ -92,8 +92,10 @@ def merge(
 
     Args:
         base: what to add the adapter to: `trained` is the quantised weights as training used them,
-            `original` those of the checkpoint, `auto` the one that scores better on held-out rows.
-        dtype: of the written weights; that of each tensor in the base unless given.
+            `original` those of the checkpoint (of a GGUF file, dequantised), `auto` the one that
+            scores better on held-out rows.
+        dtype: of the written weights; unless given, that of each tensor in the base, and bf16 for
+            a GGUF file.
         shard: largest size of a file.
         verify: load the result and compare it with the trained model; `auto` always does.
         device: where sums are made and models run; the run's own unless given.
@@ -187,9 +189,17 @@ def _weights(
     check: MergeCheck, base: Literal["auto", "trained", "original"], dtype: str | None
 ) -> MergedWeights:
     """The weights to write: on the given base, or on the better one."""
+    is_gguf = check.source.files.is_gguf
+    if dtype is None and is_gguf:
+        dtype = "bf16"
     wanted = None if dtype is None else devices.DTYPES[dtype]
     chosen: BaseOfMerge = check.choose_base(wanted) if base == "auto" else base
     weights = MergedWeights(TrainedLayers(check.source, chosen), wanted)
+    if is_gguf and chosen == "original":
+        check.note(
+            f"the original weights are those of {check.source.files.weights.name}, dequantised: a "
+            "GGUF file has no others"
+        )
     if weights.untied:
         check.note(
             f"{', '.join(weights.untied)} was tied to the embedding in the base and is written as "
@@ -258,7 +268,7 @@ def _card(check: MergeCheck, out: Path, report: Report, command: str) -> Card:
         licence = licence_of(check.source.files.directory)
     except ValueError as error:
         check.note(f"the card has no licence, because that of the base is unknown: {error}")
-    is_local = Path(model).is_dir()
+    is_local = Path(model).exists()
     return Card(
         title=out.name,
         base_model=Path(model).name if is_local else model,

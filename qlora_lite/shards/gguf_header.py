@@ -69,7 +69,7 @@ def find_gguf(path: Path) -> Path | None:
     """The GGUF file that a path means; None if it means another kind of base, or nothing.
 
     A file needs the suffix .gguf or the first bytes of GGUF: the models of Ollama have no suffix. A
-    folder needs the files of one model. A folder with config.json and safetensors is no GGUF base.
+    folder needs the files of one model; the vision towers next to it (mmproj) do not count. A folder with config.json and safetensors is no GGUF base.
 
     Raises:
         BaseModelError: if a folder has several models, naming them.
@@ -78,7 +78,8 @@ def find_gguf(path: Path) -> Path | None:
         return path if path.suffix.lower() == ".gguf" or _starts_with_magic(path) else None
     if not is_directory(path) or _is_safetensors(path):
         return None
-    files = sorted(file for file in path.glob("[!.]*.gguf") if file.is_file())
+    found = path.glob("[!.]*.gguf")
+    files = sorted(file for file in found if file.is_file() and "mmproj" not in file.name)
     models: dict[str, Path] = {}
     for file in files:
         models.setdefault(_model_of(file), file)
