@@ -1,7 +1,7 @@
 """Write a model as a GGUF file, with the keys and the changes of weights that llama.cpp makes.
 
     model = tiny_gguf_model("falcon_40b")
-    path = write_gguf(folder / "model.gguf", model)
+    path = write_model_gguf(folder / "model.gguf", model)
 
 Written from the converters of llama.cpp (its folder `conversion/`), family by family, and not from
 our reader. Weights are in F32.
@@ -117,7 +117,7 @@ def tiny_gguf_model(case: str, **changes: Any) -> Any:
     return model
 
 
-def write_gguf(
+def write_model_gguf(
     path: Path,
     model: Any,
     *,

@@ -73,8 +73,8 @@ def _sizes(family: Family, keys: ArchitectureKeys) -> Fields:
     return (
         fields
         | _heads(family, keys, heads, hidden)
-        | {field: keys.number(key) for key, field in family.needed.items()}
-        | {field: keys.number(key) for key, field in family.optional.items() if key in keys}
+        | {field: keys.positive(key) for key, field in family.needed.items()}
+        | {field: keys.positive(key) for key, field in family.optional.items() if key in keys}
         | {
             field: any(name.endswith(f".{tensor}") for name in tensors)
             for field, tensor in family.flags.items()
@@ -207,9 +207,9 @@ def _granite(keys: ArchitectureKeys, fields: Fields) -> Fields:
     """Multipliers of 0 are left out of the file, and mean the usual ones."""
     head_dim = fields["hidden_size"] // fields["num_attention_heads"]
     return {
-        "attention_multiplier": keys.number("attention.scale", head_dim**-0.5),
-        "embedding_multiplier": keys.number("embedding_scale", 1.0),
-        "residual_multiplier": keys.number("residual_scale", 1.0),
+        "attention_multiplier": keys.positive("attention.scale", head_dim**-0.5),
+        "embedding_multiplier": keys.positive("embedding_scale", 1.0),
+        "residual_multiplier": keys.positive("residual_scale", 1.0),
     }
 
 

@@ -102,7 +102,7 @@ def _longrope(keys: ArchitectureKeys, rotated: int, context: int) -> dict[str, A
     original = keys.integer("rope.scaling.original_context_length", context)
     factor = context / original
     derived = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 < original else 1.0
-    attention = keys.number("rope.scaling.attn_factor", derived)
+    attention = keys.positive("rope.scaling.attn_factor", derived)
     scaling = {
         "rope_type": "longrope",
         "original_max_position_embeddings": original,
@@ -153,7 +153,8 @@ def _guesses(factors: Tensor, theta: float) -> list[dict[str, Any]]:
     if len(w) > 1:
         slope = ((s[0] - s[-1]) / (1 / w[0] - 1 / w[-1])).item()
         low = slope / w[0].item() - s[0].item()  # s = slope / w - low
-        fits = [(round(slope / low), f"{1 + 1 / low:.4g}")] if low else []
+        is_scaling = low > 0 and math.isfinite(slope / low)
+        fits = [(round(slope / low), f"{1 + 1 / low:.4g}")] if is_scaling else []
     else:  # many settings lead to the same factors: take a context that is a power of 2
         contexts = [2**i for i in range(5, 25)]
         highs = {c: (1 + (c / w - 1) / s).tolist() or [4.0] for c in contexts}

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.model.gguf_config import config_from_gguf
+from qlora_lite.model.gguf_config import _share, config_from_gguf
 from qlora_lite.shards.gguf_header import read_header
-from tests.workbench_gguf import ALL_CASES, tiny_gguf_model, write_gguf
+from tests.workbench_gguf import ALL_CASES, tiny_gguf_model, write_model_gguf
 
 NOT_IN_THE_FILE = {
     "_name_or_path",
@@ -32,7 +32,7 @@ FURTHER_FIELDS = {"partial_rotary_factor"}
 @pytest.mark.parametrize("case", ALL_CASES)
 def test_every_field_is_that_of_the_model_in_the_file(case, tmp_path):
     model = tiny_gguf_model(case)
-    config = config_from_gguf(read_header(write_gguf(tmp_path / "model.gguf", model)))
+    config = config_from_gguf(read_header(write_model_gguf(tmp_path / "model.gguf", model)))
     expected, found = model.config.to_dict(), config.to_dict()
     ignored = NOT_IN_THE_FILE | DIFFERS.get(case, set()) | FURTHER_FIELDS
     assert {k: v for k, v in found.items() if k not in ignored} == {
@@ -48,19 +48,19 @@ def test_every_field_is_that_of_the_model_in_the_file(case, tmp_path):
 @pytest.mark.parametrize(("case", "num_layers"), [("gemma2", 46), ("gemma3_text", 62)])
 def test_the_largest_gemma_scales_queries_by_the_hidden_size(case, num_layers, tmp_path):
     model = tiny_gguf_model(case, num_hidden_layers=num_layers, hidden_size=96)
-    path = write_gguf(tmp_path / "model.gguf", model)
+    path = write_model_gguf(tmp_path / "model.gguf", model)
     assert config_from_gguf(read_header(path)).query_pre_attn_scalar == 96 // 4
 
 
 def test_granite_without_multipliers_is_scaled_as_usual(tmp_path):
     multipliers = ("attention_multiplier", "embedding_multiplier", "residual_multiplier")
     model = tiny_gguf_model("granite", **dict.fromkeys(multipliers, 0.0))
-    config = config_from_gguf(read_header(write_gguf(tmp_path / "model.gguf", model)))
+    config = config_from_gguf(read_header(write_model_gguf(tmp_path / "model.gguf", model)))
     assert [getattr(config, name) for name in multipliers] == [16**-0.5, 1.0, 1.0]
 
 
 def test_generation_ends_at_the_end_of_a_turn_as_well(tmp_path):
-    path = write_gguf(
+    path = write_model_gguf(
         tmp_path / "model.gguf", tiny_gguf_model("llama"), keys=lambda w: w.add_eot_token_id(7)
     )
     assert config_from_gguf(read_header(path)).eos_token_id == [2, 7]
@@ -75,7 +75,7 @@ def test_generation_ends_at_the_end_of_a_turn_as_well(tmp_path):
     ],
 )
 def test_the_pattern_of_windows_is_read(pattern, slides, tmp_path):
-    path = write_gguf(
+    path = write_model_gguf(
         tmp_path / "model.gguf",
         tiny_gguf_model("gemma3_text", num_hidden_layers=4),
         keys=lambda w: w.add_sliding_window_pattern(pattern),
@@ -208,8 +208,14 @@ REFUSED = {
 def test_a_file_that_is_not_understood_is_refused(why, tmp_path):
     case, keys, tensors, message = REFUSED[why]
     model = tiny_gguf_model(case)
-    path = write_gguf(tmp_path / "model.gguf", model, keys=keys, tensors=tensors)
+    path = write_model_gguf(tmp_path / "model.gguf", model, keys=keys, tensors=tensors)
     with pytest.raises(BaseModelError) as error:
         config_from_gguf(read_header(path))
     assert message in str(error.value)
     assert str(path) in str(error.value)
+
+
+def test_a_rotated_share_gives_back_the_number_of_dimensions():
+    for head_dim in range(2, 300):
+        for rotated in range(2, head_dim + 1, 2):
+            assert int(_share(rotated, head_dim) * head_dim) == rotated

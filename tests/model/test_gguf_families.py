@@ -7,7 +7,7 @@ import torch
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.model.gguf_families import family_of
 from qlora_lite.shards.gguf_header import read_header
-from tests.workbench_gguf import tiny_gguf_model, write_gguf
+from tests.workbench_gguf import tiny_gguf_model, write_model_gguf
 
 
 @pytest.mark.parametrize("architecture", ["mamba", "t5", "qwen3moe", "deci"])
@@ -24,13 +24,13 @@ def test_other_architectures_are_refused_with_the_list(architecture, tmp_path):
 
 def test_experts_are_refused(tmp_path):
     experts = {"blk.0.ffn_gate_exps.weight": torch.ones(2, 4, 4)}
-    path = write_gguf(tmp_path / "model.gguf", tiny_gguf_model("llama"), tensors=experts)
+    path = write_model_gguf(tmp_path / "model.gguf", tiny_gguf_model("llama"), tensors=experts)
     with pytest.raises(BaseModelError, match=r"has experts .blk\.0\.ffn_gate_exps\.weight"):
         family_of(read_header(path))
 
 
 def test_an_adapter_is_refused(tmp_path):
-    path = write_gguf(
+    path = write_model_gguf(
         tmp_path / "model.gguf", tiny_gguf_model("llama"), keys=lambda w: w.add_type("adapter")
     )
     with pytest.raises(BaseModelError, match="is of type 'adapter'"):
@@ -38,7 +38,7 @@ def test_an_adapter_is_refused(tmp_path):
 
 
 def test_a_file_without_an_embedding_is_refused(tmp_path):
-    header = read_header(write_gguf(tmp_path / "model.gguf", tiny_gguf_model("llama")))
+    header = read_header(write_model_gguf(tmp_path / "model.gguf", tiny_gguf_model("llama")))
     del header.tensors["token_embd.weight"]
     with pytest.raises(BaseModelError, match=r"has no tensor 'token_embd\.weight'"):
         family_of(header)

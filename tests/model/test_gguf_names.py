@@ -18,8 +18,8 @@ from qlora_lite.model.gguf_names import tensor_sources
 from qlora_lite.model.shape import build_on_meta, model_shape
 from qlora_lite.shards.gguf import GgufCheckpoint, TensorSource
 from qlora_lite.shards.gguf_header import read_header
-from tests.model.gguf_files import GEMMA, SMOLLM2, real_file
-from tests.workbench_gguf import ALL_CASES, tiny_gguf_model, write_gguf
+from tests.model.real_gguf import GEMMA, SMOLLM2, real_file
+from tests.workbench_gguf import ALL_CASES, tiny_gguf_model, write_model_gguf
 
 UNKNOWN_TO_TRANSFORMERS = {
     "granite": "not supported",
@@ -54,7 +54,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("case", ALL_CASES)
 def test_tensors_and_logits_are_those_of_the_model_in_the_file(case, tmp_path):
     model = tiny_gguf_model(case)
-    path = write_gguf(tmp_path / "model.gguf", model)
+    path = write_model_gguf(tmp_path / "model.gguf", model)
     tensors = _tensors(path)
     expected = dict(model.named_parameters())
     assert tensors.keys() == expected.keys()
@@ -73,7 +73,7 @@ def test_tensors_and_logits_are_those_of_the_model_in_the_file(case, tmp_path):
 
 @pytest.mark.parametrize("case", ALL_CASES)
 def test_the_names_are_those_of_transformers(case, tmp_path):
-    path = write_gguf(tmp_path / "model.gguf", tiny_gguf_model(case))
+    path = write_model_gguf(tmp_path / "model.gguf", tiny_gguf_model(case))
     config, sources = _sources(path)
     if config.model_type in ("gemma", "granite", "cohere2"):
         pytest.skip("transformers does not read this family")
@@ -91,7 +91,7 @@ def _refusal(path: Path) -> str:
 
 
 def test_a_tensor_that_the_model_does_not_have_is_refused(tmp_path):
-    path = write_gguf(
+    path = write_model_gguf(
         tmp_path / "model.gguf",
         tiny_gguf_model("llama"),
         tensors={"blk.0.attn_unknown.weight": torch.ones(4)},
@@ -100,7 +100,7 @@ def test_a_tensor_that_the_model_does_not_have_is_refused(tmp_path):
 
 
 def test_a_bias_that_the_family_does_not_have_is_refused(tmp_path):
-    path = write_gguf(
+    path = write_model_gguf(
         tmp_path / "model.gguf",
         tiny_gguf_model("qwen2"),
         tensors={"blk.0.attn_output.bias": torch.ones(64)},
@@ -109,7 +109,7 @@ def test_a_bias_that_the_family_does_not_have_is_refused(tmp_path):
 
 
 def test_a_missing_tensor_is_named(tmp_path):
-    header = read_header(write_gguf(tmp_path / "model.gguf", tiny_gguf_model("llama")))
+    header = read_header(write_model_gguf(tmp_path / "model.gguf", tiny_gguf_model("llama")))
     config = config_from_gguf(header)
     parameters = {p.name: p.shape for p in model_shape(config).parameters}
     del header.tensors["blk.2.ffn_up.weight"]
@@ -118,7 +118,7 @@ def test_a_missing_tensor_is_named(tmp_path):
 
 
 def test_a_tensor_of_another_shape_is_refused(tmp_path):
-    path = write_gguf(
+    path = write_model_gguf(
         tmp_path / "model.gguf",
         tiny_gguf_model("llama"),
         tensors={"blk.1.attn_k.weight": torch.ones(16, 64)},
@@ -129,8 +129,8 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path):
 
 
 def test_a_head_without_a_tensor_is_the_embedding(tmp_path):
-    tied = write_gguf(tmp_path / "tied.gguf", tiny_gguf_model("llama_biased"))
-    untied = write_gguf(tmp_path / "untied.gguf", tiny_gguf_model("llama"))
+    tied = write_model_gguf(tmp_path / "tied.gguf", tiny_gguf_model("llama_biased"))
+    untied = write_model_gguf(tmp_path / "untied.gguf", tiny_gguf_model("llama"))
     assert "lm_head.weight" not in _sources(tied)[1]
     assert _sources(untied)[1]["lm_head.weight"].stored == "output.weight"
 

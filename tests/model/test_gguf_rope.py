@@ -8,7 +8,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.model.gguf_config import config_from_gguf
 from qlora_lite.shards.gguf_header import read_header
-from tests.workbench_gguf import llama3_factors, tiny_gguf_model, write_gguf
+from tests.workbench_gguf import llama3_factors, tiny_gguf_model, write_model_gguf
 
 LONG = [1.0 + 0.5 * i for i in range(8)]
 SHORT = [1.0 + 0.01 * i for i in range(8)]
@@ -75,7 +75,7 @@ def test_rope_scaling_is_rebuilt(name, theta, tmp_path):
     if case == "phi3":
         changes["original_max_position_embeddings"] = 128
     model = tiny_gguf_model(case, **changes)
-    config = config_from_gguf(read_header(write_gguf(tmp_path / "model.gguf", model)))
+    config = config_from_gguf(read_header(write_model_gguf(tmp_path / "model.gguf", model)))
     kind = scaling["rope_type"]
     for length in (16, 400):  # longrope has other factors beyond the original context
         expected, attention = ROPE_INIT_FUNCTIONS[kind](
@@ -101,7 +101,7 @@ def test_the_settings_of_llama_3_are_found_from_its_factors(head_dim, factor, tm
         "original_max_position_embeddings": 8192,
     }
     model = tiny_gguf_model("llama", head_dim=head_dim, rope_parameters=rope)
-    config = config_from_gguf(read_header(write_gguf(tmp_path / "model.gguf", model)))
+    config = config_from_gguf(read_header(write_model_gguf(tmp_path / "model.gguf", model)))
     assert config.rope_parameters == rope
 
 
@@ -115,12 +115,12 @@ def test_the_settings_of_another_context_are_found_from_enough_factors(tmp_path)
         "original_max_position_embeddings": 4096,
     }
     model = tiny_gguf_model("llama", head_dim=128, rope_parameters=rope)
-    config = config_from_gguf(read_header(write_gguf(tmp_path / "model.gguf", model)))
+    config = config_from_gguf(read_header(write_model_gguf(tmp_path / "model.gguf", model)))
     assert config.rope_parameters == rope
 
 
 def test_factors_of_one_are_no_scaling(tmp_path):
-    path = write_gguf(
+    path = write_model_gguf(
         tmp_path / "model.gguf",
         tiny_gguf_model("llama"),
         tensors={"rope_freqs.weight": torch.ones(8)},
@@ -131,7 +131,7 @@ def test_factors_of_one_are_no_scaling(tmp_path):
 def test_another_attention_factor_is_kept(tmp_path):
     rope = {"rope_type": "longrope", "long_factor": LONG, "short_factor": SHORT}
     model = tiny_gguf_model("phi3", rope_parameters=rope, original_max_position_embeddings=128)
-    path = write_gguf(
+    path = write_model_gguf(
         tmp_path / "model.gguf", model, keys=lambda w: w.add_rope_scaling_attn_factors(1.5)
     )
     assert config_from_gguf(read_header(path)).rope_parameters["attention_factor"] == 1.5
@@ -156,7 +156,7 @@ def test_a_factor_without_a_type_is_linear(key, kind, expected, tmp_path):
         if kind:
             writer.add_string("llama.rope.scaling.type", kind)
 
-    path = write_gguf(tmp_path / "model.gguf", tiny_gguf_model("llama"), keys=keys)
+    path = write_model_gguf(tmp_path / "model.gguf", tiny_gguf_model("llama"), keys=keys)
     assert config_from_gguf(read_header(path)).rope_parameters == expected
 
 
@@ -192,6 +192,24 @@ REFUSED = {
         "yarn_ext_factor is 0.5",
     ),
     "factors of no known scaling": ("llama", None, WITH_FACTORS, "rope_freqs.weight does not"),
+    "factors where all frequencies are one": (
+        "llama",
+        lambda w: w.add_rope_freq_base(1.0),
+        WITH_FACTORS,
+        "rope_freqs.weight does not",
+    ),
+    "factors that fall": (
+        "llama",
+        None,
+        {"rope_freqs.weight": torch.linspace(8, 1, 8)},
+        "rope_freqs.weight does not",
+    ),
+    "factors below one": (
+        "llama",
+        None,
+        {"rope_freqs.weight": torch.full((8,), 0.5)},
+        "rope_freqs.weight does not",
+    ),
     "factors and a scaling": (
         "llama",
         lambda w: w.add_float32("llama.rope.scaling.factor", 2.0),
@@ -219,7 +237,7 @@ REFUSED = {
 def test_an_encoding_that_is_not_understood_is_refused(why, tmp_path):
     case, keys, tensors, message = REFUSED[why]
     model = tiny_gguf_model(case)
-    path = write_gguf(tmp_path / "model.gguf", model, keys=keys, tensors=tensors)
+    path = write_model_gguf(tmp_path / "model.gguf", model, keys=keys, tensors=tensors)
     with pytest.raises(BaseModelError) as error:
         config_from_gguf(read_header(path))
     assert message in str(error.value)
