@@ -1,5 +1,6 @@
 """The config of a GGUF file equals the one that the file was written from."""
 
+import gguf
 import pytest
 import torch
 
@@ -61,9 +62,26 @@ def test_granite_without_multipliers_is_scaled_as_usual(tmp_path):
 
 def test_generation_ends_at_the_end_of_a_turn_as_well(tmp_path):
     path = write_model_gguf(
-        tmp_path / "model.gguf", tiny_gguf_model("llama"), keys=lambda w: w.add_eot_token_id(7)
+        tmp_path / "model.gguf",
+        tiny_gguf_model("llama"),
+        keys=lambda w: (w.add_eot_token_id(7), w.add_eom_token_id(5)),
     )
-    assert config_from_gguf(read_header(path)).eos_token_id == [2, 7]
+    assert config_from_gguf(read_header(path)).eos_token_id == [2, 7, 5]
+
+
+def test_keys_that_only_describe_a_file_are_accepted(tmp_path):
+    def keys(writer: gguf.GGUFWriter) -> None:
+        writer.add_string("general.license", "apache-2.0")
+        writer.add_array("general.tags", ["text"])
+        writer.add_string("tokenizer.chat_template", "{{ messages }}")
+        writer.add_uint32("quantize.imatrix.entries_count", 224)
+        writer.add_string("mradermacher.quantized_by", "somebody")
+        writer.add_tensor_data_layout("Meta AI original pth")
+
+    model = tiny_gguf_model("llama")
+    plain = config_from_gguf(read_header(write_model_gguf(tmp_path / "plain.gguf", model)))
+    path = write_model_gguf(tmp_path / "described.gguf", model, keys=keys)
+    assert config_from_gguf(read_header(path)).to_diff_dict() == plain.to_diff_dict()
 
 
 @pytest.mark.parametrize(
@@ -177,6 +195,12 @@ REFUSED = {
         lambda w: w.add_head_count_kv(2),
         {},
         "attention.head_count_kv is 2, and an array of 4",
+    ),
+    "rows in another order": (
+        "llama",
+        lambda w: w.add_tensor_data_layout("another"),
+        {},
+        "tensor_data_layout is another",
     ),
     "odd heads": (
         "llama",

@@ -137,6 +137,17 @@ def test_another_attention_factor_is_kept(tmp_path):
     assert config_from_gguf(read_header(path)).rope_parameters["attention_factor"] == 1.5
 
 
+def test_an_original_context_of_one_has_no_attention_factor(tmp_path):
+    rope = {"rope_type": "longrope", "long_factor": LONG, "short_factor": SHORT}
+    model = tiny_gguf_model("phi3", rope_parameters=rope, original_max_position_embeddings=128)
+    path = write_model_gguf(
+        tmp_path / "model.gguf",
+        model,
+        keys=lambda w: (w.add_rope_scaling_orig_ctx_len(1), w.add_rope_scaling_attn_factors(1.0)),
+    )
+    assert "attention_factor" not in config_from_gguf(read_header(path)).rope_parameters
+
+
 LINEAR = {"rope_theta": 10_000.0, "rope_type": "linear", "factor": 4.0}
 DEFAULT = {"rope_theta": 10_000.0, "rope_type": "default"}
 
@@ -192,6 +203,16 @@ REFUSED = {
         "yarn_ext_factor is 0.5",
     ),
     "factors of no known scaling": ("llama", None, WITH_FACTORS, "rope_freqs.weight does not"),
+    "yarn with the factor of longrope": (
+        "llama",
+        lambda w: (
+            w.add_string("llama.rope.scaling.type", "yarn"),
+            w.add_rope_scaling_factor(4.0),
+            w.add_rope_scaling_attn_factors(1.5),
+        ),
+        {},
+        "rope.scaling.attn_factor is 1.5",
+    ),
     "factors where all frequencies are one": (
         "llama",
         lambda w: w.add_rope_freq_base(1.0),
