@@ -69,7 +69,8 @@ def find_gguf(path: Path) -> Path | None:
     """The GGUF file that a path means; None if it means another kind of base, or nothing.
 
     A file needs the suffix .gguf or the first bytes of GGUF: the models of Ollama have no suffix. A
-    folder needs the files of one model; the vision towers next to it (mmproj) do not count. A folder with config.json and safetensors is no GGUF base.
+    folder needs the files of one model; a vision tower next to it (mmproj) does not count. A folder
+    with config.json and safetensors is no GGUF base.
 
     Raises:
         BaseModelError: if a folder has several models, naming them.
