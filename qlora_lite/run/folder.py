@@ -266,6 +266,12 @@ class RunFolder:
         much memory is free now: another split of a step would change the rounding."""
         return self.read_record()["micro_batch_tokens"] if self.recipe.exists() else None
 
+    @property
+    def scored_rows(self) -> int | None:
+        """How many held-out rows are scored during the run. A resumed or extended run scores the
+        same ones: losses of other rows could not be compared."""
+        return self.read_record().get("scored_rows") if self.recipe.exists() else None
+
     def require_not_shorter(self, steps: int) -> None:
         """Check that the run has not already done more than `steps` steps.
 
@@ -292,6 +298,7 @@ class RunFolder:
         fingerprints: dict[str, str],
         device: str,
         micro_batch_tokens: int,
+        scored_rows: int,
     ) -> list[str]:
         """Write `recipe.json`, or compare with the existing one. Returns warnings.
 
@@ -309,6 +316,7 @@ class RunFolder:
             "device": device,
             "git_revision": git_revision(),
             "micro_batch_tokens": micro_batch_tokens,
+            "scored_rows": scored_rows,
         }
         warnings: list[str] = []
         if self.recipe.exists():

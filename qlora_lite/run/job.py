@@ -7,6 +7,7 @@ from qlora_lite.adapters.attach import AttachedAdapter
 from qlora_lite.adapters.warm_start import describe_warm_start, warm_start
 from qlora_lite.data.batches import Batches, evaluation_batches
 from qlora_lite.data.collate import Batch
+from qlora_lite.data.examples import Examples
 from qlora_lite.data.load import PreparedData
 from qlora_lite.data.preview import preview_row
 from qlora_lite.data.token_display import bracketed
@@ -22,6 +23,7 @@ from qlora_lite.training.engine import TorchEngine
 from qlora_lite.training.interruption import StopRequest
 from qlora_lite.training.loop import TrainingJob
 from qlora_lite.training.optimizer import AdamW
+from qlora_lite.training.scorings import Scorings, choose_scorings
 
 ROWS_SHOWN = 3
 """Rows of a batch that an error message shows."""
@@ -48,13 +50,25 @@ def training_batches(
     )
 
 
-def held_out_batches(recipe: Recipe, data: PreparedData, packs: bool) -> Iterator[Batch]:
-    """Every held-out row once; `packs` as for `training_batches`."""
+def held_out_batches(recipe: Recipe, rows: Examples, packs: bool) -> Iterator[Batch]:
+    """Every row once; `packs` as for `training_batches`."""
     return evaluation_batches(
-        data.heldout,
+        rows,
         max_tokens=recipe.data.max_tokens,
         micro_batch_tokens=recipe.optim.micro_batch_tokens or recipe.data.max_tokens,
         packing=recipe.data.packing and packs,
+    )
+
+
+def scorings_of(recipe: Recipe, data: PreparedData, steps: int, num_rows: int | None) -> Scorings:
+    """When held-out rows are scored, and which; `num_rows` of an earlier process of this run."""
+    return choose_scorings(
+        recipe.evaluation,
+        data.heldout.lengths,
+        steps=steps,
+        tokens_per_step=recipe.optim.tokens_per_step,
+        checkpointing=recipe.optim.checkpointing,
+        num_rows=num_rows,
     )
 
 
@@ -81,6 +95,7 @@ def make_job(
     loaded: LoadedModel,
     data: PreparedData,
     batches: Batches,
+    scorings: Scorings,
     resume_from: Path | None,
     stop_request: StopRequest,
     watcher: Watcher,
@@ -99,10 +114,11 @@ def make_job(
         enable_checkpointing(loaded.base.model)
     attached.train()
     model = loaded.causal
+    scored = data.heldout.select(scorings.rows)
 
     def score_heldout() -> dict[str, float]:
         attached.train(False)
-        result = score(model, held_out_batches(recipe, data, loaded.packs))
+        result = score(model, held_out_batches(recipe, scored, loaded.packs))
         attached.train()
         return {"loss": result.loss, "accuracy": result.accuracy, "perplexity": result.perplexity}
 
@@ -124,6 +140,7 @@ def make_job(
         evaluation=recipe.evaluation,
         checkpoints=recipe.checkpoints,
         score=score_heldout if len(data.heldout) else None,
+        score_every=scorings.every,
         show_rows=show_rows,
         stop_request=stop_request,
         resume_from=resume_from,

@@ -274,7 +274,7 @@ class MergeCheck:
                 "trained on"
             )
         if len(data.heldout):
-            return list(held_out_batches(self.recipe, data, packs)), True
+            return list(held_out_batches(self.recipe, data.heldout, packs)), True
         few = data.train.select(range(min(CHECKED_ROWS, len(data.train))))
         longest = self.recipe.data.max_tokens
         batches = evaluation_batches(

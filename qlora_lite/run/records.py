@@ -19,6 +19,7 @@ class RunRecord(JsonFile):
     recipe: dict[str, Any]
     fingerprints: dict[str, str]
     micro_batch_tokens: Annotated[int, Field(ge=1, le=2**40)] | None
+    scored_rows: Annotated[int, Field(ge=0)] | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     threads: int | None = None
     device: str | None = None

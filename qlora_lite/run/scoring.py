@@ -126,7 +126,7 @@ def _held_out(target: str, loaded: LoadedModel, watcher: Watcher) -> Iterator[Ba
             f"the data of {target} changed since it was trained: rows that are held out now may "
             "have been trained on"
         )
-    return held_out_batches(loaded.recipe, prepared, loaded.packs)
+    return held_out_batches(loaded.recipe, prepared.heldout, loaded.packs)
 
 
 def _of_file(

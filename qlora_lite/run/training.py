@@ -26,7 +26,12 @@ from qlora_lite.recipe_files import with_absolute_paths
 from qlora_lite.report.page import Sample
 from qlora_lite.run.finishing import FinishedTraining, finish
 from qlora_lite.run.folder import RunFolder
-from qlora_lite.run.job import make_job, require_known_tokens, training_batches
+from qlora_lite.run.job import (
+    make_job,
+    require_known_tokens,
+    scorings_of,
+    training_batches,
+)
 from qlora_lite.run.loading import LoadedModel, load_adapted
 from qlora_lite.run.planning import NO_BUDGET, check_settings, not_packed, plan_memory, plan_recipe
 from qlora_lite.run.setup import RunSetup, set_up
@@ -108,6 +113,13 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock) -> R
         micro_batch_tokens = recipe.optim.micro_batch_tokens or plan.micro_batch_tokens
         batches = training_batches(recipe, data, micro_batch_tokens, loaded.packs)
         folder.require_not_shorter(batches.steps)
+        scorings = scorings_of(recipe, data, batches.steps, folder.scored_rows)
+        if len(scorings.rows) < len(data.heldout):
+            watcher.note(
+                f"{len(scorings.rows)} of {len(data.heldout):,} held-out rows are scored, so that "
+                "scoring takes at most a tenth of the run. Set evaluation.rows for more; "
+                f"`qlora-lite eval {folder.path}` scores all of them"
+            )
         fingerprints = folder.fingerprints(data.fingerprint, loaded.base.checkpoint)
         if "base_sha256" not in fingerprints:
             watcher.note(
@@ -121,6 +133,7 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock) -> R
                 loaded,
                 data,
                 batches,
+                scorings,
                 resume_from,
                 stop_request,
                 watcher,
@@ -128,7 +141,9 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock) -> R
                 held.require,
             )
             held.require()
-            for warning in folder.record(recipe, fingerprints, rule.summary, micro_batch_tokens):
+            for warning in folder.record(
+                recipe, fingerprints, rule.summary, micro_batch_tokens, len(scorings.rows)
+            ):
                 watcher.note(warning)
             reset_peak(rule.device)
             progress = train(job)

@@ -72,7 +72,9 @@ class TrainingJob:
     evaluation: Evaluation
     checkpoints: Checkpoints
     score: Callable[[], dict[str, float]] | None
-    """Scores the held-out rows: at least `loss`. None if there are none."""
+    """Scores held-out rows: at least `loss`. None if there are none."""
+    score_every: int
+    """Steps between two scorings."""
     show_rows: ShowRows
     stop_request: StopRequest
     """Whether a signal asked the run to stop."""
@@ -117,7 +119,7 @@ def train(job: TrainingJob) -> Progress:
             _evaluate(job, progress)
     while progress.step < job.total and not progress.stopped_early:
         _one_step(job, progress)
-        if _is_due(progress.step, job.evaluation.every, job.total) and job.score:
+        if _is_due(progress.step, job.score_every, job.total) and job.score:
             _evaluate(job, progress)
         done = progress.step == job.total or progress.stopped_early
         should_stop = job.stop_request.signal_name is not None

@@ -75,7 +75,12 @@ class Evaluation(Settings):
     """Scoring of the held-out rows during training, and sample answers at the end."""
 
     every: int | None = Field(default=None, ge=1)
-    """Optimizer steps between two scorings; a tenth of the run by default."""
+    """Optimizer steps between two scorings; by default at most a tenth of the run's time is spent
+    on them."""
+
+    rows: int | None = Field(default=None, ge=1)
+    """How many held-out rows are scored during the run; by default all of them with `every`, and
+    otherwise as many as that tenth allows."""
 
     patience: int | None = Field(default=None, ge=1)
     """Early stopping: stop after this many scorings without improvement, and keep the best adapter.

@@ -16,7 +16,7 @@ from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.loading import load_run
 from qlora_lite.run.merging import merge
 from qlora_lite.run.training import run_recipe
-from qlora_lite.shards import reader, writer
+from qlora_lite.shards import fingerprint, reader, writer
 from qlora_lite.training import checkpoint, metrics
 from tests.damage import flip_bit
 from tests.end_to_end.small_run import recipe_in, result_of, small_recipe
@@ -221,7 +221,7 @@ def test_a_run_whose_adapter_is_damaged_is_not_finished(finished, tmp_path, name
 
 
 def test_every_byte_of_the_base_is_compared_by_merge(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "_NUM_SAMPLES", 1)
+    monkeypatch.setattr(fingerprint, "_NUM_SAMPLES", 1)
     base = tmp_path / "base"
     shutil.copytree(folder / "base", base)
     run = tmp_path / "run"

@@ -16,7 +16,8 @@ from tests.tiny import save_tiny
 def test_held_out_rows_are_each_scored_once_and_never_trained_on(folder):
     recipe = recipe_in(folder, "run", "data.heldout_share=0.2")
     data = load_data(recipe.data, load_tokenizer(recipe.base), recipe.seed)
-    heldout = [row for batch in held_out_batches(recipe, data, packs=True) for row in batch.rows]
+    batches = held_out_batches(recipe, data.heldout, packs=True)
+    heldout = [row for batch in batches for row in batch.rows]
     assert sorted(heldout) == sorted(example.row for example in data.heldout)
     batches = training_batches(recipe, data, 128, packs=True)
     trained = {row for n in range(batches.steps) for b in batches.step(n) for row in b.rows}
@@ -37,7 +38,7 @@ def test_rows_share_a_bin_only_in_a_model_that_keeps_them_apart(folder, packs):
     recipe = recipe_in(folder, "run", "data.heldout_share=0.2")
     data = load_data(recipe.data, load_tokenizer(recipe.base), recipe.seed)
     training = training_batches(recipe, data, 128, packs)
-    for batches in (training.step(0), list(held_out_batches(recipe, data, packs))):
+    for batches in (training.step(0), list(held_out_batches(recipe, data.heldout, packs))):
         num_rows = sum(len(batch.rows) for batch in batches)
         num_bins = sum(len(batch.input_ids) for batch in batches)
         assert num_rows > num_bins if packs else num_rows == num_bins

@@ -21,7 +21,7 @@ def losses_by_rank(run: Path) -> Values:
     assert loaded.attached is not None
     assert loaded.recipe is not None
     data = load_data(loaded.recipe.data, loaded.tokenizer, loaded.recipe.seed)
-    batches = list(held_out_batches(loaded.recipe, data, loaded.packs))
+    batches = list(held_out_batches(loaded.recipe, data.heldout, loaded.packs))
     losses = []
     for rank in range(1, RANK + 1):
         for path, layer in loaded.attached.layers.items():

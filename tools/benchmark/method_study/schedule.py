@@ -126,4 +126,4 @@ def _score_unquantised(material: Material, seed: int) -> Values:
     recipe = recipe_of(plain, material, 1, seed, 1.0, Path("unused"))
     data = load_data(recipe.data, load_tokenizer(recipe.base), seed)
     model = load_model(BASE, FP32(), device=recipe.device)
-    return {"start": score(model.causal, held_out_batches(recipe, data, model.packs)).loss}
+    return {"start": score(model.causal, held_out_batches(recipe, data.heldout, model.packs)).loss}
