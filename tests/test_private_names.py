@@ -116,6 +116,10 @@ TABLE: dict[str, tuple[tuple[str, ...], Callable[[], object]]] = {
         ("qlora_lite/kernels/dequantise.py",),
         lambda: _takes(torch._check, True, lambda: "message"),
     ),
+    "torch.ops.mkldnn._is_mkldnn_bf16_supported": (
+        ("qlora_lite/kernels/speed.py",),
+        lambda: isinstance(torch.ops.mkldnn._is_mkldnn_bf16_supported(), bool),
+    ),
     "._cdata": (
         ("tools/benchmark/live_bytes.py", "tools/benchmark/method_study/cost.py"),
         lambda: torch.zeros(1).untyped_storage()._cdata,

@@ -91,17 +91,17 @@ def init(
 @app.command()
 def plan(recipe: RecipeFile, settings: Assignments = None) -> None:
     """Will it fit? Predict memory and time from config.json alone. Status 2 if it does not fit."""
-    from qlora_lite.foundation import device as devices
     from qlora_lite.memory.measure import matmul_flops_per_second
     from qlora_lite.memory.plan import require_fit
     from qlora_lite.recipe_files import load_with_settings
+    from qlora_lite.run.computing import new_rule
     from qlora_lite.run.planning import NO_BUDGET, check_settings, plan_memory
     from qlora_lite.run.setup import set_up
 
     changed, notes = load_with_settings(recipe, settings or [])
-    rule = devices.choose(changed.device, changed.base.compute, allow_absent=True)
+    rule = new_rule(changed, allow_absent=True)
     with Display() as display:
-        for note in [*notes, rule.summary]:
+        for note in [*notes, rule.summary_with_reason]:
             display.note(note)
         setup = set_up(changed, rule, needs_config=False)
         planned = plan_memory(setup)

@@ -50,9 +50,12 @@ class BrokenClaim(AssertionError):
 
 
 def recipe(output: Path) -> Recipe:
-    """NF4 base, LoRA on every linear layer, bf16 adapters: the defaults for any model."""
+    """NF4 base, LoRA on every linear layer, bf16 adapters: the defaults for any model.
+
+    Compute is fp32 on every processor, as the merge is only proved exact in fp32.
+    """
     return Recipe(
-        base=Base(model=BASE, quant=NF4()),
+        base=Base(model=BASE, quant=NF4(), compute="fp32"),
         adapter=LoRA(rank=16, alpha=32),
         data=Data(train=TRAIN, heldout=HELDOUT, max_tokens=256),
         optim=Optim(lr=2e-3, tokens_per_step=2048, steps=STEPS),

@@ -6,11 +6,12 @@
 | CUDA without bf16 (T4, V100)| fp16    | fp16            | fp16  | fp32     | 8 bit            |
 | CPU                         | fp32    | bf16            | fp32  | bf16     | 32 bit           |
 
-On a CPU, compute is fp32 even if the processor has bf16 units: without them the backward of a
-bf16 matmul is about 80 times slower, and results should not depend on the machine.
+On a CPU, a run whose `base.compute` is `auto` computes in bf16 if the processor has units for it
+(`run/computing.py`): products are then about 4 times as fast. Without them the backward of a bf16
+product is about 80 times slower, so everything else computes in fp32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -34,6 +35,8 @@ class DeviceRule:
     adapters: torch.dtype
     """Storage dtype of the adapter parameters; they are cast to `compute` in the forward."""
     optimizer_states: Literal["32bit", "8bit"]
+    reason: str = field(default="", compare=False)
+    """Why `compute` was chosen, if the user did not."""
 
     @property
     def is_available(self) -> bool:
@@ -42,7 +45,7 @@ class DeviceRule:
 
     @property
     def summary(self) -> str:
-        """One line for the user: device and dtypes."""
+        """One line for the user and the record: device and dtypes."""
         if not self.is_available:
             where = "a CUDA card (not in this machine)"
         elif self.device.type == "cuda":
@@ -56,11 +59,18 @@ class DeviceRule:
             f"optimizer states {self.optimizer_states}"
         )
 
+    @property
+    def summary_with_reason(self) -> str:
+        """`summary`, and why."""
+        return f"{self.summary} ({self.reason})" if self.reason else self.summary
+
 
 def choose(
     device: str = "auto", compute: str = "auto", *, allow_absent: bool = False
 ) -> DeviceRule:
     """The rule for a device (`auto`, `cpu`, `cuda:1`); `compute` overrides the compute dtype.
+
+    Nothing is measured here: on a CPU, `compute="auto"` is fp32.
 
     Args:
         allow_absent: accept a card that this machine does not have, for a plan; it is taken to
@@ -75,7 +85,7 @@ def choose(
     if kind == "cpu" and compute == "fp16":
         raise DeviceError(
             "got compute=fp16 on a CPU: fp16 needs loss scaling, which only runs on CUDA. "
-            "Use base.compute=auto, which is fp32 here"
+            "Use base.compute=auto, which is bf16 or fp32 here"
         )
     if kind not in ("cpu", "cuda"):
         raise DeviceError(

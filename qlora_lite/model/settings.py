@@ -24,7 +24,8 @@ class Base(Settings):
     """Quantisation of an untied output head."""
 
     compute: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Dtype of activations; `auto` is fp32 on CPU, and bf16 or fp16 on CUDA."""
+    """Dtype of activations; `auto` is bf16 where that is fast, else fp32 on CPU and fp16 on
+    CUDA."""
 
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation; `auto` is the fastest one in torch for the architecture."""

@@ -4,6 +4,7 @@ initialising.py  write a recipe file for any model
 setup.py         device, base facts, method and adapter plan of a recipe, read once per command
 planning.py      the memory plan, and checks of settings that depend on each other
 savings.py       settings that need less memory, for a recipe that does not fit
+computing.py     the device rule of a run: chosen at its start, and recorded
 folder.py        the run's folder: what it records, who may use it, whether it is finished
 training.py      from recipe to adapter
 job.py           what the training loop works with: batches, optimizer, engine, scorer

@@ -25,7 +25,7 @@ from qlora_lite.model.base_files import BaseFiles, locate, open_checkpoint
 from qlora_lite.model.settings import Base
 from qlora_lite.recipe import CHANGEABLE_SETTINGS, Recipe, differences
 from qlora_lite.recipe_files import load_recipe
-from qlora_lite.run.records import RunRecord, Sidecar
+from qlora_lite.run.records import Computing, RunRecord, Sidecar
 from qlora_lite.shards.checkpoint import Checkpoint
 from qlora_lite.training import checkpoint
 
@@ -272,6 +272,19 @@ class RunFolder:
         same ones: losses of other rows could not be compared."""
         return self.read_record().get("scored_rows") if self.recipe.exists() else None
 
+    @property
+    def computing(self) -> Computing | None:
+        """How this run computes, or None if it has not started. Runs of earlier versions recorded
+        nothing: on CPU they computed in fp32 unless `base.compute` was set."""
+        if not self.recipe.exists():
+            return None
+        record = check_as(self.read_record(), RunRecord)
+        if record.computing is None and not (record.device or "").startswith("CPU"):
+            return None
+        compute = record.recipe.get("base", {}).get("compute", "auto")
+        earlier = Computing(device="cpu", compute="fp32" if compute == "auto" else compute)
+        return record.computing or earlier
+
     def require_not_shorter(self, steps: int) -> None:
         """Check that the run has not already done more than `steps` steps.
 
@@ -297,12 +310,16 @@ class RunFolder:
         recipe: Recipe,
         fingerprints: dict[str, str],
         device: str,
+        computing: Computing,
         micro_batch_tokens: int,
         scored_rows: int,
     ) -> list[str]:
         """Write `recipe.json`, or compare with the existing one. Returns warnings.
 
         Versions, device and threads stay those of the run's start; only its recipe is updated.
+
+        Args:
+            device: one line for the reader.
 
         Raises:
             RunError: if the data or the base changed since the run started.
@@ -314,6 +331,7 @@ class RunFolder:
             "versions": versions | {"python": platform.python_version()},
             "threads": torch.get_num_threads(),
             "device": device,
+            "computing": computing.model_dump(),
             "git_revision": git_revision(),
             "micro_batch_tokens": micro_batch_tokens,
             "scored_rows": scored_rows,

@@ -25,6 +25,7 @@ from qlora_lite.model.quant import BF16, FP32, Quant
 from qlora_lite.model.settings import Base
 from qlora_lite.model.tokenizer import load_tokenizer
 from qlora_lite.recipe import Recipe
+from qlora_lite.run.computing import rule_of_run, slow_bf16
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.setup import RunSetup, set_up
 from qlora_lite.shards.gguf_header import find_gguf
@@ -76,7 +77,9 @@ def load_run(
         watcher.note(note)
     files = folder.require_base(recipe.base)
     saved = read_native(folder.adapter)
-    rule = devices.choose(device or recipe.device, recipe.base.compute)
+    rule = rule_of_run(recipe, folder, device)
+    for note in slow_bf16(rule):
+        watcher.note(note)
     setup = set_up(recipe, rule, facts=facts)
     tokenizer = load_tokenizer(recipe.base, folder.base_files)
     loaded = load_adapted(setup, tokenizer, watcher, saved, files)
@@ -128,6 +131,7 @@ def load_model(
     """Load any model directory or hub id, frozen, in its own precision unless `quant` is given.
 
     A checkpoint quantised by bitsandbytes stays quantised, fp32 stays fp32, any other becomes bf16.
+    On a CPU it computes in fp32, whatever the processor: there is no setting to choose it.
     """
     rule = devices.choose(device)
     base = Base(model=model, trust_remote_code=trust_remote_code)

@@ -42,6 +42,7 @@ from qlora_lite.model.tokenizer import load_tokenizer
 from qlora_lite.recipe import Recipe
 from qlora_lite.report import page as reports
 from qlora_lite.report.contents import MergeRow, Report
+from qlora_lite.run.computing import rule_of_run
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.merge_check import MergeCheck
 from qlora_lite.training import metrics
@@ -147,7 +148,7 @@ def _prepare(
 ) -> MergeCheck:
     """Read what a merge needs from the run, and check it before anything large is loaded."""
     recipe = folder.trained_recipe(trust_remote_code=trust_remote_code)
-    rule = devices.choose(device or recipe.device, recipe.base.compute)
+    rule = rule_of_run(recipe, folder, device)
     source = merge_source(folder, recipe, rule, every_byte=True)
     if not folder.read_sidecar()["base"].get("sha256"):
         watcher.note("the run recorded no full hash of its base: it was compared by samples")

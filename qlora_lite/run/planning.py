@@ -7,7 +7,6 @@ import torch
 from qlora_lite.adapters.method import Requirement
 from qlora_lite.adapters.ranks import beyond_the_last, last_block
 from qlora_lite.adapters.warm_start import require_adapter
-from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import BudgetError, RecipeError
 from qlora_lite.foundation.files import is_file
@@ -24,6 +23,7 @@ from qlora_lite.model.prequantised import (
 )
 from qlora_lite.model.quant import NF4, FourBit
 from qlora_lite.recipe import Recipe
+from qlora_lite.run.computing import new_rule
 from qlora_lite.run.savings import alternatives
 from qlora_lite.run.setup import RunSetup, set_up
 from qlora_lite.shards.gguf_header import find_gguf
@@ -39,7 +39,7 @@ def plan_recipe(recipe: Recipe, rule: DeviceRule | None = None) -> Plan:
         QloraLiteError: if the base cannot be found, the targets match nothing, or the method needs
             another kind of base.
     """
-    rule = rule or devices.choose(recipe.device, recipe.base.compute, allow_absent=True)
+    rule = rule or new_rule(recipe, allow_absent=True)
     return plan_memory(set_up(recipe, rule, needs_config=False))
 
 

@@ -13,6 +13,13 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 Count = Annotated[int, Field(ge=0, le=2**62)]
 
 
+class Computing(JsonFile):
+    """How a run computes: chosen when it starts, and kept."""
+
+    device: Literal["cpu", "cuda"]
+    compute: Dtype
+
+
 class RunRecord(JsonFile):
     """`recipe.json` of a run."""
 
@@ -23,6 +30,7 @@ class RunRecord(JsonFile):
     versions: dict[str, str] = Field(default_factory=dict)
     threads: int | None = None
     device: str | None = None
+    computing: Computing | None = None
     git_revision: str | None = None
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from qlora_lite.adapters.warm_start import saved_state
 from qlora_lite.data.load import PreparedData, load_data
-from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.errors import BudgetError
 from qlora_lite.foundation.files import Lock, lock
 from qlora_lite.foundation.units import format_bytes
@@ -24,6 +23,7 @@ from qlora_lite.model.tokenizer import load_tokenizer
 from qlora_lite.recipe import Recipe
 from qlora_lite.recipe_files import with_absolute_paths
 from qlora_lite.report.page import Sample
+from qlora_lite.run.computing import computing_of, rule_of_run, slow_bf16
 from qlora_lite.run.finishing import FinishedTraining, finish
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.job import (
@@ -88,8 +88,9 @@ def run_recipe(
 
 
 def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock) -> RunResult:
-    rule = devices.choose(recipe.device, recipe.base.compute)
-    watcher.note(rule.summary)
+    rule = rule_of_run(recipe, folder)
+    for note in [rule.summary_with_reason, *slow_bf16(rule)]:
+        watcher.note(note)
     give_back_freed_memory()
     setup = set_up(recipe, rule)
     plan = plan_memory(setup, folder.micro_batch_tokens)
@@ -142,7 +143,12 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock) -> R
             )
             held.require()
             for warning in folder.record(
-                recipe, fingerprints, rule.summary, micro_batch_tokens, len(scorings.rows)
+                recipe,
+                fingerprints,
+                rule.summary,
+                computing_of(rule),
+                micro_batch_tokens,
+                len(scorings.rows),
             ):
                 watcher.note(warning)
             reset_peak(rule.device)

@@ -22,7 +22,7 @@ RECIPE = '''\
 from qlora_lite import NF4, Base, Data, Evaluation, LoRA, Optim, Recipe, main
 
 recipe = Recipe(
-    base=Base(model={base!r}, quant=NF4()),
+    base=Base(model={base!r}, quant=NF4(), compute="fp32"),
     adapter=LoRA(rank=4, alpha=8),
     data=Data(train={train!r}, max_tokens=128),
     optim=Optim(lr=1e-2, tokens_per_step=512, steps=6),

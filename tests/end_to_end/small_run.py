@@ -35,10 +35,13 @@ def write_rows(path: Path, num_rows: int = 120) -> Path:
 
 
 def small_recipe(base: Path, data: Path, output: Path, *changes: str) -> Recipe:
-    """Twelve steps with dropout, gradient accumulation and a checkpoint every four."""
+    """Twelve steps with dropout, gradient accumulation and a checkpoint every four.
+
+    In fp32, so that tolerances and bits do not depend on the processor.
+    """
     recipe = Recipe.model_validate(
         {
-            "base": {"model": str(base)},
+            "base": {"model": str(base), "compute": "fp32"},
             "adapter": {"kind": "lora", "rank": 4, "dropout": 0.1},
             "data": {"train": str(data), "max_tokens": 128},
             "optim": {

@@ -31,7 +31,7 @@ def test_bf16_parameters_reach_the_loss_of_fp32_ones(tmp_path, name):
 def heldout_loss(folder, name, dtype, seed):
     recipe = Recipe.model_validate(
         {
-            "base": {"model": BASE},
+            "base": {"model": BASE, "compute": "fp32"},
             "adapter": CASES[name].model_settings.model_copy(update={"dtype": dtype}).model_dump(),
             "data": {"train": TRAIN, "heldout": HELDOUT, "max_tokens": 256},
             "optim": {"lr": 2e-3, "tokens_per_step": 2048, "steps": STEPS},

@@ -30,9 +30,13 @@ def folder(tmp_path_factory):
     return folder
 
 
+ON_CPU = ("device=cpu", "base.compute=fp32")
+ON_CUDA = ("device=cuda", "base.compute=auto", "optim.lr=2e-3", "adapter.rank=256")
+
+
 def run(folder, name, *changes):
     recipe = small_recipe(folder / "base", folder / "train.jsonl", folder / name)
-    result = run_recipe(recipe.but("device=cuda", "optim.lr=2e-3", "adapter.rank=256", *changes))
+    result = run_recipe(recipe.but(*ON_CUDA, *changes))
     return result, [e["loss"] for e in metrics.read(folder / name / "metrics.jsonl") if "loss" in e]
 
 
@@ -48,7 +52,7 @@ def test_it_learns_in_every_precision_with_every_optimizer(folder, quant, states
 
 @pytest.mark.parametrize("states", ["32bit", "8bit", "paged_8bit"])
 def test_a_killed_and_continued_run_differs_only_by_rounding(folder, states):
-    changes = ("device=cuda", "optim.lr=2e-3", "adapter.rank=256", f"optim.states={states}")
+    changes = (*ON_CUDA, f"optim.states={states}")
     losses = []
     for name in ("uninterrupted", "killed"):
         recipe = small_recipe(
@@ -71,7 +75,7 @@ def test_fp16_compute_scales_its_loss(folder):
 
 def test_the_first_loss_is_that_of_a_cpu(folder):
     _, on_cuda = run(folder, "cuda-start", "optim.steps=1", "adapter.dropout=0")
-    _, on_cpu = run(folder, "cpu-start", "optim.steps=1", "adapter.dropout=0", "device=cpu")
+    _, on_cpu = run(folder, "cpu-start", "optim.steps=1", "adapter.dropout=0", *ON_CPU)
     assert on_cuda[0] == pytest.approx(on_cpu[0], rel=2e-2)  # bf16 against fp32 compute
 
 
