@@ -122,6 +122,15 @@ def backward_bytes_per_token(hidden: int, ff: int, b: int) -> int:
     return b * (3 * ff + hidden)
 
 
+def largest_activation_bytes(num_tokens: int, hidden: int, width: int, ff: int) -> int:
+    """The largest tensor in a layer, in fp32: in bf16 compute, norms make some tensors fp32.
+
+    Args:
+        width: of all heads together.
+    """
+    return FP32 * num_tokens * max(hidden, width, ff)
+
+
 def loss_bytes(
     num_tokens: int, chunk_tokens: int, vocab: int, hidden: int, b: int, logit_copies: int = 3
 ) -> int:

@@ -6,10 +6,12 @@ Non-reentrant, because the output of the frozen embedding does not require a gra
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +26,23 @@ def enable_checkpointing(model: nn.Module) -> None:
         layer.forward = functools.partial(
             checkpoint, layer.forward, use_reentrant=False, context_fn=_contexts
         )
+
+
+def before_each_layer(model: nn.Module, action: Callable[[], None]) -> None:
+    """Call `action` whenever a decoder layer runs forward for gradients, recomputations included.
+
+    Call this before `enable_checkpointing`.
+    """
+    for layer in model.get_submodule(decoder_blocks(model)).children():
+        layer.forward = functools.partial(_after, action, layer.forward)
+
+
+def _after(
+    action: Callable[[], None], forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    if torch.is_grad_enabled():
+        action()
+    return forward(*args, **kwargs)
 
 
 def is_recomputing() -> bool:

@@ -14,7 +14,9 @@ from qlora_lite.data.token_display import bracketed
 from qlora_lite.evaluation.perplexity import score
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.foundation.watcher import Watcher
-from qlora_lite.model.checkpointing import enable_checkpointing
+from qlora_lite.memory import formulas
+from qlora_lite.memory.allocator import reuse_freed_memory, trimmer
+from qlora_lite.model.checkpointing import before_each_layer, enable_checkpointing
 from qlora_lite.recipe import Recipe
 from qlora_lite.run.loading import LoadedModel
 from qlora_lite.run.setup import RunSetup
@@ -110,6 +112,8 @@ def make_job(
         for note in describe_warm_start(start, recipe.adapter, recipe.base.model):
             watcher.note(note)
         warm_start(attached, start)
+    if setup.rule.device.type == "cpu":
+        _reuse_activations(loaded, setup, batches)
     if recipe.optim.checkpointing:
         enable_checkpointing(loaded.base.model)
     attached.train()
@@ -148,6 +152,17 @@ def make_job(
         track=track,
         require_folder=require_folder,
     )
+
+
+def _reuse_activations(loaded: LoadedModel, setup: RunSetup, batches: Batches) -> None:
+    """Let malloc reuse the memory of activations (`memory/allocator.py`)."""
+    shape = setup.facts.shape
+    tokens = max(batches.micro_batch_tokens, setup.recipe.data.max_tokens)
+    width = shape.heads * shape.head_dim
+    largest = formulas.largest_activation_bytes(tokens, shape.hidden, width, shape.ff)
+    if reuse_freed_memory(largest):
+        freed = formulas.backward_bytes_per_token(shape.hidden, shape.ff, formulas.FP32)
+        before_each_layer(loaded.base.model, trimmer(tokens * freed))
 
 
 def _optimizer(setup: RunSetup, attached: AttachedAdapter) -> AdamW:

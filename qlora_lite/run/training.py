@@ -154,6 +154,7 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock) -> R
             reset_peak(rule.device)
             progress = train(job)
             stop_request.raise_if_requested("after the last step, with its state saved")
+            give_back_freed_memory()
     except torch.OutOfMemoryError as error:
         raise BudgetError(_out_of_memory(setup, plan)) from error
     finally:

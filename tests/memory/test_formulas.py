@@ -191,6 +191,20 @@ def test_eager_attention_saves_its_probabilities(family, dtype):
     assert rows * tokens * per_token == pytest.approx(real, rel=0.05)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gpt2"])
+def test_no_module_of_a_layer_has_a_larger_output_than_the_largest_activation(name):
+    model, tokens = AutoModelForCausalLM.from_config(TINY[name]), 24
+    shape, sizes = model_shape(TINY[name]), []
+    for layer in model.get_submodule(shape.blocks).children():
+        for module in layer.modules():
+            module.register_forward_hook(
+                lambda m, x, y: sizes.append(y.nbytes) if isinstance(y, Tensor) else None
+            )
+    model(torch.arange(tokens)[None])
+    width = shape.heads * shape.head_dim
+    assert max(sizes) == formulas.largest_activation_bytes(tokens, shape.hidden, width, shape.ff)
+
+
 # -- the same against traces of the real sizes, in bf16 without a mask, rank 8 ---------------------
 
 LLAMA_8B = model_shape(

@@ -18,7 +18,10 @@ result = train(load_recipe("recipes/demo.py").but(*json.loads(sys.argv[1])))
 print(json.dumps([result.predicted_peak_bytes, result.peak_bytes]))
 """
 
-SHORT = ["optim.steps=2", "evaluation.samples=1", "data.max_heldout_rows=20", "data.max_rows=500"]
+SHORT = [
+    *("optim.steps=2", "evaluation.samples=1", "data.max_heldout_rows=20", "data.max_rows=500"),
+    "base.compute=fp32",
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,7 @@ def medium(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "settings",
     [
         [],
+        ["base.compute=bf16"],
         ["optim.checkpointing=false"],
         ["base.quant=int8"],
         ["adapter=dora"],

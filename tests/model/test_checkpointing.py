@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qlora_lite.foundation.device import choose
-from qlora_lite.model.checkpointing import enable_checkpointing
+from qlora_lite.model.checkpointing import before_each_layer, enable_checkpointing
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.load import load_base
 from qlora_lite.model.settings import Base
@@ -58,3 +58,22 @@ def test_loss_and_gradients_are_equal_bit_for_bit_and_less_is_saved(tmp_path, fa
         assert expected.any()
         assert torch.equal(found, expected)
     assert num_saved_less < 0.7 * num_saved
+
+
+@pytest.mark.parametrize(("checkpointed", "expected"), [(False, 2), (True, 4)])
+def test_an_action_precedes_each_forward_of_a_layer_with_gradients(
+    tiny_llama, checkpointed, expected
+):
+    model = load_base(Base(model=str(tiny_llama)), choose("cpu")).model
+    path = "model.layers.0.mlp.down_proj"
+    model.set_submodule(path, Shifted(model.get_submodule(path)))
+    calls = []
+    before_each_layer(model, lambda: calls.append(1))
+    if checkpointed:
+        enable_checkpointing(model)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    assert calls == []
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    assert len(calls) == expected  # two layers, each once more in backward
