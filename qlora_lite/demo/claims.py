@@ -1,4 +1,4 @@
-"""What the demo claims, and the checks: each returns the sentence to print, or raises BrokenClaim."""
+"""What the demo claims. A check returns the sentence to print, or raises BrokenClaim."""
 
 from collections.abc import Sequence
 from statistics import mean

@@ -31,7 +31,7 @@ SHOWN = (
 )
 """Held-out questions whose answers the real model shows."""
 SCORED_ROWS = 48
-"""Held-out rows that the real model is scored on, seven times in all: about a training step each."""
+"""Held-out rows that the real model is scored on. A scoring is about one training step."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The demo: a full run on a real chat model, by the same code as for a large one.
 
-    measure a step -> plan and train -> SIGKILL in the middle -> resume -> merge and verify -> answers
+    measure a step -> plan, train, SIGKILL -> resume -> merge and verify -> answers
 
 The demo checks what it claims; `run_demo` raises `BrokenClaim` if a claim does not hold. Without
 the file of the real model, it runs on the embedded one, whose number of steps is fixed.

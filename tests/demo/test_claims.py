@@ -1,0 +1,95 @@
+"""Each claim of the demo holds for results that fulfil it, and fails for results that do not."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_lite.demo import claims
+from qlora_lite.demo.claims import BrokenClaim
+from qlora_lite.export.verify import compare
+from qlora_lite.report.contents import MergeRow, Sample
+from qlora_lite.run.merging import MergeResult
+
+
+def events(*losses, start=31):
+    return [{"step": start + i, "loss": loss, "seconds": i} for i, loss in enumerate(losses)]
+
+
+def test_repeated_steps_must_be_the_same_to_the_last_bit():
+    before = events(3.0, 2.5, 2.25)
+    again = [dict(event, seconds=99.0) for event in before]
+    text = claims.check_resume(before, [*again, *events(2.0, start=34)], 30)
+    assert text.startswith("steps 31 to 33 were lost and repeated")
+    with pytest.raises(BrokenClaim, match="differs from the killed one"):
+        claims.check_resume(before, events(3.0, 2.5, 2.25 + 2**-40), 30)
+
+
+def test_a_resumed_run_without_repeated_steps_is_refused():
+    with pytest.raises(BrokenClaim):
+        claims.check_resume(events(3.0, start=30), events(3.0, start=30), 30)
+
+
+@pytest.mark.parametrize("last", [3.61, float("nan")])
+def test_the_held_out_loss_must_fall_by_a_tenth(last):
+    def scorings(*losses):
+        return [{"step": i, "heldout_loss": loss} for i, loss in enumerate(losses)]
+
+    assert claims.check_learning(scorings(4.0, 3.59)) == "held-out loss 4.000 -> 3.590"
+    with pytest.raises(BrokenClaim, match=f"from 4.000 to {last:.3f}"):
+        claims.check_learning(scorings(4.0, last))
+
+
+def test_the_peak_must_be_within_the_plan():
+    assert claims.check_memory(2**30, 2**30) == "peak memory 1.00 GiB, planned 1.00 GiB"
+    with pytest.raises(BrokenClaim, match=r"more memory than planned: 2\.00 GiB, planned 1\.00"):
+        claims.check_memory(2**30, 2**31)
+
+
+def merged(base="trained", exact=1.0, written=1.0, losses=(2.0, 2.1)):
+    """A merge whose logits are the trained ones times `exact`, and whose files agree `written`."""
+    logits = torch.randn(100, 7, generator=torch.Generator().manual_seed(0))
+    other = logits.clone()
+    changed = round(100 * (1 - written))
+    other[:changed] = -logits[:changed]
+    better = min(range(2), key=lambda i: losses[i])
+    return MergeResult(
+        Path("merged"),
+        base,
+        torch.bfloat16,
+        1,
+        (
+            MergeRow("adapter on its base", 2.0, None, False),
+            *(MergeRow(f"candidate {i}", losses[i], 0.9, i == better) for i in range(2)),
+        ),
+        None if exact is None else compare(logits, logits * exact),
+        compare(logits, other),
+        (),
+    )
+
+
+def test_a_merge_must_be_exact_in_fp32():
+    assert "merged in fp32" in claims.check_merge(merged(), is_fp32=True)
+    for wrong in (merged(exact=1.01), merged(exact=None)):
+        with pytest.raises(BrokenClaim, match="fp32 merge differs"):
+            claims.check_merge(wrong, is_fp32=True)
+    assert "fp32" not in claims.check_merge(merged(exact=None), is_fp32=False)
+
+
+def test_the_files_must_agree_with_the_trained_model_unless_they_are_on_the_original_base():
+    assert "at 96.0% of the positions" in claims.check_merge(merged(written=0.96), is_fp32=True)
+    with pytest.raises(BrokenClaim, match="written files differ"):
+        claims.check_merge(merged(written=0.94), is_fp32=True)
+    assert claims.check_merge(merged("original", written=0.94), is_fp32=True)
+
+
+def sample(before, after):
+    return Sample("What is it?", before, after, "A thing.")
+
+
+def test_the_answers_must_become_short():
+    text = claims.check_answers([sample("word " * 40, "A short thing."), sample("word " * 20, "A")])
+    assert text == "words per answer 30 -> 2, 2 in the documentation"
+    for after in ("word " * 21, ""):
+        with pytest.raises(BrokenClaim, match="did not become short"):
+            claims.check_answers([sample("word " * 40, after)])
