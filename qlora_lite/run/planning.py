@@ -110,7 +110,8 @@ def _check_files(setup: RunSetup) -> None:
     directory = Path(base.model)
     gguf = find_gguf(directory)
     if gguf or is_file(directory / SINGLE) or is_file(directory / INDEX):
-        checkpoint = open_checkpoint(BaseFiles(directory, gguf or directory), setup.facts)
+        files = BaseFiles(gguf.parent, gguf) if gguf else BaseFiles.of(directory)
+        checkpoint = open_checkpoint(files, setup.facts)
         setup.facts.match_names(checkpoint.names)
         require_readable_dtypes(checkpoint)
         checkpoint.close()
