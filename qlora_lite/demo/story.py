@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def _merge_table(result: MergeResult) -> Table:
     return table
 
 
-def _show(console: Console, samples: tuple[Sample, ...]) -> None:
+def _show(console: Console, samples: Sequence[Sample]) -> None:
     for sample in samples:
         console.print(Text(_question(sample.prompt), style="bold"))
         for name, text in (("before", sample.before), ("after", sample.after)):
