@@ -206,8 +206,8 @@ TABLE: dict[str, tuple[tuple[str, ...], Callable[[], object]]] = {
         (
             "qlora_lite/model/config.py",
             "qlora_lite/model/facts.py",
-            "qlora_lite/model/gguf_config.py",
-            "qlora_lite/model/gguf_names.py",
+            "qlora_lite/model/gguf/config.py",
+            "qlora_lite/model/gguf/names.py",
             "qlora_lite/model/load.py",
             "qlora_lite/model/shape.py",
             "qlora_lite/run/loading.py",
@@ -219,7 +219,7 @@ TABLE: dict[str, tuple[tuple[str, ...], Callable[[], object]]] = {
         lambda: _is_public("modeling_utils", "PreTrainedModel"),
     ),
     "transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS": (
-        ("qlora_lite/model/gguf_rope.py",),
+        ("qlora_lite/model/gguf/rope.py",),
         lambda: _takes(
             transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"],
             transformers.LlamaConfig(),
@@ -227,11 +227,11 @@ TABLE: dict[str, tuple[tuple[str, ...], Callable[[], object]]] = {
         ),
     ),
     "transformers.integrations.gguf.gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS": (
-        ("qlora_lite/model/gguf_tokenizer.py",),
+        ("qlora_lite/model/gguf/tokenizer.py",),
         lambda: "qwen2" in gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS,
     ),
     "transformers.integrations.gguf.gguf_tokenizer_mapping.convert_gguf_tokenizer": (
-        ("qlora_lite/model/gguf_tokenizer.py",),
+        ("qlora_lite/model/gguf/tokenizer.py",),
         lambda: _takes(gguf_tokenizer_mapping.convert_gguf_tokenizer, "llama", {}),
     ),
     "transformers.pytorch_utils.Conv1D": (

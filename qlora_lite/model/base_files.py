@@ -26,13 +26,13 @@ from qlora_lite.foundation.files import complete_directory, is_directory, write_
 from qlora_lite.foundation.sealed import hashes_of, read_sealed, require_files, write_sealed
 from qlora_lite.model.config import require_hub_id, unreachable
 from qlora_lite.model.facts import BaseFacts
-from qlora_lite.model.gguf_config import config_from_gguf
-from qlora_lite.model.gguf_names import tensor_sources
-from qlora_lite.model.gguf_tokenizer import stop_ids, tokenizer_from_gguf
+from qlora_lite.model.gguf.config import config_from_gguf
+from qlora_lite.model.gguf.names import tensor_sources
+from qlora_lite.model.gguf.tokenizer import stop_ids, tokenizer_from_gguf
 from qlora_lite.model.settings import Base
 from qlora_lite.shards.checkpoint import Checkpoint
-from qlora_lite.shards.gguf import GgufCheckpoint
-from qlora_lite.shards.gguf_header import GgufHeader, find_gguf, read_header
+from qlora_lite.shards.gguf.checkpoint import GgufCheckpoint
+from qlora_lite.shards.gguf.header import GgufHeader, find_gguf, read_header
 from qlora_lite.shards.reader import SafetensorsCheckpoint
 
 _RECORD = "converted.json"

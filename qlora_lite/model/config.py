@@ -25,8 +25,8 @@ from transformers.configuration_utils import PretrainedConfig
 from qlora_lite.foundation.errors import BaseModelError, QloraLiteError
 from qlora_lite.foundation.files import is_directory, is_file, read_object
 from qlora_lite.foundation.json_files import JsonFile, Malformed, check_as, read_as
-from qlora_lite.model.gguf_config import config_from_gguf
-from qlora_lite.shards.gguf_header import find_gguf, read_header
+from qlora_lite.model.gguf.config import config_from_gguf
+from qlora_lite.shards.gguf.header import find_gguf, read_header
 
 
 def read_config(

@@ -9,7 +9,7 @@ from qlora_lite.foundation.json_files import shown
 from qlora_lite.model.base_files import locate
 from qlora_lite.model.config import brings_code, hub_error, unreachable
 from qlora_lite.model.settings import Base
-from qlora_lite.shards.gguf_header import find_gguf
+from qlora_lite.shards.gguf.header import find_gguf
 
 
 def load_tokenizer(base: Base, kept: Path | None = None) -> PreTrainedTokenizerFast:

@@ -28,7 +28,7 @@ from qlora_lite.recipe import Recipe
 from qlora_lite.run.computing import rule_of_run, slow_bf16
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.setup import RunSetup, set_up
-from qlora_lite.shards.gguf_header import find_gguf
+from qlora_lite.shards.gguf.header import find_gguf
 
 
 @dataclass

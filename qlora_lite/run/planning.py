@@ -26,7 +26,7 @@ from qlora_lite.recipe import Recipe
 from qlora_lite.run.computing import new_rule
 from qlora_lite.run.savings import alternatives
 from qlora_lite.run.setup import RunSetup, set_up
-from qlora_lite.shards.gguf_header import find_gguf
+from qlora_lite.shards.gguf.header import find_gguf
 from qlora_lite.shards.reader import INDEX, SINGLE
 
 NO_BUDGET = "no budget=... is given, so the memory that is free now is the limit"

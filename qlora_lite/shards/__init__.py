@@ -1,1 +1,1 @@
-"""Safetensors files: read one tensor or slice at a time, write shards of bounded size."""
+"""Files of weights: read one tensor or slice at a time, write shards of bounded size."""

@@ -16,7 +16,7 @@ from qlora_lite.model.load import load_base
 from qlora_lite.model.quant import FP32
 from qlora_lite.model.settings import Base
 from qlora_lite.model.tokenizer import load_tokenizer
-from tests.workbench_gguf import tiny_gguf_model, write_gguf
+from tests.workbench_gguf import tiny_gguf_model, write_model_gguf
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def gguf(model, tmp_path_factory):
-    return write_gguf(tmp_path_factory.mktemp("gguf") / "model.gguf", model)
+    return write_model_gguf(tmp_path_factory.mktemp("gguf") / "model.gguf", model)
 
 
 def test_a_directory_is_its_own_files(tiny_llama):
@@ -87,10 +87,10 @@ def test_what_is_damaged_or_of_another_version_is_converted_again(gguf, tmp_path
 
 def test_another_file_at_the_same_path_is_converted_again(model, tmp_path):
     path, kept = tmp_path / "model.gguf", tmp_path / "base"
-    write_gguf(path, model)
+    write_model_gguf(path, model)
     locate(Base(model=str(path)), kept)
     first = (kept / "converted.json").read_text()
-    write_gguf(path, tiny_gguf_model("llama_biased"))
+    write_model_gguf(path, tiny_gguf_model("llama_biased"))
     locate(Base(model=str(path)), kept)
     assert (kept / "converted.json").read_text() != first
     assert json.loads((kept / "config.json").read_text())["attention_bias"] is True
@@ -112,7 +112,7 @@ def test_a_plan_reads_only_the_header(gguf, monkeypatch):
 
 def test_licences_of_the_file_are_written_as_a_card(gguf, model, tmp_path):
     path = tmp_path / "model.gguf"
-    write_gguf(path, model, keys=lambda writer: writer.add_license("apache-2.0"))
+    write_model_gguf(path, model, keys=lambda writer: writer.add_license("apache-2.0"))
     assert licence_of(locate(Base(model=str(path)), tmp_path / "base").directory) == {
         "license": "apache-2.0"
     }

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.shards.gguf_header import GgufHeader
+from qlora_lite.shards.gguf.header import GgufHeader
 
 DESCRIPTIVE = ("general.", "tokenizer.", "split.", "quantize.", "mradermacher.")
 """Prefixes of keys that do not bear on the config."""

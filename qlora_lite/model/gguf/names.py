@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers.configuration_utils import PretrainedConfig
 
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.model.gguf_families import HEAD
-from qlora_lite.model.gguf_rope import AUXILIARY
-from qlora_lite.shards.gguf import TensorSource
-from qlora_lite.shards.gguf_header import GgufHeader
+from qlora_lite.model.gguf.families import HEAD
+from qlora_lite.model.gguf.rope import AUXILIARY
+from qlora_lite.shards.gguf.checkpoint import TensorSource
+from qlora_lite.shards.gguf.header import GgufHeader
 
 SHIFTED = ("gemma", "gemma2", "gemma3", "nemotron")
 """Architectures whose norms multiply by 1 + weight; files have 1 + weight."""

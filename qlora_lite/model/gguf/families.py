@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.shards.gguf_header import GgufHeader
+from qlora_lite.shards.gguf.header import GgufHeader
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.shards.gguf_types import SUPPORTED, block_size, kind_of
+from qlora_lite.shards.gguf.types import SUPPORTED, block_size, kind_of
 
 MAGIC = b"GGUF"
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.foundation.files import is_directory, is_file
-from qlora_lite.shards.gguf_file import (
+from qlora_lite.shards.gguf.file import (
     MAGIC,
     GgufFile,
     StoredArray,

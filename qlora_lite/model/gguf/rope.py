@@ -13,8 +13,8 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.model.gguf_keys import ArchitectureKeys, shortest_decimal
-from qlora_lite.shards.gguf import GgufCheckpoint, TensorSource
+from qlora_lite.model.gguf.keys import ArchitectureKeys, shortest_decimal
+from qlora_lite.shards.gguf.checkpoint import GgufCheckpoint, TensorSource
 
 FACTORS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 AUXILIARY = (FACTORS, LONG, SHORT)

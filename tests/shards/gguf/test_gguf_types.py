@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_lite.shards import gguf_types
-from qlora_lite.shards.gguf_types import FLOATS, QUANTISED, block_size, dequantise, kind_of
+from qlora_lite.shards.gguf import types
+from qlora_lite.shards.gguf.types import FLOATS, QUANTISED, block_size, dequantise, kind_of
 from tests.gguf_files import oracle
 
 
@@ -16,7 +16,7 @@ def test_any_bytes_have_the_bits_of_gguf(kind, recwarn, monkeypatch):
     packed = torch.randint(0, 256, (64, num_bytes), generator=generator, dtype=torch.uint8).numpy()
     native, fallback = torch.empty(64, weights), torch.empty(64, weights)
     dequantise(kind, packed, native)
-    monkeypatch.setattr(gguf_types, "NATIVE", None)
+    monkeypatch.setattr(types, "NATIVE", None)
     dequantise(kind, packed, fallback)
     finite = fallback.isfinite()  # random scales may be infinite; the sign of NaN is open
     assert finite.sum() > 32 * weights

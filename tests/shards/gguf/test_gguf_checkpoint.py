@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.shards import gguf_types
-from qlora_lite.shards.gguf import GgufCheckpoint, TensorSource
-from qlora_lite.shards.gguf_header import read_header
-from qlora_lite.shards.gguf_types import FLOATS, SUPPORTED
+from qlora_lite.shards.gguf import types
+from qlora_lite.shards.gguf.checkpoint import GgufCheckpoint, TensorSource
+from qlora_lite.shards.gguf.header import read_header
+from qlora_lite.shards.gguf.types import FLOATS, SUPPORTED
 from tests.gguf_files import oracle, pack, write_gguf
 
 QUICK = tuple(kind for kind in SUPPORTED if not kind.startswith(("IQ1", "IQ2", "IQ3")))
@@ -47,7 +47,7 @@ def assert_equal(tensor, expected):
 @pytest.mark.parametrize("native", [True, False], ids=["libgguf", "gguf"])
 def test_every_type_is_read_whole_and_in_slices(tmp_path, kind, native, monkeypatch):
     if not native:
-        monkeypatch.setattr(gguf_types, "NATIVE", None)
+        monkeypatch.setattr(types, "NATIVE", None)
     path, expected = write_one(tmp_path, kind, 5, 512)
     checkpoint = open_gguf(path)
     info = checkpoint.info("w")

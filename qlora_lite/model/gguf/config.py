@@ -14,10 +14,10 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PretrainedConfig
 
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.model.gguf_families import EMBEDDING, HEAD, Family, family_of
-from qlora_lite.model.gguf_keys import ArchitectureKeys
-from qlora_lite.model.gguf_rope import AUXILIARY, rope_parameters
-from qlora_lite.shards.gguf_header import GgufHeader
+from qlora_lite.model.gguf.families import EMBEDDING, HEAD, Family, family_of
+from qlora_lite.model.gguf.keys import ArchitectureKeys
+from qlora_lite.model.gguf.rope import AUXILIARY, rope_parameters
+from qlora_lite.shards.gguf.header import GgufHeader
 
 Fields = dict[str, Any]
 
@@ -234,7 +234,7 @@ def _stablelm(keys: ArchitectureKeys, fields: Fields) -> Fields:
 def _falcon(keys: ArchitectureKeys, fields: Fields) -> Fields:
     """Falcon 7B has one key head for all and one norm; 40B has groups and two norms, 11B groups
     and one norm."""
-    keys.require("tensor_data_layout", "jploski")  # the order of rows that gguf_names.py undoes
+    keys.require("tensor_data_layout", "jploski")  # the order of rows that names.py undoes
     is_grouped = fields["num_kv_heads"] > 1
     norms = 2 if "blk.0.attn_norm_2.weight" in keys.header.tensors else 1
     return {

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.model.gguf_families import family_of
-from qlora_lite.shards.gguf_header import read_header
+from qlora_lite.model.gguf.families import family_of
+from qlora_lite.shards.gguf.header import read_header
 from tests.workbench_gguf import tiny_gguf_model, write_model_gguf
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.shards.checkpoint import TensorInfo
 from qlora_lite.shards.fingerprint import hash_of_all, sampled_hash
-from qlora_lite.shards.gguf_file import StoredTensor, map_file
-from qlora_lite.shards.gguf_header import GgufHeader
-from qlora_lite.shards.gguf_types import FLOATS, block_size, dequantise
+from qlora_lite.shards.gguf.file import StoredTensor, map_file
+from qlora_lite.shards.gguf.header import GgufHeader
+from qlora_lite.shards.gguf.types import FLOATS, block_size, dequantise
 
 _WEIGHTS_AT_ONCE = 2**18
 """Limits the temporary memory of a reordered or cut slice to 1 MiB."""

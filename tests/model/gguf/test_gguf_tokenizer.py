@@ -12,8 +12,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.model.gguf_tokenizer import KNOWN_SPLITS, stop_ids, tokenizer_from_gguf
-from qlora_lite.shards.gguf_header import GgufHeader, read_header
+from qlora_lite.model.gguf.tokenizer import KNOWN_SPLITS, stop_ids, tokenizer_from_gguf
+from qlora_lite.shards.gguf.header import GgufHeader, read_header
 from tests.data.real_tokenizers import real_tokenizer
 
 TEXTS = (

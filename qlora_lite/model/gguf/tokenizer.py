@@ -18,7 +18,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import (
 )
 
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.shards.gguf_header import GgufHeader
+from qlora_lite.shards.gguf.header import GgufHeader
 
 GPT2 = ("gpt-2", "mpt", "olmo", "jais", "phi-2", "exaone4", "trillion", "granite-docling")
 """Split as GPT-2 does."""

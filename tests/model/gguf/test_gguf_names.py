@@ -13,11 +13,11 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.model.gguf_config import config_from_gguf
-from qlora_lite.model.gguf_names import tensor_sources
+from qlora_lite.model.gguf.config import config_from_gguf
+from qlora_lite.model.gguf.names import tensor_sources
 from qlora_lite.model.shape import build_on_meta, model_shape
-from qlora_lite.shards.gguf import GgufCheckpoint, TensorSource
-from qlora_lite.shards.gguf_header import read_header
+from qlora_lite.shards.gguf.checkpoint import GgufCheckpoint, TensorSource
+from qlora_lite.shards.gguf.header import read_header
 from tests.model.real_gguf import GEMMA, SMOLLM2, real_file
 from tests.workbench_gguf import ALL_CASES, tiny_gguf_model, write_model_gguf
 

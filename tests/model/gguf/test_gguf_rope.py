@@ -6,8 +6,8 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.model.gguf_config import config_from_gguf
-from qlora_lite.shards.gguf_header import read_header
+from qlora_lite.model.gguf.config import config_from_gguf
+from qlora_lite.shards.gguf.header import read_header
 from tests.workbench_gguf import llama3_factors, tiny_gguf_model, write_model_gguf
 
 LONG = [1.0 + 0.5 * i for i in range(8)]

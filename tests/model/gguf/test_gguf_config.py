@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.model.gguf_config import _share, config_from_gguf
-from qlora_lite.shards.gguf_header import read_header
+from qlora_lite.model.gguf.config import _share, config_from_gguf
+from qlora_lite.shards.gguf.header import read_header
 from tests.workbench_gguf import ALL_CASES, tiny_gguf_model, write_model_gguf
 
 NOT_IN_THE_FILE = {

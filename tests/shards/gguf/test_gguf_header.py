@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.shards.gguf import GgufCheckpoint, TensorSource
-from qlora_lite.shards.gguf_header import find_gguf, read_header
+from qlora_lite.shards.gguf.checkpoint import GgufCheckpoint, TensorSource
+from qlora_lite.shards.gguf.header import find_gguf, read_header
 from tests.gguf_files import pack, write_gguf
 
 METADATA = {
