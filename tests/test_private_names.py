@@ -120,6 +120,13 @@ TABLE: dict[str, tuple[tuple[str, ...], Callable[[], object]]] = {
         ("qlora_lite/kernels/speed.py",),
         lambda: isinstance(torch.ops.mkldnn._is_mkldnn_bf16_supported(), bool),
     ),
+    "torch.ops.mkldnn._linear_pointwise": (
+        ("qlora_lite/kernels/product.py",),
+        lambda: (
+            _arguments(torch.ops.mkldnn._linear_pointwise.default)
+            == ["X", "W", "B", "attr", "scalars", "algorithm"]
+        ),
+    ),
     "._cdata": (
         ("tools/benchmark/live_bytes.py", "tools/benchmark/method_study/cost.py"),
         lambda: torch.zeros(1).untyped_storage()._cdata,

@@ -21,6 +21,9 @@ from qlora_lite.foundation.errors import DeviceError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+ProductLibrary = Literal["torch", "onednn"]
+"""Who multiplies with frozen weights (`kernels/product.py`)."""
+
 
 @dataclass(frozen=True)
 class DeviceRule:
@@ -35,8 +38,9 @@ class DeviceRule:
     adapters: torch.dtype
     """Storage dtype of the adapter parameters; they are cast to `compute` in the forward."""
     optimizer_states: Literal["32bit", "8bit"]
+    products: ProductLibrary = "torch"
     reason: str = field(default="", compare=False)
-    """Why `compute` was chosen, if the user did not."""
+    """Why `compute` and `products` were chosen, if the user did not."""
 
     @property
     def is_available(self) -> bool:
@@ -53,8 +57,9 @@ class DeviceRule:
         else:
             num = torch.get_num_threads()
             where = f"CPU, {num} {'thread' if num == 1 else 'threads'}"
+        by = " by oneDNN" if self.products == "onednn" else ""
         return (
-            f"{where}: compute {NAMES[self.compute]}, adapters {NAMES[self.adapters]}, "
+            f"{where}: compute {NAMES[self.compute]}{by}, adapters {NAMES[self.adapters]}, "
             f"embedding and head {NAMES[self.storage]}, norms {NAMES[self.norms]}, "
             f"optimizer states {self.optimizer_states}"
         )

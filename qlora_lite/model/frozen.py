@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from qlora_lite.foundation.device import ProductLibrary
 from qlora_lite.kernels.dequantise import dequantise
+from qlora_lite.kernels.product import product
 from qlora_lite.model.quant import NESTED_BLOCK_SIZE, FourBit, Int8, Quant
 
 PIECE_WEIGHTS = 2**26
@@ -73,6 +75,7 @@ class FrozenLinear(nn.Module):
             `nested_scales` (fp32, one per 256), `nested_map` (the value of each code, one tensor
             for all layers) and `offset` (their mean).
         compute: dtype of the dequantised weight.
+        products: which library multiplies.
     """
 
     weight: nn.Parameter
@@ -93,12 +96,14 @@ class FrozenLinear(nn.Module):
         bias: Tensor | None = None,
         source: Source | None = None,
         scratch: Scratch | None = None,
+        products: ProductLibrary = "torch",
     ) -> None:
         super().__init__()
         self.d_in = d_in
         self.d_out = d_out
         self.quant = quant
         self.compute = compute
+        self.products = products
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         for name in ("scales", "nested_scales", "nested_map", "offset"):
@@ -194,20 +199,31 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, linear: FrozenLinear) -> Tensor:
         ctx.linear = linear
         rows = x.reshape(-1, linear.d_in)
-        y = rows.new_empty(len(rows), linear.d_out)
+        y: Tensor | None = None
         for start, stop, weight in linear.pieces():
-            torch.mm(rows, weight.T, out=y[:, start:stop])
+            if stop - start == linear.d_out:
+                y = product(rows, weight, linear.products)
+                continue
+            if y is None:
+                y = rows.new_empty(len(rows), linear.d_out)
+            product(rows, weight, linear.products, out=y[:, start:stop])
+        assert y is not None
         return y.view(*x.shape[:-1], linear.d_out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        parts = (grad[..., start:stop] @ weight for start, stop, weight in ctx.linear.pieces())
+        linear = ctx.linear
+        rows = grad.reshape(-1, linear.d_out)
+        parts = (
+            product(rows[:, start:stop], weight.T, linear.products)
+            for start, stop, weight in linear.pieces()
+        )
         total = next(parts)
         for part in parts:
             # only large weights have several pieces: sum in fp32, round once
             total = total.float().add_(part)
-        return total.to(grad.dtype), None
+        return total.to(grad.dtype).view(*grad.shape[:-1], linear.d_in), None
 
 
 class FrozenEmbedding(nn.Module):

@@ -239,8 +239,9 @@ class _Loading:
         if bias is not None:
             bias = bias.to(self.rule.device, self.rule.norms, copy=True)
         d_out, d_in = source.shape
+        compute, products = self.rule.compute, self.rule.products
         return FrozenLinear(
-            d_out, d_in, quant, self.rule.compute, weight, None, bias, source, self.scratch
+            d_out, d_in, quant, compute, weight, None, bias, source, self.scratch, products
         )
 
     def _embedding(self, name: str, module: nn.Module) -> FrozenEmbedding:

@@ -136,7 +136,7 @@ def read_packed(
         settings = {"block_size": state.blocksize, "double_quant": state.nested}
         quant = NF4(**settings) if state.quant_type == "nf4" else FP4(**settings)
     return FrozenLinear(
-        d_out, d_in, quant, rule.compute, codes, scales, bias, source=None, scratch=scratch
+        d_out, d_in, quant, rule.compute, codes, scales, bias, None, scratch, rule.products
     )
 
 

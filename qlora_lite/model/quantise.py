@@ -103,7 +103,9 @@ def quantise(
     weight, scales = _pack(quantised, quant, rule)
     if bias is not None:
         bias = bias.to(rule.device, rule.norms, copy=True)
-    return FrozenLinear(*source.shape, quant, rule.compute, weight, scales, bias, source, scratch)
+    return FrozenLinear(
+        *source.shape, quant, rule.compute, weight, scales, bias, source, scratch, rule.products
+    )
 
 
 def _quantise_round_trip(quant: Quant, rule: DeviceRule) -> RoundTrip:

@@ -25,7 +25,7 @@ from qlora_lite.model.quant import BF16, FP32, Quant
 from qlora_lite.model.settings import Base
 from qlora_lite.model.tokenizer import load_tokenizer
 from qlora_lite.recipe import Recipe
-from qlora_lite.run.computing import rule_of_run, slow_bf16
+from qlora_lite.run.computing import rule_of_run, slow_bf16, with_fast_products
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.setup import RunSetup, set_up
 from qlora_lite.shards.gguf.header import find_gguf
@@ -133,7 +133,7 @@ def load_model(
     A checkpoint quantised by bitsandbytes stays quantised, fp32 stays fp32, any other becomes bf16.
     On a CPU it computes in fp32, whatever the processor: there is no setting to choose it.
     """
-    rule = devices.choose(device)
+    rule = with_fast_products(devices.choose(device))
     base = Base(model=model, trust_remote_code=trust_remote_code)
     facts = read_facts(base)
     base = base.model_copy(update={"quant": quant or _own_precision(facts.config)})

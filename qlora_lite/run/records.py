@@ -18,6 +18,7 @@ class Computing(JsonFile):
 
     device: Literal["cpu", "cuda"]
     compute: Dtype
+    products: Literal["torch", "onednn"] = "torch"
 
 
 class RunRecord(JsonFile):

@@ -1,5 +1,6 @@
 """A frozen layer equals the linear layer of its dense weight, in forward and backward."""
 
+import dataclasses
 import gc
 
 import pytest
@@ -9,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from qlora_lite.foundation.device import DeviceRule, choose
+from qlora_lite.kernels.product import has_onednn
 from qlora_lite.model import frozen as module
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear, Scratch, piece_rows
 from qlora_lite.model.quant import BF16, FP4, FP32, NF4, Int8
@@ -30,12 +32,16 @@ def reference(layer: FrozenLinear) -> nn.Linear:
     return plain
 
 
+@pytest.mark.parametrize("products", ["torch", "onednn"])
 @pytest.mark.parametrize("pieces", ["one piece", "pieces"])
 @pytest.mark.parametrize("quant", QUANTS, ids=str)
-def test_forward_and_gradient_are_those_of_the_dense_weight(quant, pieces, monkeypatch):
+def test_forward_and_gradient_are_those_of_the_dense_weight(quant, pieces, products, monkeypatch):
+    if products == "onednn" and not has_onednn():
+        pytest.skip("this build of torch has no oneDNN")
     if pieces == "pieces":
         monkeypatch.setattr(module, "PIECE_WEIGHTS", 2000)
-    layer = frozen_linear(quant)
+    layer = frozen_linear(quant, rule=dataclasses.replace(CPU, products=products))
+    assert layer.products == products
     x = torch.randn(2, 3, 100, requires_grad=True)
     y, expected = layer(x), reference(layer)(x)
     assert_close(y, expected, atol=1e-6, rtol=1e-6)

@@ -11,6 +11,7 @@ import torch
 
 from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.kernels.speed import has_bf16_units
+from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.run import computing
 from qlora_lite.run.computing import new_rule, rule_of_run
 from qlora_lite.run.folder import RunFolder
@@ -71,7 +72,7 @@ def test_auto_is_bf16_where_it_is_clearly_faster(folder, monkeypatch, speedup, d
     monkeypatch.setattr(computing, "bf16_speedup", lambda: speedup)
     rule = new_rule(with_auto(folder, "new"))
     assert rule.compute is dtype
-    assert rule.summary_with_reason.endswith(f"(base.compute=auto: {reason})")
+    assert f"(base.compute=auto: {reason}" in rule.summary_with_reason
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
@@ -79,7 +80,39 @@ def test_a_dtype_that_is_set_is_used_without_measuring(folder, monkeypatch, name
     monkeypatch.setattr(computing, "bf16_speedup", lambda: pytest.fail("it was measured"))
     rule = new_rule(recipe_in(folder, "new", f"base.compute={name}"))
     assert computing.computing_of(rule).compute == name
-    assert rule.reason == ""
+    assert "base.compute=auto" not in rule.reason
+
+
+@pytest.mark.parametrize(("speedup", "products"), [(2.3, "onednn"), (1.1, "torch"), (0.0, "torch")])
+def test_fp32_products_are_those_of_the_clearly_faster_library(
+    folder, monkeypatch, speedup, products
+):
+    monkeypatch.setattr(computing, "onednn_speedup", lambda: speedup)
+    rule = new_rule(recipe_in(folder, "new"))
+    assert rule.products == products
+    is_said = "compute fp32 by oneDNN" in rule.summary and "2.3 times" in rule.reason
+    assert is_said == (products == "onednn")
+
+
+@pytest.mark.parametrize("products", ["onednn", "torch"])
+def test_the_library_of_products_is_recorded_and_kept(folder, monkeypatch, tmp_path, products):
+    recorded, other = (2.3, 0.0) if products == "onednn" else (0.0, 2.3)
+    monkeypatch.setattr(computing, "onednn_speedup", lambda: recorded)
+    run = folder / f"by-{products}"
+    run_recipe(recipe_in(folder, run.name))
+    monkeypatch.setattr(computing, "onednn_speedup", lambda: other)
+    loaded = load_run(run)
+    layers = [m for m in loaded.model.modules() if isinstance(m, FrozenLinear)]
+    assert {layer.products for layer in layers} == {products}
+    result = merge(run, tmp_path / "merged", base="trained", dtype="fp32")
+    assert result.written.is_exact
+
+    resumed = folder / f"resumed-by-{products}"
+    shutil.copytree(run, resumed)
+    shutil.rmtree(resumed / "adapter")
+    shutil.rmtree(resumed / "checkpoints" / "step-000012")
+    run_recipe(recipe_in(folder, resumed.name))
+    assert result_of(resumed) == result_of(run)
 
 
 def test_a_run_says_and_records_how_it_computes(in_bf16):
@@ -122,8 +155,8 @@ def test_a_run_of_an_earlier_version_computed_in_fp32_unless_set(folder, tmp_pat
         "device": "CPU, 1 thread: compute fp32",
     }
     (tmp_path / "recipe.json").write_text(json.dumps(record))
-    rule = rule_of_run(recipe, RunFolder(tmp_path))
-    assert computing.computing_of(rule).compute == dtype
+    found = computing.computing_of(rule_of_run(recipe, RunFolder(tmp_path)))
+    assert (found.compute, found.products) == (dtype, "torch")
 
 
 @pytest.mark.skipif(not has_bf16_units(), reason="bf16 would be slow on this processor")
@@ -134,6 +167,6 @@ def test_an_older_processor_computes_as_recorded_and_says_that_it_is_slow(in_bf1
     asked = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     new, *notes, compute = asked.stdout.splitlines()
     assert "compute fp32" in new
-    assert new.endswith("(base.compute=auto: no bf16 units here)")
+    assert "(base.compute=auto: no bf16 units here" in new
     assert compute == "torch.bfloat16"
     assert sum("this processor has no bf16 units" in note for note in notes) == 1
