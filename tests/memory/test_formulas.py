@@ -193,7 +193,7 @@ def test_eager_attention_saves_its_probabilities(family, dtype):
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gpt2"])
 def test_no_module_of_a_layer_has_a_larger_output_than_the_largest_activation(name):
-    model, tokens = AutoModelForCausalLM.from_config(TINY[name]), 24
+    model, tokens = AutoModelForCausalLM.from_config(TINY[name]).float(), 24
     shape, sizes = model_shape(TINY[name]), []
     for layer in model.get_submodule(shape.blocks).children():
         for module in layer.modules():
