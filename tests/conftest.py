@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qlora_lite.demo.real_base import INSTALL, find_real_base
 from tests.tiny import save_tiny
 
 torch.set_num_threads(1)  # more threads do not help tiny tensors, and are slow on a busy machine
@@ -61,6 +62,14 @@ def tiny_tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPT-2 in fp32 with biases, Conv1D and a tied head. Do not write into it."""
     return save_tiny(tmp_path_factory.mktemp("tiny") / "gpt2", "gpt2", tied=True)
+
+
+@pytest.fixture(scope="session")
+def real_base() -> Path:
+    """The real chat model of the demo, a GGUF file. Mark tests that use it `real`."""
+    if (file := find_real_base()) is None:
+        pytest.skip(f"the real chat model is not installed: {INSTALL}")
+    return file
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from qlora_lite.demo import claims
 from qlora_lite.demo.claims import BrokenClaim
-from qlora_lite.demo.lessons import Choice, Lesson, checkpoint_every, choose_lesson, kill_after
+from qlora_lite.demo.lessons import Choice, Lesson, choose_lesson, kill_after
 from qlora_lite.demo.pace import affordable_steps, measure_step
 from qlora_lite.foundation.files import write_json
 from qlora_lite.foundation.units import format_seconds
@@ -34,6 +34,7 @@ from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.merging import MergeResult, merge
 from qlora_lite.run.planning import plan_recipe
 from qlora_lite.training import metrics
+from qlora_lite.training.checkpoint import all_checkpoints, step_of
 
 EMBEDDED_STEPS = 60
 SHOWN_CHARACTERS = 230
@@ -49,7 +50,7 @@ def run_demo(
 
     Args:
         choice: the base; `auto` is the real one if it is installed.
-        steps: of training, at least 4; by default 60 for the embedded base, and for the real one
+        steps: of training, at least 8; by default 60 for the embedded base, and for the real one
             as many as fit into the time.
 
     Raises:
@@ -72,10 +73,11 @@ def run_demo(
         file = Path(scratch) / "recipe.json"
         write_json(file, {"recipe": recipe.to_dict()})
         before = _train_and_kill(console, file, run.metrics, kill_after(steps))
+        saved = max(map(step_of, all_checkpoints(run.checkpoints)), default=0)
         _title(console, "2. Resume with the same command")
         _train(file)
     events = metrics.read(run.metrics)
-    _hold(console, claims.check_resume(before, events, 2 * checkpoint_every(steps)))
+    _hold(console, claims.check_resume(before, events, saved))
     _hold(console, claims.check_learning(events))
     _hold(console, _check_memory(recipe, run))
     _title(console, "3. Merge and verify")
