@@ -1,6 +1,6 @@
 """What the demo claims. A check returns the sentence to print, or raises BrokenClaim."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
@@ -66,12 +66,16 @@ def check_learning(events: Events) -> str:
     return f"held-out loss {first:.3f} -> {last:.3f}"
 
 
-def check_memory(planned_bytes: int, peak_bytes: int) -> str:
+def check_memory(sidecar: Mapping[str, Any]) -> str:
     """The peak of the training processes is at most the plan.
+
+    Args:
+        sidecar: of the finished run, with `predicted_peak_bytes` and `peak_bytes`.
 
     Raises:
         BrokenClaim: if it is larger.
     """
+    planned_bytes, peak_bytes = sidecar["predicted_peak_bytes"], sidecar["peak_bytes"]
     figures = f"{format_bytes(peak_bytes)}, planned {format_bytes(planned_bytes)}"
     if peak_bytes > planned_bytes:
         raise BrokenClaim(f"training needed more memory than planned: {figures}")
@@ -118,7 +122,7 @@ def check_answers(samples: Sequence[Sample]) -> str:
         BrokenClaim: if they did not, or an answer is empty.
     """
     before, after = _words(s.before for s in samples), _words(s.after for s in samples)
-    expected = _words(s.expected for s in samples)
+    expected = _words(s.expected or "" for s in samples)
     if min(after) == 0 or mean(after) > MAX_LENGTH_SHARE * mean(before):
         raise BrokenClaim(f"the answers did not become short: {before} words became {after}")
     return (
@@ -127,5 +131,5 @@ def check_answers(samples: Sequence[Sample]) -> str:
     )
 
 
-def _words(texts: Any) -> list[int]:
+def _words(texts: Iterable[str]) -> list[int]:
     return [len(text.split()) for text in texts]
