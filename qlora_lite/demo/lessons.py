@@ -27,7 +27,6 @@ SHOWN = (
     "What does math.sqrt do?",
     "In Python, what is PendingDeprecationWarning?",
     "What is os.path.dirname for?",
-    "Describe set.clear in one sentence.",
 )
 """Held-out questions whose answers the real model shows."""
 SCORED_ROWS = 48
@@ -51,8 +50,8 @@ class Lesson:
         """NF4 base, LoRA on every linear layer, bf16 adapters: the defaults for any model.
 
         Args:
-            folder: of the story. The run is `run/` in it, and the real model's held-out rows
-                are written into it.
+            folder: of the story. The run is `run/` in it. The rows of the real model are written
+                into it.
         """
         adapter, output = LoRA(rank=16, alpha=32), str(folder / "run")
         if not self.is_real:
@@ -68,7 +67,7 @@ class Lesson:
         return Recipe(
             base=Base(model=self.base, quant=NF4()),
             adapter=adapter,
-            data=Data(train=TRAIN, heldout=_write_heldout(folder), max_tokens=1024),
+            data=Data(train=_write_train(folder), heldout=_write_heldout(folder), max_tokens=1024),
             optim=Optim(lr=1e-3, tokens_per_step=1024, micro_batch_tokens=1024, steps=steps),
             evaluation=Evaluation(every=steps, samples=len(SHOWN)),
             checkpoints=Checkpoints(every=checkpoint_every(steps)),
@@ -106,18 +105,30 @@ def kill_after(steps: int) -> int:
     return 2 * every + max(1, every // 3)
 
 
+def _write_train(folder: Path) -> str:
+    """Write every fifth training row, more than the steps need, and return the file.
+
+    Preparing all 5,761 rows takes 6 s a process.
+    """
+    rows = _lines(TRAIN)[::5]
+    return _write(folder / "train.jsonl", rows)
+
+
 def _write_heldout(folder: Path) -> str:
     """Write `SCORED_ROWS` held-out rows, those of `SHOWN` first, and return the file."""
-    lines = Path(HELDOUT).read_text(encoding="utf-8").splitlines(keepends=True)
-    shown = [_row_of(question, lines) for question in SHOWN]
-    others = [line for line in lines if line not in shown]
-    stride = len(others) // (SCORED_ROWS - len(shown))
-    file = folder / "heldout.jsonl"
-    write_text(file, "".join([*shown, *others[::stride][: SCORED_ROWS - len(shown)]]))
+    rows = _lines(HELDOUT)
+    questions = [json.loads(row)["messages"][0]["content"] for row in rows]
+    shown = [rows[questions.index(question)] for question in SHOWN]
+    others = [row for row in rows if row not in shown]
+    num_others = SCORED_ROWS - len(shown)
+    spread = others[:: len(others) // num_others][:num_others]
+    return _write(folder / "heldout.jsonl", [*shown, *spread])
+
+
+def _lines(file: str) -> list[str]:
+    return Path(file).read_text(encoding="utf-8").splitlines(keepends=True)
+
+
+def _write(file: Path, rows: Sequence[str]) -> str:
+    write_text(file, "".join(rows))
     return str(file)
-
-
-def _row_of(question: str, lines: Sequence[str]) -> str:
-    found = [line for line in lines if json.loads(line)["messages"][0]["content"] == question]
-    (row,) = found
-    return row

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from qlora_lite.demo.lessons import Lesson
-from qlora_lite.foundation.errors import RunError
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.training import run_recipe
 from qlora_lite.training import metrics
@@ -18,9 +17,10 @@ MEASURED_ROWS = 64
 def measure_step(lesson: Lesson, scratch: Path) -> tuple[float, str]:
     """Seconds of a training step on this machine, and the compute dtype.
 
-    The second step of a run of two: the first one also fills caches and the allocator.
+    A run of one step. It tries the largest micro-batch before, so that caches and the allocator
+    are filled when the step starts.
     """
-    recipe = lesson.recipe(scratch, steps=2).but(
+    recipe = lesson.recipe(scratch, steps=1).but(
         f"data.max_rows={MEASURED_ROWS}",
         "data.heldout=null",
         "data.heldout_share=0",
@@ -28,10 +28,8 @@ def measure_step(lesson: Lesson, scratch: Path) -> tuple[float, str]:
     )
     run_recipe(recipe)
     folder = RunFolder(Path(recipe.output))
-    seconds = [event["seconds"] for event in metrics.read(folder.metrics) if "loss" in event]
-    if len(seconds) != 2:
-        raise RunError(f"{folder.metrics} has {len(seconds)} steps, and two were trained")
-    return seconds[1] - seconds[0], folder.read_sidecar()["base"]["compute"]
+    (seconds,) = [event["seconds"] for event in metrics.read(folder.metrics) if "loss" in event]
+    return seconds, folder.read_sidecar()["base"]["compute"]
 
 
 def affordable_steps(step_seconds: float, compute: str) -> int:
