@@ -6,7 +6,7 @@ config = read_config("Qwen/Qwen3-8B")     # downloads only this file
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -18,13 +18,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
-from pydantic import Field
 from transformers import AutoConfig
 from transformers.configuration_utils import PretrainedConfig
 
 from qlora_lite.foundation.errors import BaseModelError, QloraLiteError
 from qlora_lite.foundation.files import is_directory, is_file, read_object
-from qlora_lite.foundation.json_files import JsonFile, Malformed, check_as, read_as
+from qlora_lite.foundation.json_files import JsonFile, Malformed, read_as
+from qlora_lite.model.config_sizes import require_possible_numbers, require_possible_sizes
 from qlora_lite.model.gguf.config import config_from_gguf
 from qlora_lite.shards.gguf.header import find_gguf, read_header
 
@@ -49,7 +49,8 @@ def read_config(
     if model and "\0" not in model and (gguf := find_gguf(Path(model))) is not None:
         config = config_from_gguf(read_header(gguf))
         config.name_or_path = model
-        require_possible_sizes(model, config)
+        with reading_config(model):
+            require_possible_sizes(model, config)
         return config
     if not model or "\0" in model or is_file(Path(model)):
         raise BaseModelError(
@@ -71,14 +72,16 @@ def read_config(
             return AutoConfig.for_model(**known)
         else:
             file = _fetch_config(model, revision)
-    _require_no_kernels(model, file)
+    values = _read_values(model, file)
+    _require_no_kernels(model, values)
+    require_possible_numbers(model, values)
     # transformers finds a model's own code by the hub id; it may not be in the cache yet
     source = model if trust_remote_code else file.parent
     with reading_config(model):
         config = AutoConfig.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
-    require_possible_sizes(model, config)
+        require_possible_sizes(model, config)
     return config
 
 
@@ -100,52 +103,6 @@ def reading_config(model: str) -> Iterator[None]:
         is_text = isinstance(error, ValueError | OSError)
         text = str(error) if is_text else f"{type(error).__name__}: {error}"
         raise BaseModelError(unusable(model, text)) from error
-
-
-class _Sizes(JsonFile):
-    """Upper limits of sizes, each about ten times that of the largest model known. A model of a
-    million layers would take hours to build, even without weights."""
-
-    num_hidden_layers: Annotated[int, Field(ge=1, le=2_000)] | None = None
-    hidden_size: Annotated[int, Field(ge=1, le=200_000)] | None = None
-    intermediate_size: Annotated[int, Field(ge=1, le=2_000_000)] | None = None
-    num_attention_heads: Annotated[int, Field(ge=1, le=2_000)] | None = None
-    num_key_value_heads: Annotated[int, Field(ge=1, le=2_000)] | None = None
-    head_dim: Annotated[int, Field(ge=1, le=20_000)] | None = None
-    vocab_size: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
-    max_position_embeddings: Annotated[int, Field(ge=1, le=10**9)] | None = None
-    num_experts: Annotated[int, Field(ge=0, le=20_000)] | None = None
-    num_local_experts: Annotated[int, Field(ge=0, le=20_000)] | None = None
-    n_routed_experts: Annotated[int, Field(ge=0, le=20_000)] | None = None
-
-
-def require_possible_sizes(model: str, config: PretrainedConfig) -> None:
-    """Check the sizes of a config before the model is built.
-
-    Raises:
-        BaseModelError: naming the field that is out of range or has another type.
-    """
-    with reading_config(model):
-        text = config.get_text_config(decoder=True)
-    found = {}
-    for name in _Sizes.model_fields:
-        try:
-            value = getattr(text, name, None)
-        except (AttributeError, RuntimeError, ValueError):
-            continue  # it differs between layers
-        # some families have a list with one value per layer
-        found[name] = max(value) if isinstance(value, list) and _are_ints(value) else value
-    try:
-        check_as(found, _Sizes)
-    except Malformed as error:
-        raise BaseModelError(
-            f"base.model={model}: its config.json is damaged, or no model has this size "
-            f"({error}). Download it again"
-        ) from None
-
-
-def _are_ints(values: list[Any]) -> bool:
-    return bool(values) and all(type(value) is int for value in values)
 
 
 TokenIds = int | list[int] | None
@@ -175,16 +132,19 @@ def require_generation_settings(directory: Path) -> None:
             ) from None
 
 
-def _require_no_kernels(model: str, file: Path) -> None:
+def _read_values(model: str, file: Path) -> dict[str, Any]:
+    try:
+        return read_object(file)
+    except (OSError, ValueError) as error:
+        raise BaseModelError(unusable(model, f"it is damaged ({error}).")) from None
+
+
+def _require_no_kernels(model: str, values: Mapping[str, Any]) -> None:
     """Refuse a config that names code on the hub: transformers would download and run it.
 
     Raises:
-        BaseModelError: naming the field, or if the file is damaged.
+        BaseModelError: naming the field.
     """
-    try:
-        values = read_object(file)
-    except (OSError, ValueError) as error:
-        raise BaseModelError(unusable(model, f"it is damaged ({error}).")) from None
     for name, value in _implementations(values):
         if "/" in value:
             raise BaseModelError(

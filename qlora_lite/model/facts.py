@@ -12,10 +12,12 @@ from typing import Any
 
 from torch import nn
 from transformers.configuration_utils import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.foundation.json_files import shown
-from qlora_lite.model.config import read_config, reading_config, require_possible_sizes
+from qlora_lite.model.config import read_config, reading_config
+from qlora_lite.model.config_sizes import require_possible_sizes
 from qlora_lite.model.prequantised import COMPANION
 from qlora_lite.model.probes import UNPACKED
 from qlora_lite.model.settings import Base
@@ -30,6 +32,10 @@ NOT_CAUSAL = (
     "ForTokenClassification",
 )
 """Ends of the class names of models that were not trained to predict the next token."""
+
+ENCODERS = frozenset([*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation", "xlnet"])
+"""Architectures that attend to later tokens, unless their config has `is_decoder` (XLM: `causal`).
+A test probes those that are in transformers' list of causal language models too."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +114,8 @@ def facts_of(config: PretrainedConfig, trust_remote_code: bool = False) -> BaseF
         BaseModelError: if transformers has no causal language model for it.
     """
     _require_causal(config)
-    require_possible_sizes(config.name_or_path or config.model_type, config)
     with reading_config(config.name_or_path or config.model_type):
+        require_possible_sizes(config.name_or_path or config.model_type, config)
         model = build_on_meta(config, trust_remote_code)
         shape = shape_of(model, config)
         return BaseFacts(
@@ -135,8 +141,9 @@ def _require_causal(config: PretrainedConfig) -> None:
             f"base.model={config.name_or_path or config.model_type}: its config.json has "
             f"architectures={shown(classes)}, and a list of names is needed. Download it again"
         )
-    is_encoder = any(name.endswith(NOT_CAUSAL) for name in classes)
-    if config.is_encoder_decoder or (is_encoder and not getattr(config, "is_decoder", False)):
+    is_decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    is_encoder = config.model_type in ENCODERS or any(n.endswith(NOT_CAUSAL) for n in classes)
+    if config.is_encoder_decoder or (is_encoder and not is_decoder):
         kind = "an encoder-decoder model" if config.is_encoder_decoder else "an encoder"
         name = config.name_or_path or config.model_type
         raise BaseModelError(

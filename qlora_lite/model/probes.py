@@ -26,23 +26,36 @@ from qlora_lite.model.causal import CausalModel
 ROW, NEXT = 6, 7
 """Tokens of the first packed row and of the second one."""
 
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest difference, relative to the largest value, that is rounding: sums may be made in another
-order. Dependence on another row was 0.06 and more in every architecture that has it."""
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+"""Largest `distance` that is rounding: sums may be made in another order. It was 0.02 between two
+batch sizes of SmolLM2-135M in bf16, 1e-5 in fp32."""
+
+PACKED_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""The same for two rows of one batch: two roundings. It was 0 in bf16 in every architecture without
+dependence on other rows, and 0.057 (DeepSeek V4) to 1.2 in the others."""
+
+LOUD = 100.0
+"""Size of the largest logit in the comparison of logits. A soft cap of 30 leaves logits below 10
+almost as they are, and halves these."""
 
 
 UNPACKED = frozenset(
     [
         # attention with a mask of its own
-        *("afmoe", "biogpt", "bloom", "falcon", "gpt_oss", "mpt", "opt", "xglm"),
+        *("afmoe", "biogpt", "bloom", "deepseek_v4", "falcon", "gpt_oss", "inkling2_text"),
+        *("mpt", "openai-gpt", "opt", "reformer", "xglm"),
+        # decoders of encoder-decoder models
+        *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp"),
+        *("pegasus", "plbart", "trocr"),
         # a state that goes on from token to token
-        *("bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "mamba", "mamba2"),
-        *("minimax", "nemotron_h", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
-        *("recurrent_gemma", "rwkv"),
+        *("bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba"),
+        *("kimi_linear", "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2", "minimax", "nemotron_h"),
+        *("olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "qwen4_exp_text"),
+        *("recurrent_gemma", "rwkv", "zamba", "zamba2", "zaya"),
     ]
 )
 """Architectures (`model_type`) whose packed rows see each other, for plans, which load no model.
-A test probes each of them."""
+A test probes every architecture of transformers."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,7 @@ def probe(
         BaseModelError: if the model is not causal, padding changes its outputs, or its own logits
             are not those of decoder and head.
     """
+    tolerance = TOLERANCE[compute]
     first, other, second = _rows(vocabulary)
     changed = torch.cat([second[:-1], second[-1:] + 1]) % vocabulary
     padding = torch.zeros(ROW, dtype=torch.int64)
@@ -76,19 +90,19 @@ def probe(
     packed, beside_other, padded, last_changed = model.hidden(ids, positions).float()
     row, alone = second[None].to(model.device), _positions((second,))[None].to(model.device)
     hidden = model.hidden(row, alone)
-    if not _agree(padded[: NEXT - 1], last_changed[: NEXT - 1], compute):
+    if not _agree(padded[: NEXT - 1], last_changed[: NEXT - 1], tolerance):
         raise BaseModelError(
             f"{name} is not a causal language model: a later token changes what it computes for "
             "earlier ones. Use a decoder such as Llama, Qwen or GPT-2"
         )
-    if not _agree(padded[:NEXT], hidden[0].float(), compute):
+    if not _agree(padded[:NEXT], hidden[0].float(), tolerance):
         raise BaseModelError(
             f"{name} computes something else for a row with padding after it than for the row "
             "alone, so rows of different lengths cannot share a batch. This architecture is not "
             "supported"
         )
-    _require_own_logits(model, row, alone, hidden, name, compute)
-    return Behaviour(packs=_agree(packed[ROW:], beside_other[ROW:], compute))
+    _require_own_logits(model, row, alone, hidden, name, tolerance)
+    return Behaviour(packs=_agree(packed[ROW:], beside_other[ROW:], PACKED_TOLERANCE[compute]))
 
 
 def _require_own_logits(
@@ -97,10 +111,19 @@ def _require_own_logits(
     positions: Tensor,
     hidden: Tensor,
     name: str,
-    compute: torch.dtype,
+    tolerance: float,
 ) -> None:
-    own = model.module(input_ids=row, position_ids=positions, use_cache=False).logits.float()
-    if not _agree(model.logits(hidden).float(), own, compute):
+    """Compare logits, with the input of the head scaled so that the largest one is `LOUD`."""
+    factor = LOUD / (model.logits(hidden).float().abs().max().item() or LOUD)
+    scaling = model.head.module.register_forward_pre_hook(
+        lambda head, inputs: (factor * inputs[0], *inputs[1:])
+    )
+    try:
+        ours = model.logits(hidden).float()
+        own = model.module(input_ids=row, position_ids=positions, use_cache=False).logits.float()
+    finally:
+        scaling.remove()
+    if (ours - own).norm() > tolerance * own.norm():
         raise BaseModelError(
             f"{name} computes its logits in a way that is not known here: its own differ from "
             "those of its decoder and head, so the loss would be wrong. This architecture is not "
@@ -120,7 +143,17 @@ def _positions(rows: tuple[Tensor, ...]) -> Tensor:
     return torch.cat([torch.arange(len(row)) for row in rows])
 
 
-def _agree(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    largest = torch.maximum(a.abs().max(), b.abs().max())
+def _agree(a: Tensor, b: Tensor, tolerance: float) -> bool:
     # NaN counts as equal: damaged weights are for the checks of the loss, which name them
-    return not bool((a - b).abs().max() > TOLERANCE[dtype] * largest)
+    return not distance(a, b) > tolerance
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """How different the outputs are at the token where they differ most; both (tokens, channels).
+
+    In every channel the difference is relative to the RMS of that channel, because trained models
+    have a few channels that are a thousand times as large as the others. The median over channels
+    counts: every output depends on all channels of the layer before.
+    """
+    size = torch.cat([a, b]).square().mean(0).sqrt().clamp(min=torch.finfo(a.dtype).tiny)
+    return ((a - b).abs() / size).median(-1).values.max().item()

@@ -1,5 +1,6 @@
 """Inputs that would take hours or fill the memory end in an error within seconds."""
 
+import json
 import time
 
 import pytest
@@ -8,7 +9,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from qlora_lite.data import templates
 from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.foundation.errors import BaseModelError, DataError
-from qlora_lite.model.facts import facts_of
+from qlora_lite.model.config_sizes import require_possible_numbers
+from qlora_lite.model.facts import facts_of, read_facts
+from qlora_lite.model.settings import Base
+from tests.families import ALL
 from tests.tiny import tiny_tokenizer
 
 LOOPS = "{% for a in s %}{% for b in s %}{% endfor %}{% endfor %}"
@@ -57,6 +61,36 @@ def test_sizes_of_no_possible_model_are_refused_before_it_is_built(sizes):
     with pytest.raises(BaseModelError, match=r"hidden_size|layers|vocab_size|intermediate_size"):
         facts_of(CONFIG_MAPPING["llama"](**sizes))
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("family", "field"),
+    [
+        ("llama", "num_labels"),
+        ("opt", "ffn_dim"),
+        ("gpt2", "n_inner"),
+        ("deepseek_v3", "n_shared_experts"),
+        ("bart", "decoder_layers"),
+        ("gemma3", "num_labels"),
+    ],
+)
+def test_an_absurd_count_or_width_is_refused_before_transformers_reads_the_config(
+    tmp_path, family, field
+):
+    values = {"model_type": family, field: 3 * 10**6}
+    if family == "gemma3":
+        values = {"model_type": family, "text_config": {field: 3 * 10**6}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    start = time.monotonic()
+    with pytest.raises(BaseModelError, match=f"{field}: got 3000000, at most"):
+        read_facts(Base(model=str(tmp_path)))
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_the_sizes_of_every_architecture_are_possible(family):
+    config = CONFIG_MAPPING[family]()
+    require_possible_numbers(family, config.to_dict())
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

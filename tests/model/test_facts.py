@@ -63,3 +63,14 @@ def test_a_config_that_is_no_causal_language_model_is_refused(family, architectu
     config = CONFIG_MAPPING[family](architectures=[architecture])
     with pytest.raises(BaseModelError, match=words):
         facts_of(config)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "big_bird", "xlm", "xlnet"])
+def test_an_encoder_is_refused_whatever_its_config_says_about_classes(family):
+    for classes in ({}, {"architectures": [f"{family}LMHeadModel"]}):
+        with pytest.raises(BaseModelError, match="is an encoder"):
+            facts_of(CONFIG_MAPPING[family](**classes))
+
+
+def test_an_encoder_family_is_accepted_as_a_decoder():
+    assert facts_of(CONFIG_MAPPING["roberta"](is_decoder=True)).vocabulary > 0

@@ -2,21 +2,34 @@
 
 import pytest
 import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.model.causal import CausalModel
+from qlora_lite.model.facts import facts_of
 from qlora_lite.model.head import Head
 from qlora_lite.model.probes import NEXT, UNPACKED, probe
-from tests.families import VOCABULARY, tiny_of
+from tests.families import ALL, UNBUILT, VOCABULARY, tiny_of
 
 QUICK = {"llama": True, "gpt2": True, "gemma2": True, "opt": False, "bloom": False, "mamba": False}
 """Whether packed rows of a family are separate."""
 
-SEPARATE = (
-    *("qwen2", "qwen3", "mistral", "gemma3_text", "granite", "cohere", "phi3", "glm4", "olmo2"),
-    *("mixtral", "stablelm", "gpt_neox", "starcoder2", "smollm3", "qwen3_moe", "olmoe"),
-    *("ministral3", "glm4_moe", "cohere2", "nemotron"),
-)
+REFUSED = {
+    "cpmant": "it has a position for every row of its prompt",
+    "inkling_text": "its logits are computed in another way",
+    "modernbert-decoder": "its logits are computed in another way",
+    "prophetnet": "its logits are computed in another way",
+    "xlstm": "its logits are computed in another way",
+    **dict.fromkeys(
+        [
+            *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra"),
+            *("ernie", "megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert"),
+            *("roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod"),
+        ],
+        "it attends to later tokens",
+    ),
+}
+"""Families that the probe refuses, and why."""
 
 
 def packs(model) -> bool:
@@ -29,12 +42,47 @@ def test_packing_is_found_out_and_agrees_with_what_a_plan_knows(family, expected
     assert (family not in UNPACKED) is expected
 
 
+def refusal(config) -> str:
+    """Why a plan refuses a config; empty if it does not."""
+    try:
+        facts_of(config)
+    except BaseModelError as error:
+        return str(error)
+    return ""
+
+
+def test_the_table_has_only_families_that_are_probed():
+    assert set(ALL) >= UNPACKED
+    assert set(ALL) >= REFUSED.keys()
+    assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) == {*ALL, *UNBUILT}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [*SEPARATE, *sorted(UNPACKED - QUICK.keys())])
-def test_the_table_of_a_plan_is_right_for_each_family(family):
-    found = packs(tiny_of(family))
-    assert found is (family in SEPARATE)
-    assert (family not in UNPACKED) is found
+@pytest.mark.parametrize("family", ALL)
+def test_what_a_plan_knows_is_right_for_each_family(family):
+    model = tiny_of(family)
+    is_encoder = "is an encoder (" in refusal(model.config)
+    if family in REFUSED:
+        with pytest.raises(BaseModelError) as refused:
+            packs(model)
+        assert is_encoder is ("not a causal language model" in str(refused.value))
+        return
+    assert not is_encoder
+    found = packs(model)
+    assert (model.config.get_text_config().model_type not in UNPACKED) is found
+
+
+def test_a_leak_is_found_in_bf16():
+    model = tiny_of("opt").to(torch.bfloat16)
+    assert not probe(CausalModel(model), VOCABULARY, "this model", torch.bfloat16).packs
+
+
+def test_a_leak_is_found_next_to_one_channel_that_is_a_thousand_times_as_large():
+    model = tiny_of("deepseek_v4")
+    with torch.no_grad():
+        model.model.norm.weight[5] = 1000
+    model.to(torch.bfloat16)
+    assert not probe(CausalModel(model), VOCABULARY, "this model", torch.bfloat16).packs
 
 
 def test_rows_that_leak_really_change_each_other():
@@ -82,22 +130,23 @@ def test_padding_that_changes_only_the_last_output_of_a_row_is_refused():
         packs(model)
 
 
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("family", "setting"),
     [
         ("falcon_h1", {"lm_head_multiplier": 0.5}),
-        ("recurrent_gemma", {"logits_soft_cap": 3.0}),
+        ("recurrent_gemma", {"logits_soft_cap": 30.0}),
         ("granite", {"logits_scaling": 4.0}),
         ("cohere", {"logit_scale": 0.25}),
-        ("gemma2", {"final_logit_softcapping": 2.0}),
+        ("gemma2", {"final_logit_softcapping": 30.0}),
     ],
 )
-def test_logits_are_those_of_the_model_or_it_is_refused(family, setting, monkeypatch):
-    model = tiny_of(family, **setting)
-    packs(model)
+def test_logits_are_those_of_the_model_or_it_is_refused(family, setting, compute, monkeypatch):
+    model = tiny_of(family, **setting).to(compute)
+    probe(CausalModel(model), VOCABULARY, "this model", compute)
     monkeypatch.setattr(Head, "logits", lambda self, hidden: self.module(hidden))
     with pytest.raises(BaseModelError, match="logits"):
-        packs(model)
+        probe(CausalModel(model), VOCABULARY, "this model", compute)
 
 
 def test_bf16_sums_whose_norms_give_fp32_are_judged_as_bf16():
