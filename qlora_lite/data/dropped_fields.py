@@ -9,7 +9,7 @@ A row would otherwise be trained without its tools, its reasoning or its weight.
   field is read if the format uses it (by its name in `data.fields`), or if `data.prompt` names it.
 
 Neutral are null, an empty value, and what every row without the field means: weight 1, train true,
-mask false.
+mask false, end of turn true. A list is neutral if all its values are.
 """
 
 from collections.abc import Mapping
@@ -17,11 +17,20 @@ from typing import Any
 
 from qlora_lite.data.formats import Format, RowError, fields_in, shown
 
-TRAINED = frozenset({"weight", "train", "trainable", "loss", "loss_mask", "loss_weight"})
+TRAINED = frozenset(
+    [
+        *("weight", "weights", "train", "trainable", "loss", "loss_mask", "loss_weight"),
+        *("loss_weights", "train_on_turn", "train_on_output", "train_on_outputs"),
+        *("train_on_completion", "train_on_completions", "train_on_responses"),
+    ]
+)
 """Whether or how strongly a turn or a row is trained. Neutral: 1 and true."""
 
-MASKED = frozenset({"mask", "masked"})
-"""Whether a turn is left out of the loss. Neutral: 0 and false."""
+MASKED = frozenset({"mask", "masked", "train_on_input", "train_on_inputs", "train_on_prompt"})
+"""Whether a turn is left out of the loss, or a prompt is in it. Neutral: 0 and false."""
+
+ENDS = frozenset({"end_turn", "eot"})
+"""Whether the turn ends after a message. Neutral: true."""
 
 SWITCHES = frozenset({"thinking", "enable_thinking"})
 """Settings of the chat template. Neither true nor false is neutral."""
@@ -37,11 +46,14 @@ MEANINGFUL = frozenset(
         "functions",
         "image",
         "images",
+        "parallel_tool_calls",
         "reasoning",
         "reasoning_content",
         "thinking",
+        "tool",
         "tool_call_id",
         "tool_calls",
+        "tool_choice",
         "tool_responses",
         "tools",
         "video",
@@ -154,7 +166,9 @@ def _is_neutral(name: str, value: Any) -> bool:
     text = str(value).strip().lower() if isinstance(value, str | int | float) else None
     if value is None or text in ("", "nan", "null", "none", "[]", "{}"):
         return True
-    if name in TRAINED:
+    if isinstance(value, list | tuple) and value and name in TRAINED | MASKED:
+        return all(_is_neutral(name, one) for one in value)
+    if name in TRAINED | ENDS:
         return text in ("1", "1.0", "true")
     if name in MASKED:
         return text in ("0", "0.0", "false")
@@ -166,6 +180,8 @@ def _is_neutral(name: str, value: Any) -> bool:
 def _problem(name: str, value: Any) -> str:
     if name in TRAINED | MASKED:
         effect = "the turn would be trained like any other. Split the conversation or remove the"
+    elif name in ENDS:
+        effect = "the end of the turn would be trained after it. Join the messages or remove the"
     elif name in TEXTS | {"input"}:
         effect = (
             "its text would be missing. Put it into the messages or into data.prompt, or remove the"

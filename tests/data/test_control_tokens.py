@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tokenizers import AddedToken, normalizers
 
 from qlora_lite.data.control_tokens import special_tokens
 from qlora_lite.data.settings import Data
@@ -60,6 +61,22 @@ def test_a_special_token_in_the_text_of_a_row_is_refused(write, token, row):
     assert "a.jsonl, line 1: " in str(caught.value)
     assert f"control token {token!r}, near " in str(caught.value)
     assert f"hi{token}evil'" in str(caught.value)
+
+
+FULL_WIDTH = "＜|evil|＞"
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_a_special_token_that_normalisation_makes_is_refused(write, row):
+    tokenizer = tokenizer_with_all_kinds()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.add_tokens([AddedToken("<|evil|>", special=True, normalized=True)])
+    assert len(tokenizer(FULL_WIDTH, add_special_tokens=False).input_ids) == 1
+    with pytest.raises(DataError) as caught:
+        read(write, row(f"a{FULL_WIDTH}b"), tokenizer)
+    assert "control token '<|evil|>', near '" in str(caught.value)
+    assert f"a{FULL_WIDTH}b'" in str(caught.value)
+    assert read(write, row("a ＜b＞ é ☃"), tokenizer).examples
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)

@@ -42,6 +42,9 @@ IN_MESSAGES = {
     "audio": {"id": "a1"},
     "prefix": True,
     "refusal": "No.",
+    "end_turn": False,
+    "weights": [0, 1],
+    "train_on_turn": False,
     "a_field_of_tomorrow": "text",
 }
 
@@ -66,6 +69,11 @@ IN_ROWS = {
     "chat_template_kwargs": {"enable_thinking": False},
     "documents": [{"text": "Rivers"}],
     "weight": 0.5,
+    "weights": [0, 1],
+    "train_on_turn": [True, False],
+    "train_on_inputs": True,
+    "tool": [TOOL],
+    "parallel_tool_calls": True,
     "train": "False",
     "loss": 0,
     "mask": 1,
@@ -98,6 +106,9 @@ NEUTRAL = {
     "images": "[]",
     "reasoning_content": "",
     "weight": 1.0,
+    "weights": [1, 1.0],
+    "train_on_turn": True,
+    "parallel_tool_calls": False,
     "train": "true",
     "loss": True,
     "mask": 0,
@@ -110,6 +121,10 @@ def test_neutral_values_are_accepted(write, name):
     expected = read(write, chat())
     assert read(write, chat(**{name: NEUTRAL[name]})) == expected
     assert read(write, {**chat(), name: NEUTRAL[name]}) == expected
+
+
+def test_a_turn_that_ends_is_neutral(write):
+    assert read(write, chat(end_turn=True)) == read(write, chat())
 
 
 def test_metadata_and_unrelated_columns_are_accepted(write):
