@@ -7,7 +7,7 @@ quantisation `x.weight.nested_absmax` and `x.weight.nested_quant_map`, and the r
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from bitsandbytes.functional import QuantState
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.foundation.json_files import shown
+from qlora_lite.foundation.files import as_stored
+from qlora_lite.foundation.json_files import JsonFile, Malformed, check_as, shown
 from qlora_lite.model.frozen import FrozenLinear, Scratch
 from qlora_lite.model.quant import FP4, NESTED_BLOCK_SIZE, NF4, Int8, Quant
 from qlora_lite.shards.checkpoint import Checkpoint
@@ -26,40 +27,73 @@ COMPANION = re.compile(
 )
 
 
+METHODS = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit")
+
+
+class _Method(JsonFile):
+    quant_method: str | None = None
+
+
+class _Settings(JsonFile):
+    """The fields of `quantization_config` that we use."""
+
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "fp4"
+    bnb_4bit_use_double_quant: bool = False
+    llm_int8_skip_modules: list[str] | None = None
+
+
 def own_quant(config: Any) -> Quant | None:
     """The quantisation of the checkpoint, or None if it is not quantised.
 
     Raises:
-        BaseModelError: if another library quantised it.
+        BaseModelError: if another library quantised it, or its settings are damaged.
     """
-    settings = getattr(config, "quantization_config", None)
+    settings = _settings(config)
     if settings is None:
         return None
-    if hasattr(settings, "to_dict"):
-        settings = settings.to_dict()
-    if not isinstance(settings, dict):
-        raise BaseModelError(
-            f"quantization_config of config.json is {shown(settings)}, and an object is needed. "
-            "Download the model again"
-        )
-    method = settings.get("quant_method")
-    if method not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
-        raise BaseModelError(
-            f"the checkpoint is quantised with {method}; only weights of bitsandbytes (nf4, fp4, "
-            "int8) and unquantised ones can be read. Use the model's original: it is quantised here"
-        )
-    if settings.get("load_in_8bit"):
+    if settings.load_in_8bit:
         return Int8()
-    kind = NF4 if settings.get("bnb_4bit_quant_type") == "nf4" else FP4
-    return kind(double_quant=bool(settings.get("bnb_4bit_use_double_quant")))
+    kind = NF4 if settings.bnb_4bit_quant_type == "nf4" else FP4
+    return kind(double_quant=settings.bnb_4bit_use_double_quant)
 
 
 def skipped_layers(config: Any) -> tuple[str, ...]:
-    """Modules that a quantised checkpoint left unquantised: paths, or parts of them."""
-    settings = getattr(config, "quantization_config", None) or {}
-    if not isinstance(settings, dict):
-        settings = settings.to_dict()
-    return tuple(settings.get("llm_int8_skip_modules") or ())
+    """Modules that a quantised checkpoint left unquantised: paths, or parts of them.
+
+    Raises:
+        BaseModelError: as `own_quant`.
+    """
+    settings = _settings(config)
+    return tuple((settings and settings.llm_int8_skip_modules) or ())
+
+
+def _settings(config: Any) -> _Settings | None:
+    """`quantization_config` of a config; None if it has none."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    if hasattr(found, "to_dict"):
+        found = as_stored(found.to_dict())
+    if not isinstance(found, dict):
+        raise _damaged(f"it is {shown(found)}, and an object is needed")
+    try:
+        method = check_as(found, _Method).quant_method
+        if method in METHODS:
+            return check_as(found, _Settings)
+    except Malformed as error:
+        raise _damaged(str(error)) from None
+    raise BaseModelError(
+        f"the checkpoint is quantised with {method}; only weights of bitsandbytes (nf4, fp4, int8) "
+        "and unquantised ones can be read. Use the model's original: it is quantised here"
+    )
+
+
+def _damaged(problem: str) -> BaseModelError:
+    return BaseModelError(
+        f"quantization_config of config.json is damaged ({problem}). Download the model again"
+    )
 
 
 def is_skipped(path: str, skipped: Sequence[str]) -> bool:

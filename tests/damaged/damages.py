@@ -132,10 +132,6 @@ def _edit_header(path: Path, field: str, value: Any) -> None:
     _write(path, struct.pack("<Q", len(text)) + text + content[8 + length :])
 
 
-def _halve(path: Path) -> None:
-    _write(path, path.read_bytes()[: path.stat().st_size // 2])
-
-
 def _folder(path: Path) -> None:
     path.unlink()
     path.mkdir()

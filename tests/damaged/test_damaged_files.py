@@ -30,8 +30,9 @@ from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.export.card import licence_of
 from qlora_lite.foundation.errors import BaseModelError, QloraLiteError, RecipeError
 from qlora_lite.foundation.files import DiskFull
-from qlora_lite.model.config import require_generation_settings
+from qlora_lite.model.config import read_config, require_generation_settings
 from qlora_lite.model.facts import facts_of, read_facts
+from qlora_lite.model.prequantised import own_quant, skipped_layers
 from qlora_lite.model.settings import Base
 from qlora_lite.model.tokenizer import load_tokenizer
 from qlora_lite.recipe_files import load_recipe
@@ -57,6 +58,11 @@ SOME = 7
 def facts(folder: Path) -> Any:
     found = read_facts(Base(model=str(folder / "base")))
     return found.shape.parameters, found.context, found.tied, found.config.model_type
+
+
+def stored_quantisation(folder: Path) -> Any:
+    config = read_config(str(folder / "quantised"))
+    return own_quant(config), skipped_layers(config)
 
 
 def tokens(folder: Path) -> Any:
@@ -133,6 +139,13 @@ class Case:
 CASES = [
     # what is deleted has transformers' default; flags may be either
     Case("base/config.json", facts, allowed=r"deleted|(bias|embeddings) is true|_heads is null"),
+    # without these it is another possible quantisation
+    Case(
+        "quantised/config.json",
+        stored_quantisation,
+        allowed=r"^quantization_config (deleted|is null)|quant(_type)? deleted"
+        r"|(8bit|double_quant) is true|skip_modules (deleted|is (null|list)$)",
+    ),
     # a tokenizer may lack these, or have them as any text
     Case(
         "base/tokenizer_config.json",
@@ -175,6 +188,15 @@ CASES = [
 ]
 
 
+QUANTISATION = {
+    "quant_method": "bitsandbytes",
+    "load_in_8bit": False,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": False,
+    "llm_int8_skip_modules": ["lm_head"],
+}
+
+
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> Path:
     """A base, the same in shards, and a finished run."""
@@ -182,6 +204,11 @@ def good(tmp_path_factory) -> Path:
     save_tiny(folder / "base")
     (folder / "base" / "README.md").write_text("---\nlicense: mit\n---\n\n# A base\n")
     save_tiny(folder / "shards", num_shards=3)
+    config = json.loads((folder / "base" / "config.json").read_text())
+    (folder / "quantised").mkdir()
+    (folder / "quantised" / "config.json").write_text(
+        json.dumps(config | {"quantization_config": QUANTISATION})
+    )
     write_rows(folder / "train.jsonl")
     run_recipe(recipe_in(folder, "run", "optim.steps=2"))
     return folder
