@@ -95,7 +95,7 @@ def plan(recipe: RecipeFile, settings: Assignments = None) -> None:
     from qlora_lite.memory.plan import require_fit
     from qlora_lite.recipe_files import load_with_settings
     from qlora_lite.run.computing import new_rule
-    from qlora_lite.run.planning import NO_BUDGET, check_settings, plan_memory
+    from qlora_lite.run.planning import NO_BUDGET, check_settings, plan_memory, tokens_of_a_step
     from qlora_lite.run.setup import set_up
 
     changed, notes = load_with_settings(recipe, settings or [])
@@ -112,7 +112,8 @@ def plan(recipe: RecipeFile, settings: Assignments = None) -> None:
             display.print_line(f"{planned.verdict}; {NO_BUDGET}", "bold red")
         if rule.is_available:
             rate = matmul_flops_per_second(rule.device, rule.compute)
-            display.print_line(time_line(rate, planned.flops_per_token, changed.optim))
+            step_tokens, steps = tokens_of_a_step(changed), changed.optim.steps
+            display.print_line(time_line(rate, planned.flops_per_token, step_tokens, steps))
     require_fit(planned)
 
 

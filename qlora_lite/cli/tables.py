@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from qlora_lite.memory.plan import Plan
     from qlora_lite.report.contents import MergeRow
     from qlora_lite.run.scoring import ScoreRow
-    from qlora_lite.training.settings import Optim
 
 PIPE_WIDTH = 200
 """Width of a table when stdout is not a terminal."""
@@ -57,16 +56,18 @@ def plan_lines(plan: "Plan") -> list[str]:
     return lines
 
 
-def time_line(flops_per_second: float, flops_per_token: float, optim: "Optim") -> str:
+def time_line(
+    flops_per_second: float, flops_per_token: float, step_tokens: int, steps: int | None
+) -> str:
     """Lower bound of the training time: matrix products alone, at the measured rate."""
     rate = flops_per_second / flops_per_token
-    step = optim.tokens_per_step / rate
+    step = step_tokens / rate
     line = (
-        f"time: at best {rate:,.0f} tokens/s here (matrix products measured at "
-        f"{flops_per_second / 1e12:.3g} TFLOP/s), {format_seconds(step)} per step of "
-        f"{optim.tokens_per_step:,} tokens"
+        f"time: at best {rate:,.{0 if rate >= 10 else 2}f} tokens/s here (matrix products measured "
+        f"at {flops_per_second / 1e12:.3g} TFLOP/s), {format_seconds(step)} per step of "
+        f"{step_tokens:,} tokens"
     )
-    return line + (f", {format_seconds(step * optim.steps)} in all" if optim.steps else "")
+    return line + (f", {format_seconds(step * steps)} in all" if steps else "")
 
 
 def score_table(rows: Iterable["ScoreRow"]) -> Table:

@@ -1,5 +1,6 @@
 """The memory plan of a recipe, and checks of its settings. Downloads only `config.json`."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from qlora_lite.adapters.method import Requirement
 from qlora_lite.adapters.ranks import beyond_the_last, last_block
 from qlora_lite.adapters.warm_start import require_adapter
+from qlora_lite.data.source_names import require_source, to_path
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import BudgetError, RecipeError
 from qlora_lite.foundation.files import is_file
@@ -75,17 +77,21 @@ def check_settings(setup: RunSetup) -> list[str]:
 
     Raises:
         AdapterError: if there is no adapter to start from.
+        DataError: if `data.train` or `data.heldout` is here, and is not a file.
         RecipeError: if rows may be longer than the model can read.
     """
     recipe = setup.recipe
     if recipe.adapter.start:
         require_adapter(Path(recipe.adapter.start))
+    for setting, name in (("train", recipe.data.train), ("heldout", recipe.data.heldout)):
+        if name is not None and os.path.lexists(to_path(name)):  # a plan does not need the rows
+            require_source(f"data.{setting}", name)
     _check_files(setup)
     notes = [*_check_context(setup), *_check_ranks(setup)]
-    if (tokens := recipe.optim.tokens_per_step) < recipe.data.max_tokens and recipe.data.packing:
+    if tokens_of_a_step(recipe) > recipe.optim.tokens_per_step:
         notes.append(
-            f"optim.tokens_per_step={tokens} is less than one bin of data.max_tokens="
-            f"{recipe.data.max_tokens}: every step has one bin"
+            f"optim.tokens_per_step={recipe.optim.tokens_per_step} is less than one bin of "
+            f"data.max_tokens={recipe.data.max_tokens}: every step has one bin"
         )
     if not setup.facts.packs and recipe.data.packing:
         notes.append(not_packed(recipe))
@@ -115,6 +121,12 @@ def _check_files(setup: RunSetup) -> None:
         setup.facts.match_names(checkpoint.names)
         require_readable_dtypes(checkpoint)
         checkpoint.close()
+
+
+def tokens_of_a_step(recipe: Recipe) -> int:
+    """About how many tokens a step has: packed rows at least fill one bin."""
+    smallest = recipe.data.max_tokens if recipe.data.packing else 0
+    return max(recipe.optim.tokens_per_step, smallest)
 
 
 def not_packed(recipe: Recipe) -> str:

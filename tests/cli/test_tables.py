@@ -6,7 +6,6 @@ from rich.console import Console
 
 from qlora_lite.cli.tables import merge_table, show, time_line
 from qlora_lite.report.contents import MergeRow
-from qlora_lite.training.settings import Optim
 
 ROWS = [
     MergeRow("a candidate with a long name that a narrow terminal has to fold", 2.0, None, False),
@@ -35,8 +34,12 @@ def test_a_table_on_a_narrow_terminal_folds_text_and_no_numbers():
 
 
 def test_the_time_of_a_run_is_given_only_if_its_steps_are_known():
-    by_steps = time_line(1e12, 1e6, Optim(tokens_per_step=1_000_000, steps=100))
+    by_steps = time_line(1e12, 1e6, 1_000_000, 100)
     assert by_steps.startswith("time: at best 1,000,000 tokens/s here")
-    assert "1.0 s per step" in by_steps
+    assert "1.0 s per step of 1,000,000 tokens" in by_steps
     assert by_steps.endswith("1 min 40 s in all")
-    assert "in all" not in time_line(1e12, 1e6, Optim(tokens_per_step=1_000_000, epochs=1))
+    assert "in all" not in time_line(1e12, 1e6, 1_000_000, None)
+
+
+def test_a_rate_below_one_token_per_second_is_not_printed_as_none():
+    assert "at best 0.25 tokens/s" in time_line(1e12, 4e12, 1024, None)

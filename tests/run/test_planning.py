@@ -9,12 +9,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qlora_lite.foundation import device
-from qlora_lite.foundation.errors import AdapterError, BaseModelError, BudgetError, RecipeError
+from qlora_lite.foundation.errors import (
+    AdapterError,
+    BaseModelError,
+    BudgetError,
+    DataError,
+    RecipeError,
+)
 from qlora_lite.model.facts import facts_of, read_facts
 from qlora_lite.model.load import build_empty
 from qlora_lite.model.settings import Base
 from qlora_lite.model.targets import select
-from qlora_lite.run.planning import check_settings, plan_recipe
+from qlora_lite.run.planning import check_settings, plan_recipe, tokens_of_a_step
 from qlora_lite.run.setup import set_up
 from tests.end_to_end.small_run import recipe_in, small_recipe
 from tests.tiny import save_tiny
@@ -50,6 +56,20 @@ def test_a_plan_for_a_card_that_is_not_here_needs_a_budget(folder):
     with pytest.raises(BudgetError, match=r'without a CUDA card.*budget="22GiB"'):
         plan_recipe(recipe_in(folder, "run", "device=cuda"))
     assert plan_recipe(recipe_in(folder, "run", "device=cuda", "budget=4GiB")).fits
+
+
+@pytest.mark.parametrize("setting", ["data.train", "data.heldout"])
+def test_a_folder_as_data_is_refused_and_a_file_that_is_not_here_is_not(folder, setting):
+    with pytest.raises(DataError, match=rf"got {setting}=.*a folder, not a file"):
+        notes_of(folder, f"{setting}={folder}", BIN)
+    assert notes_of(folder, f"{setting}={folder}/not_here.jsonl", BIN) == []
+
+
+def test_a_step_of_packed_rows_has_at_least_one_bin(folder):
+    short = ("optim.tokens_per_step=1", "data.max_tokens=64")
+    assert tokens_of_a_step(recipe_in(folder, "run", *short)) == 64
+    assert tokens_of_a_step(recipe_in(folder, "run", *short, "data.packing=false")) == 1
+    assert tokens_of_a_step(recipe_in(folder, "run", BIN, "data.max_tokens=64")) == 1024
 
 
 def test_rows_longer_than_learned_positions_are_refused(folder):
