@@ -89,8 +89,7 @@ def resumable_directory(out: Path, identity: str) -> Iterator[Path]:
             shutil.rmtree(temporary)
             raise
         sync_tree(temporary)
-        # with RECORD in place the identity is not needed; without the journal it would be wrong
-        for path in sorted(temporary.glob(".*"), key=lambda path: path.name != _IDENTITY):
+        for path in temporary.glob(".*"):
             if path.name != ".lock":
                 path.unlink()
         held.require()

@@ -109,7 +109,7 @@ def rounding_bounds(
     return Bounds(SAFETY * error, is_certain.float().mean().item(), max(2 * change, EXACT))
 
 
-NO_BOUNDS_ON_LOGITS = Bounds(math.inf, 0.0, MAX_LOSS_INCREASE)
+ORIGINAL_BASE_BOUNDS = Bounds(math.inf, 0.0, MAX_LOSS_INCREASE)
 """For the original base, which legitimately differs by the error of quantisation."""
 
 

@@ -26,7 +26,7 @@ from qlora_lite.export.merge import MergedWeights
 from qlora_lite.export.trained_layers import BaseOfMerge, MergeSource, TrainedLayers
 from qlora_lite.export.verify import (
     EXACT,
-    NO_BOUNDS_ON_LOGITS,
+    ORIGINAL_BASE_BOUNDS,
     Agreement,
     Bounds,
     candidate,
@@ -214,7 +214,7 @@ class MergeCheck:
 
     def _bounds(self, weights: MergedWeights) -> Bounds:
         if weights.base == "original":
-            return NO_BOUNDS_ON_LOGITS
+            return ORIGINAL_BASE_BOUNDS
         matrices = [spec for spec in weights.specs if len(spec.shape) > 1]
         return rounding_bounds(
             self._reference.logits, weights.dtype, self.rule.compute, len(matrices)

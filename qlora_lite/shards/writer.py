@@ -20,6 +20,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -38,11 +39,26 @@ from qlora_lite.foundation.files import (
     write_json,
     write_text,
 )
+from qlora_lite.foundation.json_files import JsonFile, check_as
 from qlora_lite.shards.layout import MAX_SHARD_BYTES, Shard, TensorSpec, split_into_shards
 from qlora_lite.shards.reader import INDEX, SafetensorsCheckpoint
 
 _JOURNAL = ".shards.jsonl"
 _READ_BYTES = 2**20
+
+
+class _FirstLine(JsonFile):
+    """The first line of the journal."""
+
+    identity: str
+
+
+class _Line(JsonFile):
+    """A line of the journal: the hash of a shard up to the end of a tensor."""
+
+    file: str
+    end: int
+    sha256: str
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -133,11 +149,11 @@ class ShardWriter:
     def _resume(self, identity: str) -> None:
         """Continue the work of the same call. Start a journal if there is none."""
         journal = self.directory / _JOURNAL
-        lines = _read_journal(journal)
-        if lines and lines[0].get("identity") == identity:
-            write_text(journal, "".join(json.dumps(line) + "\n" for line in lines))
+        recorded, lines = _read_journal(journal)
+        if recorded == identity:
+            write_text(journal, _first_line(identity) + "".join(map(_line, lines)))
             for shard in self._shards:
-                self._num_complete[shard.name] = self._resume_shard(shard, lines[1:])
+                self._num_complete[shard.name] = self._resume_shard(shard, lines)
             return
         found = _weights(self.directory)
         if found and not journal.exists():
@@ -147,17 +163,17 @@ class ShardWriter:
             )
         for path in found:
             path.unlink()
-        write_text(journal, json.dumps({"identity": identity}) + "\n")
+        write_text(journal, _first_line(identity))
         self._num_complete = {shard.name: 0 for shard in self._shards}
 
-    def _resume_shard(self, shard: Shard, lines: Sequence[Mapping[str, Any]]) -> int:
-        """The number of its tensors that are complete. A shard that lacks none is renamed."""
+    def _resume_shard(self, shard: Shard, lines: Sequence[_Line]) -> int:
+        """The number of its tensors that are complete. A complete shard is renamed."""
         path, temporary = shard.path(self.directory), shard.temporary_path(self.directory)
         if path.exists():
             os.replace(path, temporary)  # read back below, like an incomplete one
         if not temporary.exists():
             return 0
-        recorded = {line["end"]: line["sha256"] for line in lines if line.get("file") == shard.name}
+        recorded = {line.end: line.sha256 for line in lines if line.file == shard.name}
         count, self._digests[shard.name] = _matching(temporary, shard, recorded)
         if count < len(shard.specs):
             return count
@@ -181,9 +197,9 @@ class ShardWriter:
     def _record(self, shard: Shard) -> None:
         """Add the hash up to the end of the tensor that was just written to the journal."""
         end = shard.ends[self._num_complete[shard.name]]
-        line = {"file": shard.name, "end": end, "sha256": self._digests[shard.name].hexdigest()}
+        line = _Line(file=shard.name, end=end, sha256=self._digests[shard.name].hexdigest())
         with open(self.directory / _JOURNAL, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(_line(line))
         self._num_complete[shard.name] += 1
 
     def _complete(self, shard: Shard) -> None:
@@ -219,19 +235,35 @@ class ShardWriter:
             assert (found.dtype, found.shape) == (spec.dtype, spec.shape), f"{found}, not {spec}"
 
 
-def _read_journal(path: Path) -> list[dict[str, Any]]:
-    """The lines of a journal up to the first one that is damaged."""
-    lines: list[dict[str, Any]] = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = parse_json(text)
-            except ValueError:
-                break
-            if not isinstance(line, dict):
-                break
-            lines.append(line)
-    return lines
+def _first_line(identity: str) -> str:
+    return _line(_FirstLine(identity=identity))
+
+
+def _line(record: JsonFile) -> str:
+    return json.dumps(record.model_dump()) + "\n"
+
+
+def _read_journal(path: Path) -> tuple[str | None, list[_Line]]:
+    """The identity of a journal, and its lines up to the first one that is damaged."""
+    lines: list[_Line] = []
+    if not path.is_file():
+        return None, lines
+    first, *others = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+    try:
+        identity = check_as(_parsed(first), _FirstLine).identity
+    except ValueError:
+        return None, lines
+    with suppress(ValueError):
+        for text in others:
+            lines.append(check_as(_parsed(text), _Line))
+    return identity, lines
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    value = parse_json(text)
+    if not isinstance(value, dict):
+        raise ValueError("a line is not an object")
+    return value
 
 
 def _matching(path: Path, shard: Shard, recorded: Mapping[int, str]) -> tuple[int, Any]:

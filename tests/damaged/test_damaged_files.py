@@ -337,13 +337,34 @@ def test_a_full_disk_while_the_tokenizer_is_saved_is_reported(good, tmp_path, mo
         merge(good / "run", tmp_path / "out", base="trained", verify=False)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"identity": 1}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"identity": 1}', "\x00", damages.DEEP])
 def test_a_damaged_journal_starts_the_files_again(tmp_path, content):
-    specs = [TensorSpec("a", torch.float32, (2,))]
-    (tmp_path / ".shards.writing.json").write_text(content)
-    with ShardWriter(tmp_path, specs, "identity") as writer:
-        writer.write("a", torch.ones(2))
-    assert SafetensorsCheckpoint.open(tmp_path).read("a").sum() == 2
+    (tmp_path / ".shards.jsonl").write_text(content)
+    assert written(tmp_path).sum() == 2
+
+
+@pytest.mark.parametrize("value", damages.VALUES.values(), ids=damages.VALUES)
+@pytest.mark.parametrize("field", ["file", "end", "sha256"])
+def test_a_damaged_line_of_a_journal_starts_its_file_again(tmp_path, field, value):
+    with pytest.raises(ZeroDivisionError):
+        written(tmp_path, stops=True)
+    journal = tmp_path / ".shards.jsonl"
+    first, *others = journal.read_text().splitlines()
+    damaged = [json.dumps(json.loads(line) | {field: value}) for line in others]
+    assert damaged
+    journal.write_text("\n".join([first, *damaged]))
+    assert written(tmp_path).sum() == 2
+
+
+def written(directory: Path, stops: bool = False) -> torch.Tensor:
+    """Write two tensors, or stop after the first, and read one back."""
+    specs = [TensorSpec(name, torch.float32, (2,)) for name in ("a", "b")]
+    with ShardWriter(directory, specs, "identity") as writer:
+        for spec in writer.pending:
+            writer.write(spec.name, torch.ones(2))
+            if stops:
+                raise ZeroDivisionError
+    return SafetensorsCheckpoint.open(directory).read("a")
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "rwkv", "falcon_mamba", "gemma4_text"])

@@ -144,6 +144,16 @@ def test_a_file_created_meanwhile_is_not_overwritten(tmp_path):
     assert out.read_text() == "somebody else's"
 
 
+def test_nothing_is_put_in_place_if_the_lock_was_taken_away(tmp_path):
+    out = tmp_path / "out"
+    with (
+        pytest.raises(RunError, match="moved or deleted while this process was using it"),
+        resumable_directory(out, "a") as temporary,
+    ):
+        (temporary / ".lock").unlink()
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_a_tokenizer_without_a_template_is_saved_with_the_one_of_training(tmp_path, adds_bos):
     tokenizer = tiny_tokenizer()

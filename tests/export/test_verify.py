@@ -7,6 +7,7 @@ from qlora_lite.export import verify
 from qlora_lite.export.merge import MergedWeights
 from qlora_lite.export.trained_layers import TrainedLayers
 from qlora_lite.export.verify import (
+    ORIGINAL_BASE_BOUNDS,
     Agreement,
     candidate,
     compare,
@@ -80,3 +81,10 @@ def test_rounding_keeps_its_bounds_and_a_larger_error_does_not(dtype):
     damaged = logits(lambda layer: layer + bounds.rms_error * layer.std() * torch.randn(64, 64))
     assert "logits differ by" in bounds.problem(compare(reference, damaged))
     assert bounds.problem(compare(reference, reference * torch.nan))
+
+
+def test_the_original_base_may_not_score_half_a_nat_worse():
+    worse, slightly_worse = (Agreement(0.3, 0.9, 9, 0.3, loss) for loss in (0.6, 0.4))
+    assert "0.600 nats higher" in (ORIGINAL_BASE_BOUNDS.problem(worse) or "")
+    assert ORIGINAL_BASE_BOUNDS.problem(slightly_worse) is None
+    assert ORIGINAL_BASE_BOUNDS.problem(Agreement(0.3, 0.9, 9, 0.3, float("nan")))
