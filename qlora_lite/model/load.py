@@ -211,6 +211,8 @@ class _Loading:
             module._buffers[leaf] = self.checkpoint.read(name).clone()
         else:
             tensor = self.checkpoint.read(name)
+            if isinstance(module, nn.Embedding):  # of its own class: same values as the others
+                tensor = tensor.to(self.storage)
             dtype = self.rule.norms if tensor.dim() == 1 else self.rule.compute
             value = tensor.to(self.rule.device, dtype, copy=True)
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
