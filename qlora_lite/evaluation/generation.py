@@ -1,6 +1,6 @@
-"""Generate the answer to a prompt, whole or streamed."""
+"""Generate answers to prompts: one, a batch, or one streamed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from threading import Thread
 from typing import Any
 
@@ -16,14 +16,67 @@ def answer(
     max_new_tokens: int = 64,
 ) -> str:
     """The most likely answer to a prompt, decoded, without special tokens."""
-    ids = torch.tensor([prompt_ids], device=model.device)
+    return answers(model, tokenizer, [prompt_ids], end_ids, max_new_tokens)[0]
+
+
+def answers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    end_ids: list[int],
+    max_new_tokens: int = 64,
+    batch_rows: int = 32,
+) -> list[str]:
+    """The most likely answer to each prompt, as `answer` gives it up to rounding.
+
+    Prompts of similar length are generated together, padded on the left. A frozen weight is
+    dequantised once per token of a batch: SmolLM2 135M in NF4 gave 12 tokens per second of one CPU
+    core with 1 row, 189 with 32, 218 with 64 (dequantised beforehand: 23, 244 and 277).
+
+    Args:
+        prompts: token ids, of any lengths.
+        end_ids: tokens at which an answer ends.
+        batch_rows: prompts per batch.
+    """
+    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    found = [""] * len(prompts)
+    for start in range(0, len(prompts), batch_rows):
+        rows = longest_first[start : start + batch_rows]
+        batch = [prompts[i] for i in rows]
+        texts = _answer_batch(model, tokenizer, batch, end_ids, max_new_tokens)
+        for i, text in zip(rows, texts, strict=True):
+            found[i] = text
+    return found
+
+
+def _answer_batch(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    end_ids: list[int],
+    max_new_tokens: int,
+) -> list[str]:
+    settings = _settings(tokenizer, end_ids, max_new_tokens, temperature=0.0)
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), settings["pad_token_id"])
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :] = torch.tensor(prompt)
+        mask[i, width - len(prompt) :] = 1
     with torch.no_grad():
         output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            **_settings(tokenizer, end_ids, max_new_tokens, temperature=0.0),
+            ids.to(model.device), attention_mask=mask.to(model.device), **settings
         )
-    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+    return [
+        str(tokenizer.decode(_until_end(row, end_ids), skip_special_tokens=True)).strip()
+        for row in output[:, width:].tolist()
+    ]
+
+
+def _until_end(ids: list[int], end_ids: list[int]) -> list[int]:
+    """The ids before the first end token; behind it a row of a batch is padded."""
+    end = next((i for i, token in enumerate(ids) if token in end_ids), len(ids))
+    return ids[:end]
 
 
 def stream(

@@ -3,7 +3,7 @@
 The adapter's directory is written last and atomically: a run with an `adapter/` is finished.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from qlora_lite.adapters.files import save_adapter
 from qlora_lite.data.examples import Example
 from qlora_lite.data.load import PreparedData
 from qlora_lite.data.templates import ChatTemplate
-from qlora_lite.evaluation.generation import answer
+from qlora_lite.evaluation.generation import answers
 from qlora_lite.export.directory import save_tokenizer
 from qlora_lite.foundation.device import NAMES
 from qlora_lite.foundation.files import complete_directory
@@ -69,8 +69,7 @@ def finish(finished: FinishedTraining) -> RunOutcome:
     logged = [event.get("peak_bytes", 0) for event in metrics.read(finished.folder.metrics)]
     peak = max([peak_bytes(finished.loaded.causal.device), *logged])  # of every process of the run
     shown = list(finished.data.heldout)[: finished.recipe.evaluation.samples]
-    samples = tuple(_sample(finished, example) for example in shown)
-    outcome = RunOutcome(_scores(finished), samples, peak)
+    outcome = RunOutcome(_scores(finished), _samples(finished, shown), peak)
     sidecar = _sidecar(finished, outcome)
     finished.require_folder()
     write_report(finished.folder.report, _report(finished, outcome))
@@ -95,18 +94,16 @@ def _scores(finished: FinishedTraining) -> dict[str, float]:
     return {"loss_before": progress.first_loss, "loss": loss}
 
 
-def _sample(finished: FinishedTraining, example: Example) -> Sample:
-    """The answers of the base and of the adapted model to one held-out prompt."""
+def _samples(finished: FinishedTraining, examples: Sequence[Example]) -> tuple[Sample, ...]:
+    """The answers of the base and of the adapted model to held-out prompts."""
     model, tokenizer = finished.loaded.base.model, finished.loaded.tokenizer
-    ids, mask = example.ids.tolist(), example.loss_mask.tolist()
-    answer_starts = mask.index(True)
-    first = answer_starts if answer_starts > 1 else max(1, len(ids) // 2)
-    stop = next((i for i in range(first, len(mask)) if not mask[i]), len(mask))
     template = ChatTemplate(tokenizer)
     stop_ids = list(dict.fromkeys([template.end_of_turn_id, tokenizer.eos_token_id]))
+    parts = [_prompt_and_answer(example) for example in examples]
+    prompts = [prompt for prompt, _ in parts]
 
-    def generate() -> str:
-        return answer(model, tokenizer, ids[:first], stop_ids, SAMPLE_TOKENS)
+    def generate() -> list[str]:
+        return answers(model, tokenizer, prompts, stop_ids, SAMPLE_TOKENS)
 
     def text(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
@@ -115,8 +112,20 @@ def _sample(finished: FinishedTraining, example: Example) -> Sample:
         with finished.attached.disabled():
             before = generate()
     else:
-        before = "(not available: this method changed the base weights)"
-    return Sample(text(ids[:first]), before, generate(), text(ids[first:stop]))
+        before = ["(not available: this method changed the base weights)"] * len(parts)
+    return tuple(
+        Sample(text(prompt), bare, adapted, text(expected))
+        for (prompt, expected), bare, adapted in zip(parts, before, generate(), strict=True)
+    )
+
+
+def _prompt_and_answer(example: Example) -> tuple[list[int], list[int]]:
+    """The ids up to the first answer, and those of the answer; plain text is cut in the middle."""
+    ids, mask = example.ids.tolist(), example.loss_mask.tolist()
+    answer_starts = mask.index(True)
+    first = answer_starts if answer_starts > 1 else max(1, len(ids) // 2)
+    stop = next((i for i in range(first, len(mask)) if not mask[i]), len(mask))
+    return ids[:first], ids[first:stop]
 
 
 def _sidecar(finished: FinishedTraining, outcome: RunOutcome) -> dict[str, Any]:
