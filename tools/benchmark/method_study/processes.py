@@ -5,6 +5,8 @@ than two runs in sequence with both cores. Subprocesses are forks of this proces
 have computed anything with threads: a thread pool does not survive a fork.
 """
 
+import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from multiprocessing import get_context
@@ -15,6 +17,8 @@ import torch
 
 from method_study.results import Task, Values
 from qlora_lite.foundation.errors import QloraLiteError
+
+POLL_SECONDS = 1.0
 
 Outcome = tuple[Values, float]
 """The measured values, and the seconds that it took."""
@@ -40,7 +44,9 @@ def run_in_parallel(
             while waiting and len(running) < jobs:
                 ours, theirs = context.Pipe(duplex=False)
                 task = waiting.pop(0)
-                process = context.Process(target=_measure, args=(task, threads, theirs))
+                process = context.Process(
+                    target=_measure, args=(task, threads, theirs, os.getpid())
+                )
                 process.start()
                 theirs.close()
                 running[ours] = task, process
@@ -56,8 +62,9 @@ def run_in_parallel(
             process.terminate()
 
 
-def _measure(task: Task, threads: int, pipe: Connection) -> None:
+def _measure(task: Task, threads: int, pipe: Connection, parent: int) -> None:
     """In the subprocess: send the outcome or the error."""
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
     start = time.perf_counter()
     outcome: Outcome | QloraLiteError
@@ -68,6 +75,13 @@ def _measure(task: Task, threads: int, pipe: Connection) -> None:
     except QloraLiteError as error:
         outcome = error
     pipe.send(outcome)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent has ended: a killed study leaves no runs behind."""
+    while os.getppid() == parent:
+        time.sleep(POLL_SECONDS)
+    os._exit(1)
 
 
 def _received(pipe: Connection, task: Task) -> Outcome:
