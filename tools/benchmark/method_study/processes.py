@@ -6,6 +6,7 @@ have computed anything with threads: a thread pool does not survive a fork.
 """
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -81,7 +82,7 @@ def _end_with(parent: int) -> None:
     """End this process when its parent has ended: a killed study leaves no runs behind."""
     while os.getppid() == parent:
         time.sleep(POLL_SECONDS)
-    os._exit(1)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _received(pipe: Connection, task: Task) -> Outcome:
