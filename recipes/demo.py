@@ -1,6 +1,6 @@
 """The embedded model (1.2 M) on the embedded data: runs offline.
 
-Needs 680 MiB on CPU with 2,048 tokens at a time, 644 MiB with one row of 256 (Python and its
+Needs 720 MiB on CPU with 2,048 tokens at a time, 649 MiB with one row of 256 (Python and its
 libraries take most of it), and 0.00872 GFLOP a token: estimates by formula, printed by
 `qlora-lite plan recipes/demo.py`. The model learns to describe an object of the standard library in
 one sentence.

@@ -16,6 +16,7 @@ from qlora_lite.adapters.method import Footprint
 from qlora_lite.foundation.units import format_bytes
 from qlora_lite.kernels.cross_entropy import CHUNK_TOKENS
 from qlora_lite.memory import formulas
+from qlora_lite.memory.allocator import FREED_BYTES
 from qlora_lite.memory.formulas import FP32, Attention, QuantKind, States
 from qlora_lite.model.frozen import piece_rows
 from qlora_lite.model.shape import ModelShape, ParameterShape
@@ -121,6 +122,8 @@ def make_ledger(model: ModelShape, run: RunShape, rows: int) -> Ledger:
     """The sum for micro-batches of `rows` rows of `run.max_tokens` tokens."""
     terms = [*_weights(model, run), *_trained(model, run), *_activations(model, run, rows)]
     terms += _overhead(run, sum(term.num_bytes for term in terms))
+    if run.device == "cpu":
+        terms.append(_freed(model, rows * run.max_tokens))
     if run.device == "cuda":
         terms.append(Term("process", PROCESS_BYTES, "Python and its libraries", "host"))
     return Ledger(tuple(term for term in terms if term.num_bytes))
@@ -274,6 +277,16 @@ def _saved_bytes(model: ModelShape, run: RunShape, block: int, tokens: int) -> i
     if run.adapter_bytes == run.compute_bytes:
         return tokens * per_token
     return tokens * per_token + sum(f.trained + f.frozen for f in adapters) * run.compute_bytes
+
+
+def _freed(model: ModelShape, tokens: int) -> Term:
+    """Freed memory that malloc keeps until layers have left enough of it, or one has."""
+    layer = tokens * formulas.backward_bytes_per_token(model.hidden, model.ff, FP32)
+    return Term(
+        "freed memory that malloc keeps",
+        min(max(layer, FREED_BYTES), model.layers * layer),
+        f"{format_bytes(FREED_BYTES)} or what one layer leaves, {format_bytes(layer)}",
+    )
 
 
 def _overhead(run: RunShape, used: int) -> Iterator[Term]:
