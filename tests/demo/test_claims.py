@@ -44,10 +44,13 @@ def test_the_peak_must_be_within_the_plan():
     def sidecar(planned, peak):
         return {"predicted_peak_bytes": planned, "peak_bytes": peak}
 
-    text = claims.check_memory(sidecar(2**30, 2**30))
-    assert text == "peak memory 1.00 GiB, planned 1.00 GiB"
+    text = claims.check_memory(sidecar(2**30, 2**29))
+    assert text == "peak memory 512 MiB, planned 1.00 GiB (-50%)"
+    assert claims.check_memory(sidecar(1000, 1099)).endswith("(+10%)")
     with pytest.raises(BrokenClaim, match=r"more memory than planned: 2\.00 GiB, planned 1\.00"):
         claims.check_memory(sidecar(2**30, 2**31))
+    with pytest.raises(BrokenClaim):
+        claims.check_memory(sidecar(1000, 1101))
 
 
 def merged(base="trained", exact=1.0, written=1.0, losses=(2.0, 2.1)):
