@@ -25,8 +25,9 @@ Choice = Literal["auto", "real", "embedded"]
 
 SHOWN = (
     "What does math.sqrt do?",
-    "In Python, what is PendingDeprecationWarning?",
     "What is os.path.dirname for?",
+    "Describe set.clear in one sentence.",
+    "In Python, what is PendingDeprecationWarning?",
 )
 """Held-out questions whose answers the real model shows."""
 SCORED_ROWS = 48
