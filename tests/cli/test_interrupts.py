@@ -91,6 +91,19 @@ status.prepare_process = lambda: Slow()
     assert_interrupted(start("plan", recipe, before=program))
 
 
+def status_of(child: int, seconds: float) -> int:
+    """The exit status of a child process, which is killed if it does not end in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    pytest.fail(f"the process did not end within {seconds} s")
+
+
 def test_a_closed_terminal_saves_the_state_and_ends_with_130(recipe, tmp_path):
     rarely = ["checkpoints.every=3000", "evaluation.every=3000", "optim.steps=3000"]
     command = [sys.executable, "-m", "qlora_lite", "train", str(recipe), *rarely]
@@ -107,7 +120,7 @@ def test_a_closed_terminal_saves_the_state_and_ends_with_130(recipe, tmp_path):
         except BlockingIOError:
             time.sleep(0.02)
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    assert status_of(child, seconds=60) == 130
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert saved.name == f"step-{steps[-1]:06d}"

@@ -1,12 +1,19 @@
 """The rules about a run's folder: which recipe may use it, what may change, damaged files."""
 
+import copy
+import json
 import shutil
 
 import pytest
 import safetensors.torch
 
 from qlora_lite.foundation import files
-from qlora_lite.foundation.errors import AdapterError, BaseModelError, RunError, TrainingError
+from qlora_lite.foundation.errors import (
+    AdapterError,
+    BaseModelError,
+    RunError,
+    TrainingError,
+)
 from qlora_lite.foundation.sealed import hashes_of
 from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.inspection.inspect import inspect
@@ -269,6 +276,69 @@ def test_a_recipe_edited_after_training_is_not_used(finished, folder, tmp_path):
     assert load_run(run).recipe.base.model == str(tmp_path / "moved-base")
 
 
+MAY_DIFFER = {
+    *("base.model", "base.revision", "base.trust_remote_code"),
+    *("data.train", "data.heldout", "adapter.start", "device"),
+    *("output", "budget", "tracking", "checkpoints", "evaluation.samples"),
+    *("optim.steps", "optim.epochs"),
+}
+"""Settings that do not change what was trained, whose files are checked by their contents, or that
+differ while a run is extended."""
+
+OTHER_VALUES = {
+    "base.quant": {"kind": "int8"},
+    "base.head": "int8",
+    "base.attention": "eager",
+    "base.compute": "bf16",
+    "adapter.scaling": "alpha/sqrt(r)",
+    "adapter.targets": "attention",
+    "adapter.ranks": {"0": 8},
+    "adapter.dtype": "fp32",
+    "adapter.train_modules": ["lm_head"],
+    "data.format": "messages",
+    "data.fields": {"messages": "turns"},
+    "data.columns": ["a"],
+    "data.prompt": "{a}",
+    "data.system": "Be brief.",
+    "data.too_long": "drop",
+    "data.loss_on": "all",
+    "data.max_rows": 9,
+    "optim.schedule": "constant",
+    "optim.rounding": "stochastic",
+    "optim.states": "8bit",
+    "optim.betas": [0.8, 0.99],
+}
+"""A value that is allowed and not the one of the small recipe; numbers and flags are changed."""
+
+
+def test_a_recipe_edited_in_any_other_setting_is_not_used(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    record = json.loads((run / "recipe.json").read_text())
+    recipe = record["recipe"]
+    groups = {name for name, values in recipe.items() if isinstance(values, dict)}
+    settings = {f"{group}.{name}" for group in groups for name in recipe[group] if name != "kind"}
+    settings |= recipe.keys() - groups
+    for setting in settings:
+        group, _, name = setting.partition(".")
+        if {setting, group} & MAY_DIFFER:
+            continue
+        edited = copy.deepcopy(record)
+        owner, key = (edited["recipe"][group], name) if name else (edited["recipe"], group)
+        owner[key] = OTHER_VALUES.get(setting) or changed(owner[key])
+        (run / "recipe.json").write_text(json.dumps(edited))
+        with pytest.raises(RunError, match=f"was changed after its .*\n  {setting}"):
+            RunFolder(run).trained_recipe()
+
+
+def changed(value):
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, float) and 0 < value <= 0.5:
+        return value * 2
+    return value + 1 if isinstance(value, int | float) else 1
+
+
 def test_the_same_extension_again_is_finished(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -293,6 +363,33 @@ def test_a_run_stops_when_its_folder_is_taken_away(folder, taken):
     else:
         assert [line["step"] for line in metrics.read(run / "metrics.jsonl")] == [0, 1, 2]
         assert run_recipe(recipe_in(folder, run.name)).steps == 12
+
+
+def test_a_checkpoint_is_not_written_into_a_folder_that_was_taken_away(folder):
+    run = folder / "taken-before-saving"
+
+    class Thief(Watcher):
+        def evaluated(self, metrics):
+            if metrics["step"] == 6:
+                shutil.rmtree(run)
+
+    with pytest.raises(RunError, match="moved or deleted while this process was using it"):
+        run_recipe(recipe_in(folder, run.name, "checkpoints.every=6"), watcher=Thief())
+    assert not run.exists()
+
+
+def test_an_adapter_is_not_written_without_the_lock(folder):
+    run = folder / "taken-before-the-end"
+
+    class Thief(Watcher):
+        def saved(self, step):
+            if step == 12:
+                (run / ".lock").unlink()
+
+    with pytest.raises(RunError, match="moved or deleted while this process was using it"):
+        run_recipe(recipe_in(folder, run.name), watcher=Thief())
+    assert not (run / "adapter").exists()
+    assert not (run / "report.html").exists()
 
 
 def test_a_folder_deleted_while_a_checkpoint_is_written_is_one_error(folder, monkeypatch):

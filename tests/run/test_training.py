@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_lite.foundation.errors import AdapterError, BudgetError, TrainingError
 from qlora_lite.foundation.watcher import Watcher
+from qlora_lite.recipe_files import load_recipe
 from qlora_lite.report.page import read as read_report
 from qlora_lite.run import planning
 from qlora_lite.run.loading import load_run
@@ -31,6 +32,14 @@ def losses_of(folder, name):
 def plain(folder):
     changes = ("adapter.dropout=0", "adapter.dtype=fp32", "evaluation.samples=2")
     return run_recipe(recipe_in(folder, "plain", *changes))
+
+
+def test_the_predicted_memory_includes_the_rows(folder, plain):
+    without = planning.plan_recipe(load_recipe(plain.directory)).ledger.measured_bytes
+    assert plain.predicted_peak_bytes > without
+    report = read_report(plain.directory / "report.html")
+    (rows,) = [num_bytes for name, num_bytes, _ in report.memory if name == "rows"]
+    assert plain.predicted_peak_bytes == without + rows
 
 
 def test_it_learns_and_writes_the_files_of_a_run(folder, plain):

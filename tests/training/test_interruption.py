@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from qlora_lite.foundation.errors import Interrupted
-from qlora_lite.training.interruption import StopRequest, stop_on_signals
+from qlora_lite.training.interruption import SIGNALS, StopRequest, stop_on_signals
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
@@ -21,6 +21,13 @@ def test_the_first_signal_is_a_request_and_handlers_are_restored(name):
         with pytest.raises(Interrupted, match=f"stopped by {name} after step 3"):
             request.raise_if_requested("after step 3")
     assert signal.getsignal(number) is before
+
+
+def test_handlers_are_restored_without_a_signal():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with stop_on_signals():
+        assert [signal.getsignal(number) for number in SIGNALS] != before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_a_signal_that_nohup_ignores_stays_ignored():
