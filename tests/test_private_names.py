@@ -25,6 +25,8 @@ import transformers
 from packaging.requirements import Requirement
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import core_model_loading
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations.gguf import gguf_tokenizer_mapping
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +88,11 @@ def _tree_leaves() -> bool:
     from torch.utils._pytree import tree_leaves
 
     return tree_leaves([1, {"a": (2,)}]) == [1, 2]
+
+
+def _converter() -> core_model_loading.WeightConverter:
+    steps = [core_model_loading.MergeModulelist(dim=0), core_model_loading.Concatenate(dim=1)]
+    return core_model_loading.WeightConverter(["a.*.x", "a.*.y"], "c", operations=steps)
 
 
 def _is_public(submodule: str, name: str) -> bool:
@@ -200,6 +207,40 @@ TABLE: dict[str, tuple[tuple[str, ...], Callable[[], object]]] = {
     "._keys_to_ignore_on_load_unexpected": (
         ("qlora_lite/model/facts.py",),
         lambda: transformers.PreTrainedModel._keys_to_ignore_on_load_unexpected is None,
+    ),
+    "transformers.conversion_mapping.get_model_conversion_mapping": (
+        ("qlora_lite/model/conversion.py",),
+        lambda: _takes(get_model_conversion_mapping, nn.Module()),
+    ),
+    "transformers.core_model_loading.rename_source_key": (
+        ("qlora_lite/model/conversion.py",),
+        lambda: (
+            core_model_loading.rename_source_key("a.b", [], [], "m", {"m.a.b": True})
+            == (
+                "m.a.b",
+                None,
+            )
+        ),
+    ),
+    "transformers.core_model_loading.dot_natural_key": (
+        ("qlora_lite/model/conversion.py",),
+        lambda: sorted(["a.10.b", "a.9.b"], key=core_model_loading.dot_natural_key)[0] == "a.9.b",
+    ),
+    "transformers.core_model_loading.WeightRenaming": (
+        ("qlora_lite/model/conversion.py",),
+        lambda: core_model_loading.WeightRenaming("a", "b").source_patterns == ["a"],
+    ),
+    "transformers.core_model_loading.WeightConverter": (
+        ("qlora_lite/model/conversion.py",),
+        lambda: _converter().target_patterns == ["c"],
+    ),
+    "transformers.core_model_loading.MergeModulelist": (
+        ("qlora_lite/model/conversion.py",),
+        lambda: _converter().operations[0].dim == 0,
+    ),
+    "transformers.core_model_loading.Concatenate": (
+        ("qlora_lite/model/conversion.py",),
+        lambda: _converter().operations[1].dim == 1,
     ),
     "transformers.utils.chat_template_utils.render_jinja_template": (
         ("qlora_lite/data/templates.py",),

@@ -11,7 +11,8 @@
 
 Sums are computed in fp32 and rounded once. Each tensor is computed from the base's checkpoint and
 the adapter, and written in chunks of rows. So memory holds one tensor of the base, a chunk, and the
-adapter. Names and order are those of the base's files.
+adapter. Names and order are those of the base's files: experts are written one by one if they are
+stored so, and tensors that the model does not load, such as a vision tower, are copied.
 """
 
 import hashlib
@@ -26,8 +27,9 @@ from torch import Tensor
 from qlora_lite.adapters.layer import AdapterLayer, Factors
 from qlora_lite.export.trained_layers import BaseOfMerge, TrainedLayers, chunk_rows
 from qlora_lite.foundation.errors import CheckError
+from qlora_lite.model.conversion import Place
 from qlora_lite.model.frozen import FrozenLinear
-from qlora_lite.model.prequantised import is_packed
+from qlora_lite.model.prequantised import COMPANION, is_packed
 from qlora_lite.shards.writer import MAX_SHARD_BYTES, ShardWriter, TensorSpec
 
 Progress = Callable[[int, int], None]
@@ -39,13 +41,10 @@ class MergedTensor:
     """One tensor of the merged model."""
 
     spec: TensorSpec
-    name: str
-    """Its name in the model; `spec.name` is its name in the files."""
-
-    @property
-    def module(self) -> str:
-        """Path of the module that owns it."""
-        return self.name.rpartition(".")[0]
+    stored: str
+    """The tensor of the base's files that it is made from."""
+    place: Place | None
+    """Where it goes in the model; None if the model does not load it."""
 
 
 class MergedWeights:
@@ -65,22 +64,36 @@ class MergedWeights:
             if changed & {name.rpartition(".")[0], origin.rpartition(".")[0]}
         ]
         """Parameters that are tied in the base and written as separate tensors."""
-        names = [(stored, name) for name, stored in layers.stored_names.items()]
-        names += [(name, name) for name in self.untied]
-        self._tensors = {
-            stored: MergedTensor(self._spec(stored, name, dtype), name) for stored, name in names
-        }
+        self._tensors = {tensor.spec.name: tensor for tensor in self._list(dtype)}
 
-    def _spec(self, stored: str, name: str, wanted: torch.dtype | None) -> TensorSpec:
-        """Integer tensors keep their dtype; packed codes are written as weights."""
+    def _list(self, dtype: torch.dtype | None) -> Iterator[MergedTensor]:
+        """The tensors of the base's files in their order, then the untied copies."""
+        layers, tied = self.layers, self.layers.source.facts.tied
+        for stored in layers.checkpoint.names:
+            place = layers.places.get(stored)
+            if COMPANION.search(stored) or (place is None and stored in self.untied):
+                continue
+            if place is None and stored in tied:
+                place = Place(stored)
+            name = place.name if place is not None and stored in self.untied else stored
+            yield self._tensor(name, stored, place, dtype)
+        for name in self.untied:
+            yield self._tensor(name, layers.stored_name(name), Place(name), dtype)
+
+    def _tensor(
+        self, name: str, stored: str, place: Place | None, wanted: torch.dtype | None
+    ) -> MergedTensor:
+        """Integers, and what the model does not load, keep their dtype; packed codes are written as
+        weights."""
         layers = self.layers
-        origin = layers.stored_names[layers.source.facts.tied.get(name, name)]
-        if is_packed(layers.checkpoint, origin):
+        info = layers.checkpoint.info(stored)
+        spec = TensorSpec(name, info.dtype, info.shape)
+        if place is not None and is_packed(layers.checkpoint, stored):
             unpacked = layers.source.facts.config.dtype or torch.bfloat16
-            return TensorSpec(stored, wanted or unpacked, layers.parameters[name].shape)
-        info = layers.checkpoint.info(origin)
-        dtype = (wanted or info.dtype) if info.dtype.is_floating_point else info.dtype
-        return TensorSpec(stored, dtype, info.shape)
+            spec = TensorSpec(name, wanted or unpacked, layers.parameters[place.name].shape)
+        elif place is not None and info.dtype.is_floating_point:
+            spec = TensorSpec(name, wanted or info.dtype, info.shape)
+        return MergedTensor(spec, stored, place)
 
     @property
     def base(self) -> BaseOfMerge:
@@ -115,55 +128,62 @@ class MergedWeights:
             digest.update(repr(spec).encode())
         return digest.hexdigest()
 
-    def parameter_name(self, stored: str) -> str:
-        """The model's name of a written tensor."""
-        return self._tensors[stored].name
+    def place(self, name: str) -> Place | None:
+        """Where a written tensor goes in the model; None if the model does not load it."""
+        return self._tensors[name].place
 
-    def tensor(self, stored: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
         """A copy of one tensor, as it will be written."""
-        spec = self._tensors[stored].spec
+        spec = self._tensors[name].spec
         whole = torch.empty(spec.shape, dtype=spec.dtype)
         flat, start = whole.view(-1), 0
-        for part in self.chunks(stored):
+        for part in self.chunks(name):
             flat[start : start + part.numel()] = part.flatten()
             start += part.numel()
         return whole
 
-    def chunks(self, stored: str) -> Iterator[Tensor]:
+    def chunks(self, name: str) -> Iterator[Tensor]:
         """A tensor in pieces along its first dimension, in the dtype of its spec, on the CPU.
 
         Each piece is valid until the next one is read.
         """
-        tensor = self._tensors[stored]
+        tensor = self._tensors[name]
         dtype, shape = tensor.spec.dtype, tensor.spec.shape
-        rows = self._changed_rows(tensor)
-        parameter = self.layers.parameters.get(tensor.name)
+        rows = None if tensor.place is None else self._changed_rows(tensor, tensor.place.name)
         if rows is None:
-            yield from (_rounded(part, dtype, stored) for part in self.layers.stored(tensor.name))
-        elif parameter is not None and parameter.transposed:
+            rows = self.layers.stored(tensor.stored)
+            yield from (_rounded(part, dtype, name) for part in rows)
+        elif tensor.place is not None and self._is_transposed(tensor.place.name):
             whole = torch.empty(shape, dtype=dtype)
             start = 0
             for part in rows:
-                whole[:, start : start + len(part)] = _rounded(part, dtype, stored).T
+                whole[:, start : start + len(part)] = _rounded(part, dtype, name).T
                 start += len(part)
             yield whole
         else:
-            yield from (_rounded(part, dtype, stored) for part in rows)
+            yield from (_rounded(part, dtype, name) for part in rows)
 
-    def _changed_rows(self, tensor: MergedTensor) -> Iterator[Tensor] | None:
-        """Rows (along the outputs) that replace the stored ones; None if nothing changed."""
-        layers, parts, name = self.layers, self.layers.parts, tensor.name
+    def _is_transposed(self, name: str) -> bool:
+        return name in self.layers.parameters and self.layers.parameters[name].transposed
+
+    def _changed_rows(self, tensor: MergedTensor, name: str) -> Iterator[Tensor] | None:
+        """Rows (along the outputs) that replace the stored ones; None if nothing changed.
+
+        Args:
+            name: of the parameter that the tensor is, or is a part of.
+        """
+        layers, parts, module = self.layers, self.layers.parts, name.rpartition(".")[0]
         if name in parts.full_parameters:
             return _split(parts.full_parameters[name])
-        if tensor.module in parts.layers and name.endswith(".weight"):
-            return _adapted_rows(layers.layer(tensor.module))
-        if tensor.module in parts.embeddings:
-            return _add(layers.unquantised(name), layers.embedding_pair(tensor.module))
+        if module in parts.layers and name.endswith(".weight"):
+            return _adapted_rows(layers.layer(module))
+        if module in parts.embeddings:
+            return _add(layers.unquantised(name, tensor.stored), layers.embedding_pair(module))
         if self.base == "original" or not tensor.spec.dtype.is_floating_point:
             return None
         if layers.quant(name) is not None:
             return _dense_rows(layers.frozen(name))
-        return layers.unquantised(name)
+        return layers.unquantised(name, tensor.stored)
 
 
 def write(

@@ -105,10 +105,12 @@ class TrainedLayers:
         self.method = method_for(source.adapter)
         self.parts = sort_by_module(source.state, self.method, source.facts)
         self.parameters = {p.name: p for p in source.facts.shape.parameters}
+        self.places = source.facts.places(self.checkpoint)
+        """Where every stored tensor that the model loads goes."""
         self.stored_names = {
-            ours: stored for stored, ours in source.facts.match_names(self.checkpoint.names).items()
+            place.name: stored for stored, place in self.places.items() if place.part is None
         }
-        """The checkpoint's name of every tensor of the model, in the order of its files."""
+        """The checkpoint's name of every tensor of the model that is stored whole."""
         self._split_state = SplitState(self.method, self.parts.plan, source.seed, source.state)
         self._scratch = Scratch()
 
@@ -135,7 +137,7 @@ class TrainedLayers:
 
     def frozen(self, name: str) -> FrozenLinear:
         """The linear layer of a weight, without its bias."""
-        rule, stored = self.source.rule, self.stored_names[self._origin(name)]
+        rule, stored = self.source.rule, self.stored_name(name)
         if is_packed(self.checkpoint, stored):
             return read_packed(self.checkpoint, stored, rule, None, self._scratch)
         parameter = self.parameters[name]
@@ -164,19 +166,18 @@ class TrainedLayers:
             return {"16bit": None, "int8": Int8(), "nf4": NF4()}[base.head]
         return None
 
-    def unquantised(self, name: str) -> Iterator[Tensor]:
-        """A tensor that was not quantised: rounded as in training, then in fp32.
+    def unquantised(self, name: str, stored: str) -> Iterator[Tensor]:
+        """A tensor that was not quantised, or a part of it: rounded as in training, then in fp32.
 
         Yields chunks along the first dimension.
         """
         if self.base == "original" or name not in self.parameters:
-            return (part.float() for part in self.stored(name))
+            return (part.float() for part in self.stored(stored))
         dtype = self._storage_dtype(self.parameters[name])
-        return (part.to(dtype).float() for part in self.stored(name))
+        return (part.to(dtype).float() for part in self.stored(stored))
 
-    def stored(self, name: str) -> Iterator[Tensor]:
+    def stored(self, stored: str) -> Iterator[Tensor]:
         """The checkpoint's tensor, in chunks along its first dimension."""
-        stored = self.stored_names[self._origin(name)]
         info = self.checkpoint.info(stored)
         if not info.shape:
             yield self.checkpoint.read(stored)
@@ -187,18 +188,16 @@ class TrainedLayers:
 
     def num_bytes(self, name: str) -> int:
         """Stored bytes of a tensor."""
-        return self.checkpoint.info(self.stored_names[self._origin(name)]).num_bytes
+        return self.checkpoint.info(self.stored_name(name)).num_bytes
 
     def _is_skipped(self, name: str) -> bool:
         """Whether a quantised checkpoint left this weight unquantised."""
         is_quantised = stored_quant(self.source.facts.config, self.source.base.quant) is not None
-        return is_quantised and not is_packed(
-            self.checkpoint, self.stored_names[self._origin(name)]
-        )
+        return is_quantised and not is_packed(self.checkpoint, self.stored_name(name))
 
-    def _origin(self, name: str) -> str:
-        """Of tied parameters, the one that is stored; otherwise the parameter itself."""
-        return self.source.facts.tied.get(name, name)
+    def stored_name(self, name: str) -> str:
+        """The checkpoint's name of a parameter; of a tied one, that of the one that is stored."""
+        return self.stored_names[self.source.facts.tied.get(name, name)]
 
     def _storage_dtype(self, parameter: ParameterShape) -> torch.dtype:
         """The dtype in which training stored a tensor that it did not quantise."""
@@ -206,7 +205,7 @@ class TrainedLayers:
         if len(parameter.shape) == 1:
             return rule.norms
         if parameter.role == "linear":  # skipped: it stays as it is stored
-            return self.checkpoint.info(self.stored_names[self._origin(parameter.name)]).dtype
+            return self.checkpoint.info(self.stored_name(parameter.name)).dtype
         if parameter.role in ("embedding", "head"):
             return torch.float32 if isinstance(self.source.base.quant, FP32) else rule.storage
         return rule.compute

@@ -25,7 +25,7 @@ from qlora_lite.export.merge import MergedWeights
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.kernels.cross_entropy import IGNORE_INDEX
 from qlora_lite.model.causal import CausalModel
-from qlora_lite.model.load import build_empty
+from qlora_lite.model.load import allocated, build_empty
 from qlora_lite.model.settings import Base
 
 SAMPLED_TOKENS = 256
@@ -165,13 +165,18 @@ def candidate(weights: MergedWeights, base: Base, rule: DeviceRule) -> CausalMod
         config.tie_word_embeddings = False
     model = build_empty(config, base)
     for spec in weights.specs:
-        path, _, leaf = weights.parameter_name(spec.name).rpartition(".")
+        if (place := weights.place(spec.name)) is None:
+            continue
+        path, _, leaf = place.name.rpartition(".")
         module = model.get_submodule(path)
         tensor = weights.tensor(spec.name).to(rule.device)
         if leaf in module._buffers:
             module._buffers[leaf] = tensor
-        else:
+        elif place.part is None:
             module._parameters[leaf] = nn.Parameter(tensor.to(rule.compute), requires_grad=False)
+        else:
+            parameter = allocated(module, leaf, rule)
+            place.part.of(parameter.data).copy_(tensor)
     for tied, origin in model.all_tied_weights_keys.items():
         path, _, leaf = tied.rpartition(".")
         setattr(model.get_submodule(path), leaf, model.get_parameter(origin))

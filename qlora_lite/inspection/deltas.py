@@ -175,5 +175,6 @@ def _embedding_delta(trained: TrainedLayers, path: str) -> Delta:
     """As a layer from tokens to features: tokens are the columns."""
     rows = trained.embedding_pair(path)
     pair = Factors(down=rows.up.T, up=rows.down.T)
-    table = torch.cat(list(trained.unquantised(f"{path}.weight")))
+    name = f"{path}.weight"
+    table = torch.cat(list(trained.unquantised(name, trained.stored_name(name))))
     return Delta((len(pair.up), pair.down.shape[1]), pair.rank, pair, None, table.T)

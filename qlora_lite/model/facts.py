@@ -7,7 +7,7 @@ A command reads this once and passes it to the memory plan, the checks, loading 
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -18,11 +18,13 @@ from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.foundation.json_files import shown
 from qlora_lite.model.config import read_config, reading_config
 from qlora_lite.model.config_sizes import require_possible_sizes
+from qlora_lite.model.conversion import Conversion, Place, Renamed, conversion_of
 from qlora_lite.model.prequantised import COMPANION
 from qlora_lite.model.probes import UNPACKED
 from qlora_lite.model.settings import Base
 from qlora_lite.model.shape import ModelShape, build_on_meta, shape_of
 from qlora_lite.model.targets import LinearSpec, linear_specs
+from qlora_lite.shards.checkpoint import Checkpoint
 from qlora_lite.shards.names import match
 
 NOT_CAUSAL = (
@@ -63,6 +65,9 @@ class BaseFacts:
     ignored: tuple[str, ...]
     """Patterns of stored tensors that the model's own code does not load."""
 
+    conversion: Conversion = field(compare=False)
+    """The names of stored tensors in the model."""
+
     @property
     def packs(self) -> bool:
         """Whether packed rows are known to be separate; the loaded model is probed as well."""
@@ -84,6 +89,21 @@ class BaseFacts:
         Raises:
             BaseModelError: naming a missing parameter, or a tensor that the model does not have.
         """
+        return self._match(stored, self.conversion.rename(stored))
+
+    def places(self, checkpoint: Checkpoint) -> dict[str, Place]:
+        """Where every tensor of a checkpoint that the model loads goes.
+
+        Raises:
+            BaseModelError: as `match_names`; and if a parameter that is stored in parts lacks one,
+                or has a layout that is not supported.
+        """
+        renamed = self.conversion.rename(checkpoint.names)
+        names = self._match(checkpoint.names, renamed)
+        parts = renamed.parts(checkpoint, {p.name: p.shape for p in self.shape.parameters})
+        return {stored: Place(ours, parts.get(stored)) for stored, ours in names.items()}
+
+    def _match(self, stored: Collection[str], renamed: Renamed) -> dict[str, str]:
         return match(
             [name for name in stored if not COMPANION.search(name)],
             {parameter.name for parameter in self.shape.parameters},
@@ -91,6 +111,8 @@ class BaseFacts:
             tied=self.tied,
             prefix=self.prefix,
             ignored=self.ignored,
+            renamed=renamed.names,
+            pieces=renamed.pieces,
         )
 
 
@@ -126,6 +148,7 @@ def facts_of(config: PretrainedConfig, trust_remote_code: bool = False) -> BaseF
             tied=_tied(model),
             prefix=str(model.base_model_prefix),
             ignored=tuple(model._keys_to_ignore_on_load_unexpected or ()),  # type: ignore[arg-type]
+            conversion=conversion_of(model),
         )
 
 

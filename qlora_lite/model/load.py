@@ -25,6 +25,7 @@ from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.model.base_files import BaseFiles, locate, open_checkpoint
 from qlora_lite.model.config import reading_config, require_generation_settings
+from qlora_lite.model.conversion import Place
 from qlora_lite.model.facts import BaseFacts, read_facts
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear, Scratch, Source
 from qlora_lite.model.prequantised import (
@@ -126,6 +127,18 @@ def build_empty(config: PretrainedConfig, base: Base) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
+def allocated(module: nn.Module, leaf: str, rule: DeviceRule) -> nn.Parameter:
+    """A parameter that is filled part by part, such as the experts of a layer. Its memory is
+    allocated when it is asked for first."""
+    parameter = module._parameters[leaf]
+    assert parameter is not None, leaf
+    if parameter.is_meta:
+        value = torch.empty(parameter.shape, dtype=rule.compute, device=rule.device)
+        parameter = nn.Parameter(value, requires_grad=False)
+        module._parameters[leaf] = parameter
+    return parameter
+
+
 class _Loading:
     """One pass over the files of a checkpoint."""
 
@@ -149,14 +162,14 @@ class _Loading:
         self.scratch = Scratch()
         self.storage = torch.float32 if isinstance(base.quant, FP32) else rule.storage
         self.head = model.get_output_embeddings()
-        self.names = self._match()
-        self.stored_names = {ours: name for name, ours in self.names.items()}
+        self.places = self._match()
+        self.stored_names = {p.name: name for name, p in self.places.items() if p.part is None}
 
     def run(self, progress: Progress | None) -> None:
         total, done, trimmed = self.checkpoint.num_bytes, 0, 0
         for name in self.checkpoint.names:
-            if name in self.names:
-                self._install(name, self.names[name])
+            if name in self.places:
+                self._install(name, self.places[name])
             done += self.checkpoint.info(name).num_bytes
             if done - trimmed > TRIM_EVERY_BYTES:
                 _trim_free_memory()
@@ -174,10 +187,11 @@ class _Loading:
         left = [n for n, p in self.model.named_parameters() if p.is_meta]
         assert not left, f"no value for {left}"
 
-    def _match(self) -> dict[str, str]:
+    def _match(self) -> dict[str, Place]:
         shapes = {p.name: p.shape for p in self.facts.shape.parameters}
-        names = self.facts.match_names(self.checkpoint.names)
-        for name, ours in names.items():
+        places = self.facts.places(self.checkpoint)
+        whole = {name: place.name for name, place in places.items() if place.part is None}
+        for name, ours in whole.items():
             shape = self.checkpoint.info(name).shape
             if ours in shapes and shape != shapes[ours] and not is_packed(self.checkpoint, name):
                 raise BaseModelError(
@@ -185,8 +199,8 @@ class _Loading:
                     "according to config.json. They belong to different models: download both again"
                 )
         for tied, source in self.facts.tied.items():
-            self._check_tie(tied, next(name for name, ours in names.items() if ours == source))
-        return names
+            self._check_tie(tied, next(name for name, ours in whole.items() if ours == source))
+        return places
 
     def _check_tie(self, tied: str, source: str) -> None:
         """Check that both tensors are equal if a checkpoint contains a tied tensor twice."""
@@ -198,9 +212,13 @@ class _Loading:
                 'differ. If both were trained, put "tie_word_embeddings": false into config.json'
             )
 
-    def _install(self, name: str, ours: str) -> None:
-        path, _, leaf = ours.rpartition(".")
+    def _install(self, name: str, place: Place) -> None:
+        path, _, leaf = place.name.rpartition(".")
         module = self.model.get_submodule(path)
+        if place.part is not None:
+            parameter = allocated(module, leaf, self.rule)
+            place.part.of(parameter.data).copy_(self.checkpoint.read(name))
+            return
         if isinstance(module, FrozenLinear) or (is_linear(module) and leaf == "bias"):
             return  # a bias is read with its weight
         if is_linear(module):

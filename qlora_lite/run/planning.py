@@ -118,7 +118,7 @@ def _check_files(setup: RunSetup) -> None:
     if gguf or is_file(directory / SINGLE) or is_file(directory / INDEX):
         files = BaseFiles(gguf.parent, gguf) if gguf else BaseFiles.of(directory)
         checkpoint = open_checkpoint(files, setup.facts)
-        setup.facts.match_names(checkpoint.names)
+        setup.facts.places(checkpoint)
         require_readable_dtypes(checkpoint)
         checkpoint.close()
 

@@ -1,8 +1,8 @@
 """Map the tensor names of a checkpoint to those of the model.
 
 Most names are equal. Exceptions: checkpoints saved from the bare decoder lack its prefix (GPT-2's
-`h.0.attn...` is `transformer.h.0.attn...`), a tied head is stored once, and old checkpoints contain
-buffers that transformers now computes.
+`h.0.attn...` is `transformer.h.0.attn...`), a tied head is stored once, old checkpoints contain
+buffers that transformers now computes, and transformers renames the tensors of some families.
 """
 
 import re
@@ -27,41 +27,50 @@ def match(
     tied: Mapping[str, str] | None = None,
     prefix: str = "",
     ignored: Collection[str] = (),
+    renamed: Mapping[str, str] | None = None,
+    pieces: Collection[str] = (),
 ) -> dict[str, str]:
     """Map each stored tensor that the model uses to its name in the model.
 
-    Tied tensors are used once.
+    Tied tensors are used once. Only `pieces` may share a name.
 
     Args:
         parameters: names in the model; all must be found.
         buffers: names of buffers, which may be stored as well.
         tied: for each parameter that shares storage with another, the name of the other.
         prefix: the name of the decoder inside the model.
-        ignored: patterns of stored tensors that the model's class declares as unused.
+        ignored: patterns of tensors that the model's class declares as unused; of their stored
+            names or of those in the model.
+        renamed: the model's names of stored tensors by the rules of the model's class.
+        pieces: stored tensors that are a part of a parameter.
 
     Raises:
         BaseModelError: if a parameter is missing, or a stored tensor is unknown; with its name.
     """
-    tied = tied or {}
+    tied, renamed = tied or {}, renamed or {}
     stored_name: dict[str, str] = {}
     unknown: list[str] = []
+    parts: dict[str, str] = {}
     for name in stored:
-        ours = next((n for n in _spellings(name, prefix) if n in parameters or n in buffers), None)
-        if ours is not None:
+        spellings = [renamed.get(name, name), *_spellings(name, prefix)]
+        ours = next((n for n in spellings if n in parameters or n in buffers), None)
+        if ours is not None and name in pieces:
+            parts[name] = ours
+        elif ours is not None:
             stored_name[ours] = name
-        elif not any(re.search(pattern, name) for pattern in (*COMPUTED, *ignored)):
+        elif not any(re.search(p, n) for p in (*COMPUTED, *ignored) for n in spellings[:2]):
             unknown.append(name)
     for copy, source in tied.items():
         if source not in stored_name and copy in stored_name:
             stored_name[source] = stored_name[copy]
         stored_name.pop(copy, None)
-    missing = [name for name in parameters if name not in stored_name and name not in tied]
+    found = {*stored_name, *parts.values(), *tied}
+    missing = [name for name in parameters if name not in found]
     if missing and unknown:
         raise BaseModelError(
             f"the checkpoint has other names than the model: it has {_shorten(unknown)}, but no "
-            f"{_shorten(missing)}. transformers renames the tensors of some families when it loads "
-            "them, which is not supported yet; or its config.json belongs to another model. Use a "
-            "model of another family"
+            f"{_shorten(missing)}. Its config.json belongs to another model, or transformers "
+            "cannot load it either: use a checkpoint saved by transformers"
         )
     if missing:
         raise BaseModelError(
@@ -74,7 +83,7 @@ def match(
             "Its config.json belongs to another model, or this family stores its weights in a way "
             "that is not supported: use a checkpoint saved by transformers"
         )
-    return {name: ours for ours, name in stored_name.items()}
+    return {name: ours for ours, name in stored_name.items()} | parts
 
 
 def _spellings(name: str, prefix: str) -> list[str]:
