@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import core_model_loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations.gguf import gguf_tokenizer_mapping
+from transformers.models.auto import modeling_auto
 
 ROOT = Path(__file__).parents[1]
 FILES = [
@@ -253,6 +254,7 @@ TABLE: dict[str, tuple[tuple[str, ...], Callable[[], object]]] = {
     "transformers.configuration_utils.PretrainedConfig": (
         (
             "qlora_lite/model/config.py",
+            "qlora_lite/model/config_sizes.py",
             "qlora_lite/model/facts.py",
             "qlora_lite/model/gguf/config.py",
             "qlora_lite/model/gguf/names.py",
@@ -281,6 +283,10 @@ TABLE: dict[str, tuple[tuple[str, ...], Callable[[], object]]] = {
     "transformers.integrations.gguf.gguf_tokenizer_mapping.convert_gguf_tokenizer": (
         ("qlora_lite/model/gguf/tokenizer.py",),
         lambda: _takes(gguf_tokenizer_mapping.convert_gguf_tokenizer, "llama", {}),
+    ),
+    "transformers.models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES": (
+        ("qlora_lite/model/facts.py",),
+        lambda: "bert" in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     ),
     "transformers.pytorch_utils.Conv1D": (
         ("qlora_lite/model/load.py", "qlora_lite/model/shape.py"),
