@@ -38,7 +38,7 @@ def _introduction(records: Sequence[Record]) -> str:
         f"{models}, quantised to NF4, before and after training an adapter (LoRA of rank 16 on all "
         f"linear layers, about {TOKENS_PER_STEP:,} tokens per step). Questions are chosen from the "
         "held-out files by a fixed seed, and none of them is in the training rows. Losses are in "
-        "nats per token of the answer, including its end; with several references, of one of them. "
+        "nats per token of the first reference, including its end. "
         "Answers are the most likely ones (greedy). Figures after training are mean ± standard "
         "deviation over the seeds. The merged models are those of seed 0, loaded by plain "
         "`transformers`."
@@ -61,12 +61,12 @@ def _circumstances(records: Sequence[Record]) -> str:
             f"{flags})"
         )
         versions.append(", ".join(f"{name} {v}" for name, v in record["versions"].items()))
-    threads = sorted({record["settings"]["threads"] for record in records})
+    threads = " or ".join(str(n) for n in sorted({r["settings"]["threads"] for r in records}))
     total = sum(record["values"]["cpu_seconds"] for record in records)
     computes = sorted({record["values"]["compute"] for record in records})
     return (
         f"Measured by `{TOOL}` in {format_seconds(total)} of CPU time, with "
-        f"{' or '.join(map(str, threads))} thread(s) per process, computed in "
+        f"{threads} {'thread' if threads == '1' else 'threads'} per process, computed in "
         f"{' or '.join(computes)}, on "
         f"{'; '.join(dict.fromkeys(machines))}. Versions: {'; '.join(dict.fromkeys(versions))}. "
         "Every number is in [benchmarks/results](benchmarks/results)."
