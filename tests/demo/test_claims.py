@@ -9,6 +9,7 @@ from qlora_lite.demo import claims
 from qlora_lite.demo.claims import BrokenClaim
 from qlora_lite.export.verify import compare
 from qlora_lite.report.contents import MergeRow, Sample
+from qlora_lite.run.merge_check import LABELS
 from qlora_lite.run.merging import MergeResult
 
 
@@ -53,25 +54,28 @@ def test_the_peak_must_be_within_the_plan():
         claims.check_memory(sidecar(1000, 1101))
 
 
-def merged(base="trained", exact=1.0, written=1.0, losses=(2.0, 2.1)):
-    """A merge whose logits are the trained ones times `exact`, and whose files agree `written`."""
+def merged(base="trained", exact=1.0, agreement=0.96, losses=(2.0, 2.1), is_read_back=True):
+    """A merge whose logits before rounding are the trained ones times `exact`.
+
+    Args:
+        base: the one that was written.
+        agreement: of the merge on the base as trained.
+        losses: on the base as trained and on the original one.
+    """
     logits = torch.randn(100, 7, generator=torch.Generator().manual_seed(0))
-    other = logits.clone()
-    changed = round(100 * (1 - written))
-    other[:changed] = -logits[:changed]
-    better = min(range(2), key=lambda i: losses[i])
+    rows = [
+        MergeRow(LABELS[name], loss, share, name == base)
+        for name, loss, share in zip(("trained", "original"), losses, (agreement, 0.7), strict=True)
+    ]
     return MergeResult(
-        Path("merged"),
-        base,
-        torch.bfloat16,
-        1,
-        (
-            MergeRow("adapter on its base", 2.0, None, False),
-            *(MergeRow(f"candidate {i}", losses[i], 0.9, i == better) for i in range(2)),
-        ),
-        None if exact is None else compare(logits, logits * exact),
-        compare(logits, other),
-        (),
+        out=Path("merged"),
+        base=base,
+        dtype=torch.bfloat16,
+        num_bytes=1,
+        table=(MergeRow("adapter on its base", 2.0, None, False), *rows),
+        exact=None if exact is None else compare(logits, logits * exact),
+        written=compare(logits, logits) if is_read_back else None,
+        notes=(),
     )
 
 
@@ -83,11 +87,31 @@ def test_a_merge_must_be_exact_in_fp32():
     assert "fp32" not in claims.check_merge(merged(exact=None), is_fp32=False)
 
 
-def test_the_files_must_agree_with_the_trained_model_unless_they_are_on_the_original_base():
-    assert "at 96.0% of the positions" in claims.check_merge(merged(written=0.96), is_fp32=True)
-    with pytest.raises(BrokenClaim, match="written files differ"):
-        claims.check_merge(merged(written=0.94), is_fp32=True)
-    assert claims.check_merge(merged("original", written=0.94), is_fp32=True)
+@pytest.mark.parametrize("compute", claims.MIN_AGREEMENT)
+@pytest.mark.parametrize("base", ["trained", "original"])
+def test_merged_on_the_base_as_trained_it_must_predict_the_same_tokens(compute, base):
+    def check(agreement):
+        losses = (2.0, 2.1) if base == "trained" else (2.1, 2.0)
+        result = merged(base, agreement=agreement, losses=losses)
+        return claims.check_merge(result, is_fp32=compute == "fp32")
+
+    lowest = claims.MIN_AGREEMENT[compute]
+    assert f"at {lowest:.1%} of the positions" in check(lowest)
+    with pytest.raises(BrokenClaim, match="only"):
+        check(lowest - 0.01)
+
+
+def test_the_better_merge_must_be_written():
+    text = claims.check_merge(merged("original", losses=(2.1, 2.0)), is_fp32=True)
+    assert "merged on the original base" in text
+    for wrong in (merged("original"), merged("trained", losses=(2.1, 2.0))):
+        with pytest.raises(BrokenClaim, match="higher held-out loss"):
+            claims.check_merge(wrong, is_fp32=True)
+
+
+def test_the_files_must_be_read_back():
+    with pytest.raises(BrokenClaim, match="not read back"):
+        claims.check_merge(merged(is_read_back=False), is_fp32=True)
 
 
 def sample(before, after):
