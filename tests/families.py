@@ -25,7 +25,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(["input_embedding_size", "output_embedding_size"], WIDTH),
     **dict.fromkeys(["intermediate_size", "ffn_dim", "mamba_d_ssm", "ffn_hidden_size"], 128),
     **dict.fromkeys(["decoder_ffn_dim", "encoder_ffn_dim", "dim_ff", "dff", "d_inner"], 128),
-    **dict.fromkeys(["intermediate_size_mlp", "dense_intermediate_size", "n_inner"], 128),
+    **dict.fromkeys(["intermediate_size_mlp", "dense_intermediate_size"], 128),
     **dict.fromkeys(["feed_forward_size", "prefix_dense_intermediate_size"], 128),
     **dict.fromkeys(["head_dim", "v_head_dim", "linear_key_head_dim", "dim_head"], HEAD_DIM),
     **dict.fromkeys(["linear_value_head_dim", "mamba_head_dim", "kv_channels"], HEAD_DIM),

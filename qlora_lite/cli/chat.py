@@ -31,7 +31,7 @@ def converse(console: Console, session: "ChatSession") -> None:
             try:
                 print_answer(console, session, text)
             except DataError as error:  # the prompt is too long; the conversation goes on
-                console.print(visible(str(error)), style="yellow", markup=False, soft_wrap=True)
+                console.print(str(error), style="yellow", markup=False, soft_wrap=True)
 
 
 def print_answer(console: Console, session: "ChatSession", text: str) -> None:

@@ -10,7 +10,7 @@ from qlora_lite.cli.meter import Bars, Lines, Meter
 from qlora_lite.cli.rows import odd_rows, show_row
 from qlora_lite.cli.tables import merge_table, plan_lines, plan_table, show
 from qlora_lite.foundation.console import console as default_console
-from qlora_lite.foundation.console import sparkline, visible
+from qlora_lite.foundation.console import sparkline
 from qlora_lite.foundation.units import format_bytes, format_count, format_seconds
 from qlora_lite.foundation.watcher import Watcher
 
@@ -43,7 +43,7 @@ class Display(Watcher):
     def print_line(self, text: str, style: str = "") -> None:
         """Print one line of plain text. Do not wrap it when stdout is not a terminal."""
         # a style passed to print() would also colour the bar below
-        self.console.print(Text(visible(text), style), soft_wrap=not self.console.is_terminal)
+        self.console.print(Text(text, style), soft_wrap=not self.console.is_terminal)
 
     def planned(self, plan: Any) -> None:
         show(self.console, plan_table(plan))

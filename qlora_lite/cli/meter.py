@@ -42,6 +42,7 @@ class Bars:
 
     def move(self, done: int, text: str) -> None:
         if self._progress is not None:
+            # escaped here too, so that the width of its column is right
             self._progress.update(self._task, completed=done, text=visible(text))
 
     def end(self) -> None:
@@ -68,7 +69,7 @@ class Lines:
         now = time.monotonic()
         is_due = self._every is not None and done >= self._next
         if is_due or now - self._last_line > MAX_SILENCE:
-            self.console.print(visible(f"{self._what} {text}"), markup=False, soft_wrap=True)
+            self.console.print(f"{self._what} {text}", markup=False, soft_wrap=True)
             self._last_line = now
             if self._every is not None:
                 self._next = (done // self._every + 1) * self._every

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from qlora_lite.foundation.console import visible
-
 if TYPE_CHECKING:
     from qlora_lite.data.preview import LengthBar, Preview, PreviewRow
     from qlora_lite.data.token_display import Piece
@@ -24,7 +22,7 @@ _BAR_WIDTH = 40
 def show_row(console: Console, row: "PreviewRow") -> None:
     """Print one row below its source and token counts."""
     head = f"{row.where}: {row.num_tokens:,} tokens, {row.num_trained:,} of them trained"
-    console.print(visible(head), style="bold", markup=False, soft_wrap=True)
+    console.print(head, style="bold", markup=False, soft_wrap=True)
     console.print(row_text(row.pieces, has_colour=console.color_system is not None), soft_wrap=True)
 
 
@@ -43,7 +41,7 @@ def show_preview(console: Console, preview: "Preview") -> None:
     """Print some rows, then statistics of all rows."""
 
     def print_line(line: str, style: str | None = None) -> None:
-        console.print(visible(line), style=style, markup=False, soft_wrap=True)
+        console.print(line, style=style, markup=False, soft_wrap=True)
 
     for row in preview.rows:
         show_row(console, row)

@@ -79,4 +79,4 @@ def _show_sample(error: DataError) -> None:
 
 def _say(message: str, kind: str) -> None:
     errors.print(f"[bold red]{kind}:[/]", end=" ")
-    errors.print(visible(message), markup=False, soft_wrap=True)
+    errors.print(message, markup=False, soft_wrap=True)

@@ -51,10 +51,10 @@ def is_trusted(arguments: Sequence[str] | None) -> bool:
     """
     from qlora_lite.recipe_files import TRUST
 
-    others, is_trusted = split_trust(arguments or [])
+    others, allowed = split_trust(arguments or [])
     if others:
         raise RecipeError(
             f"got {' '.join(others)}, and this command takes no settings but {TRUST}=true. "
             "Leave it out"
         )
-    return is_trusted
+    return allowed

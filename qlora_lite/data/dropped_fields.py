@@ -15,7 +15,8 @@ mask false, end of turn true. A list is neutral if all its values are.
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_lite.data.formats import Format, RowError, fields_in, shown
+from qlora_lite.data.formats import Format, RowError, fields_in
+from qlora_lite.foundation.json_files import shown
 
 TRAINED = frozenset(
     [

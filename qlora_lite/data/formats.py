@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
+from qlora_lite.foundation.json_files import shown
+
 Role = Literal["system", "user", "assistant"]
 ROLES = get_args(Role)
 
@@ -222,15 +224,6 @@ def _utf8(text: str, field: str) -> str:
             field, f"character {error.start} is {text[error.start]!r}, half of a surrogate pair"
         ) from None
     return text
-
-
-def shown(value: Any) -> str:
-    """A value in an error message, at most 80 characters."""
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # nested too deeply, or a number of very many digits
-        text = f"({_kind(value)})"
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _kind(value: Any) -> str:

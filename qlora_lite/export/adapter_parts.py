@@ -84,6 +84,6 @@ def mismatch(name: str, kind: str) -> str:
     """Error message for a tensor that is extra or missing."""
     return (
         f"the adapter and its settings disagree about {name}: either {kind} with these settings "
-        "does not train it on this base, or the adapter lacks it. Nothing was merged: use the "
+        "does not train it on this base, or the adapter has none. Nothing was merged: use the "
         "run's own recipe.json, adapter/ and base"
     )

@@ -59,13 +59,13 @@ def read_object(path: Path, *needed: str) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        ValueError: if it is not JSON, not an object, or lacks one of the `needed` fields.
+        ValueError: if it is not JSON, not an object, or has not all `needed` fields.
     """
     value = parse_json(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__}, not an object")
     if missing := [name for name in needed if name not in value]:
-        raise ValueError(f"it lacks {', '.join(missing)}")
+        raise ValueError(f"it has no {', '.join(missing)}")
     return value
 
 
@@ -169,16 +169,12 @@ def complete_directory(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        make_folder(temporary)
-        yield temporary
-        sync_tree(temporary)
-    except BaseException as error:
+        with reporting_full_disk(target):
+            make_folder(temporary)
+            yield temporary
+            sync_tree(temporary)
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        if is_disk_full(error):
-            raise DiskFull(
-                f"the disk is full: {target} could not be written. Free some space and run the "
-                "same command again"
-            ) from error
         raise
     if target.exists():
         os.replace(target, old)

@@ -7,9 +7,9 @@ The caller turns `Malformed` into its own error, with the path and what to do.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qlora_lite.foundation.files import read_object
 
@@ -33,6 +33,9 @@ class JsonFile(BaseModel):
         protected_namespaces=(),
     )
 
+
+Count = Annotated[int, Field(ge=0, le=2**62)]
+NonNegative = Annotated[float, Field(ge=0)]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -62,7 +65,7 @@ def check_as(values: Mapping[str, Any], model: type[Model]) -> Model:
         problem = error.errors()[0]
     field = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "missing":
-        raise Malformed(f"it lacks {field}")
+        raise Malformed(f"it has no {field}")
     needed = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     raise Malformed(f"{field}: got {shown(problem['input'])}, {needed} is needed")
 
@@ -73,4 +76,6 @@ def shown(value: Any) -> str:
         text = repr(value)
     except ValueError:  # an integer with more digits than Python prints
         return "a huge number"
+    except RecursionError:
+        return "a deeply nested value"
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."

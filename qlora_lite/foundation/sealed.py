@@ -1,10 +1,8 @@
 """JSON records that notice damage: each holds its own hash, and those of the files next to it.
 
-    write_sealed(directory / "state.json", numbers, hashes_of(directory, ["adapter.safetensors"]))
-    record = read_sealed(directory / "state.json")     # ValueError if a bit of it changed
-    require_files(directory, record)                   # ValueError if a bit of a file changed
-
-A record without hashes, written by an earlier version, is read as it is.
+write_sealed(directory / "state.json", numbers, hashes_of(directory, ["adapter.safetensors"]))
+record = read_sealed(directory / "state.json")     # ValueError if a bit of it changed
+require_files(directory, record)                   # ValueError if a bit of a file changed
 """
 
 import hashlib
@@ -41,11 +39,10 @@ def read_sealed(path: Path, *needed: str) -> dict[str, Any]:
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it is not JSON, lacks one of the `needed` keys, or changed.
+        ValueError: if it is not JSON, has not its hash and all `needed` keys, or changed.
     """
-    record = read_object(path, *needed)
-    seal = record.pop(_SEAL, None)
-    if seal is not None and seal != digest_of(record):
+    record = read_object(path, _SEAL, *needed)
+    if record.pop(_SEAL) != digest_of(record):
         raise ValueError("it changed since it was written")
     return record
 
@@ -56,7 +53,7 @@ def require_files(directory: Path, record: Mapping[str, Any], *names: str) -> No
     Raises:
         ValueError: naming a file that is missing or changed.
     """
-    for name, recorded in record.get(_FILES, {}).items():
+    for name, recorded in record[_FILES].items():
         if names and name not in names:
             continue
         path = directory / name

@@ -28,7 +28,7 @@ in the first steps, 60 to 140 MiB more than the terms of this ledger on a 100 M 
 fitted to these few runs, not measured."""
 
 CPU_MARGIN_BYTES, CPU_MARGIN_SHARE, MOST_CPU_MARGIN_BYTES = 64 * 2**20, 0.3, 256 * 2**20
-"""Margin on CPU: so much, and this share of all tensors, up to the last figure. Measured peaks of
+"""Margin on CPU: min(256 MiB, 64 MiB + 30 % of the tensors). Measured peaks of
 SmolLM2-135M (NF4, fp32 and bf16) were 89 to 211 MiB above the tensors and the process, those of the
 embedded base up to 61 MiB. A plan that says too little is worse than one that says too much."""
 

@@ -32,7 +32,7 @@ from qlora_lite.training import checkpoint
 _PACKAGES = ("qlora-lite", "torch", "transformers", "bitsandbytes", "accelerate", "datasets")
 _LENGTH_SETTINGS = ("optim.steps", "optim.epochs")
 """The settings that `extend` may change."""
-_PLACES = (
+_MAY_DIFFER_AFTER_TRAINING = (
     *("base.model", "base.revision", "data.train", "data.heldout", "adapter.start", "device"),
     "base.trust_remote_code",
 )
@@ -142,7 +142,7 @@ class RunFolder:
         edited = [
             line
             for line in _changes(self.read_sidecar()["recipe"], recipe)
-            if not _is_length(line) and line.partition(":")[0] not in _PLACES
+            if not _is_length(line) and line.partition(":")[0] not in _MAY_DIFFER_AFTER_TRAINING
         ]
         if edited:
             raise RunError(

@@ -7,10 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from qlora_lite.foundation.json_files import JsonFile
+from qlora_lite.foundation.json_files import Count, JsonFile, NonNegative
 
 Dtype = Literal["fp32", "bf16", "fp16"]
-Count = Annotated[int, Field(ge=0, le=2**62)]
 
 
 class Computing(JsonFile):
@@ -54,7 +53,7 @@ class Sidecar(JsonFile):
     base: SidecarBase
     data_fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{16,}$")]
     steps: Count
-    scores: dict[str, Annotated[float, Field(ge=0)]]
+    scores: dict[str, NonNegative]
     predicted_peak_bytes: Count
     peak_bytes: Count
 

@@ -101,7 +101,7 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock) -> R
     tokenizer = load_tokenizer(recipe.base, folder.base_files)
     data = load_data(recipe.data, tokenizer, recipe.seed, watcher.reading)
     require_known_tokens(data, setup)
-    plan = _with_rows(plan, data, setup, watcher)
+    plan = _plan_with_rows(plan, data, setup, watcher)
     watcher.prepared(data)
 
     try:
@@ -227,7 +227,7 @@ def _require_budget(recipe: Recipe, plan: Plan, watcher: Watcher) -> None:
         watcher.note(f"{plan.verdict}; {NO_BUDGET}, and the run may fail for lack of memory")
 
 
-def _with_rows(plan: Plan, data: PreparedData, setup: RunSetup, watcher: Watcher) -> Plan:
+def _plan_with_rows(plan: Plan, data: PreparedData, setup: RunSetup, watcher: Watcher) -> Plan:
     """The plan with the memory of the rows, and a note if the run fitted without them only."""
     num_tokens = data.train.num_tokens + data.heldout.num_tokens
     num_rows = len(data.train) + len(data.heldout)

@@ -165,7 +165,7 @@ def _shard_files(directory: Path) -> list[Path]:
         missing = [file.name for file in files if not file.exists()]
         if missing:
             raise BaseModelError(
-                f"{directory} lacks {', '.join(missing)}, named in its {INDEX}. "
+                f"{directory} has no {', '.join(missing)}, named in its {INDEX}. "
                 "The download is incomplete: repeat it"
             )
         return files

@@ -17,16 +17,16 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_lite.foundation.errors import RunError
 from qlora_lite.foundation.files import DiskFull, complete_directory
-from qlora_lite.foundation.json_files import JsonFile, check_as
+from qlora_lite.foundation.json_files import Count, JsonFile, NonNegative, check_as
 from qlora_lite.foundation.sealed import hashes_of, read_sealed, require_files, write_sealed
 from qlora_lite.shards.writer import save_tensors
 
@@ -34,9 +34,6 @@ _ADAPTER, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.safetensors", "
 
 
 _NAME = re.compile(r"step-[0-9]{1,12}")
-
-Count = Annotated[int, Field(ge=0, le=2**62)]
-Positive = Annotated[float, Field(ge=0)]
 
 
 class ProgressNumbers(JsonFile):
@@ -46,10 +43,10 @@ class ProgressNumbers(JsonFile):
 
     step: Count
     tokens: Count
-    seconds: Positive
-    first_loss: Positive | None
-    last_loss: Positive | None
-    best_loss: Positive | None
+    seconds: NonNegative
+    first_loss: NonNegative | None
+    last_loss: NonNegative | None
+    best_loss: NonNegative | None
     best_step: Count
     scorings_since_best: Count
     stopped_early: bool
@@ -139,8 +136,8 @@ def load(checkpoint: Path) -> TrainingState:
         require_files(checkpoint, numbers, _OPTIMIZER)
         tensors = load_file(checkpoint / _OPTIMIZER)
         adapter = load_adapter(checkpoint)
-        if strange := [n for n in tensors if n.partition("/")[0] not in ("engine", "method")]:
-            raise ValueError(f"{_OPTIMIZER} has a tensor {strange[0]!r}")
+        if unknown := [n for n in tensors if n.partition("/")[0] not in ("engine", "method")]:
+            raise ValueError(f"{_OPTIMIZER} has a tensor {unknown[0]!r}")
     except (OSError, SafetensorError, ValueError) as error:
         raise damaged(checkpoint, error) from error
     parts: dict[str, dict[str, Any]] = {"engine": {}, "method": {}}

@@ -6,7 +6,6 @@ import re
 import sys
 
 import pytest
-from rich.console import Console
 from rich.table import Table
 
 from qlora_lite.cli import status
@@ -115,7 +114,7 @@ def test_the_texts_of_rows_are_unchanged_and_only_shown_with_escapes(tmp_path):
     tokenizer = tiny_tokenizer()
     data = load_data(Data(train=str(path), heldout_share=0), tokenizer, 0)
     assert EVIL in tokenizer.decode(data.train.ids.tolist())
-    console = Console(file=io.StringIO(), width=300)
+    console = Terminal(file=io.StringIO(), width=300)
     show_preview(console, preview(data))
     text = console.file.getvalue()
     assert SHOWN in text

@@ -72,7 +72,7 @@ def test_an_empty_directory_is_refused(tmp_path):
 def test_a_missing_shard_is_named(tmp_path):
     directory = save_tiny(tmp_path / "m", "llama", num_shards=3)
     (directory / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(BaseModelError, match="lacks model-00002-of-00003"):
+    with pytest.raises(BaseModelError, match="has no model-00002-of-00003"):
         SafetensorsCheckpoint.open(directory)
 
 

@@ -165,7 +165,7 @@ def _parts(file: Path) -> list[Path]:
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise BaseModelError(
-            f"{file.parent} lacks {', '.join(missing[:3])}{more}. {file.name} is a part of a "
+            f"{file.parent} has no {', '.join(missing[:3])}{more}. {file.name} is a part of a "
             "model: put all parts into the same folder"
         )
     return [file.with_name(name) for name in names]

@@ -76,7 +76,7 @@ def test_any_split_gives_the_whole_model(tmp_path, small_first):
 def test_a_missing_split_is_named(tmp_path):
     first = write_gguf(tmp_path / "m.gguf", tensors(), split_max_tensors=1)
     (tmp_path / "m-00002-of-00003.gguf").unlink()
-    with pytest.raises(BaseModelError, match=r"lacks m-00002-of-00003\.gguf"):
+    with pytest.raises(BaseModelError, match=r"has no m-00002-of-00003\.gguf"):
         read_header(first)
 
 
