@@ -6,6 +6,7 @@ planning.py      the memory plan, and checks of settings that depend on each oth
 savings.py       settings that need less memory, for a recipe that does not fit
 computing.py     the device rule of a run: chosen at its start, and recorded
 folder.py        the run's folder: what it records, who may use it, whether it is finished
+changes.py       how a recipe differs from the recorded one
 training.py      from recipe to adapter
 job.py           what the training loop works with: batches, optimizer, engine, scorer
 tracking.py      metrics for experiment trackers

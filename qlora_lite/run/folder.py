@@ -5,7 +5,6 @@
 Nothing in it is ever overwritten silently.
 """
 
-import contextlib
 import importlib.metadata
 import platform
 import subprocess
@@ -16,29 +15,21 @@ from typing import Any
 import torch
 
 from qlora_lite.adapters.files import SIDECAR, how_to_rebuild
-from qlora_lite.foundation.errors import RecipeError, RunError
+from qlora_lite.foundation.errors import RunError
 from qlora_lite.foundation.files import make_folder, read_object, write_json
 from qlora_lite.foundation.json_files import check_as
 from qlora_lite.foundation.overrides import validate
 from qlora_lite.foundation.sealed import read_sealed, require_files
 from qlora_lite.model.base_files import BaseFiles, locate, open_checkpoint
 from qlora_lite.model.settings import Base
-from qlora_lite.recipe import CHANGEABLE_SETTINGS, Recipe, differences
+from qlora_lite.recipe import Recipe, differences
 from qlora_lite.recipe_files import load_recipe
+from qlora_lite.run.changes import changes, edited_after_training, extend_hint, is_length
 from qlora_lite.run.records import Computing, RunRecord, Sidecar
 from qlora_lite.shards.checkpoint import Checkpoint
 from qlora_lite.training import checkpoint
 
 _PACKAGES = ("qlora-lite", "torch", "transformers", "bitsandbytes", "accelerate", "datasets")
-_LENGTH_SETTINGS = ("optim.steps", "optim.epochs")
-"""The settings that `extend` may change."""
-_MAY_DIFFER_AFTER_TRAINING = (
-    *("base.model", "base.revision", "data.train", "data.heldout", "adapter.start", "device"),
-    "base.trust_remote_code",
-)
-"""Settings of `recipe.json` that may differ after a run. The files there are checked by their
-fingerprints, and trust counts on the command line only."""
-
 FULLY_HASHED_BYTES = 4 * 10**9
 """A larger base is checked by samples when a run starts, and hashed when it ends."""
 
@@ -139,12 +130,7 @@ class RunFolder:
         """
         self.read_record()
         recipe = load_recipe(self.recipe, trust_remote_code=trust_remote_code)
-        edited = [
-            line
-            for line in _changes(self.read_sidecar()["recipe"], recipe)
-            if not _is_length(line) and line.partition(":")[0] not in _MAY_DIFFER_AFTER_TRAINING
-        ]
-        if edited:
+        if edited := edited_after_training(self.read_sidecar()["recipe"], recipe):
             raise RunError(
                 f"{self.recipe} was changed after its adapter was trained:\n  "
                 + "\n  ".join(edited)
@@ -177,7 +163,7 @@ class RunFolder:
         """Whether the adapter exists and was trained to the end with this recipe."""
         if not self.adapter.is_dir():
             return False
-        return not _changes(self.read_sidecar()["recipe"], recipe)
+        return not changes(self.read_sidecar()["recipe"], recipe)
 
     def require_intact(self) -> None:
         """Check that the adapter's files have the recorded hashes.
@@ -196,7 +182,7 @@ class RunFolder:
         """A note if this run is being extended and its adapter is still that of the shorter run."""
         sidecar = self.read_sidecar()
         recorded = validate(Recipe, self.read_record()["recipe"])
-        if not _changes(sidecar["recipe"], recorded):
+        if not changes(sidecar["recipe"], recorded):
             return []
         return [
             f"the adapter of {self.path} is from step {sidecar['steps']}: its extension is not "
@@ -216,10 +202,10 @@ class RunFolder:
                 )
             self._require_empty()
             return
-        changed = _changes(self.read_record()["recipe"], recipe)
+        changed = changes(self.read_record()["recipe"], recipe)
         if self.adapter.is_dir():
-            since_trained = _changes(self.read_sidecar()["recipe"], recipe)
-            changed += [line for line in since_trained if not _is_length(line)]
+            since_trained = changes(self.read_sidecar()["recipe"], recipe)
+            changed += [line for line in since_trained if not is_length(line)]
             changed = list(dict.fromkeys(changed))
         if not extend:
             if changed and self.has_results:
@@ -227,10 +213,10 @@ class RunFolder:
                     f"{self.path} belongs to a run with another recipe:\n  "
                     + "\n  ".join(changed)
                     + "\nGive another output=..., or use the settings of that run"
-                    + _extend_hint(changed)
+                    + extend_hint(changed)
                 )
             return
-        forbidden = [line for line in changed if not _is_length(line)]
+        forbidden = [line for line in changed if not is_length(line)]
         if forbidden:
             raise RunError(
                 "--extend only changes how long a run is (optim.steps, optim.epochs), and these "
@@ -257,7 +243,7 @@ class RunFolder:
         """Delete the `recipe.json` of another recipe that left no checkpoint and no adapter."""
         if not self.recipe.exists() or self.has_results:
             return
-        if _changes(self.read_record()["recipe"], recipe):
+        if changes(self.read_record()["recipe"], recipe):
             self.recipe.unlink()
 
     @property
@@ -353,7 +339,7 @@ class RunFolder:
                     "bit-identical to an uninterrupted one: " + "; ".join(changed)
                 )
             record = old | {"recipe": recipe.to_dict()}
-            if any(_is_length(line) for line in _changes(old["recipe"], recipe)):
+            if any(is_length(line) for line in changes(old["recipe"], recipe)):
                 record["is_extended"] = True
         write_json(self.recipe, record)
         return warnings
@@ -376,29 +362,6 @@ class RunFolder:
                 f"{self.path} is not a run's folder and not empty (it contains {others[0]}). "
                 "Nothing is overwritten: give another output=..."
             )
-
-
-def _changes(recorded: dict[str, Any], recipe: Recipe) -> list[str]:
-    """Differences that would change a result. A setting that did not exist when the recipe was
-    recorded counts as its default."""
-    with contextlib.suppress(RecipeError):  # not readable by this version: compare as recorded
-        recorded = validate(Recipe, recorded).to_dict()
-    changed = differences(recorded, recipe.to_dict())
-    return [line for line in changed if not _is_changeable(line.partition(":")[0])]
-
-
-def _is_changeable(path: str) -> bool:
-    return any(path == name or path.startswith(f"{name}.") for name in CHANGEABLE_SETTINGS)
-
-
-def _is_length(difference: str) -> bool:
-    return difference.partition(":")[0] in _LENGTH_SETTINGS
-
-
-def _extend_hint(changed: list[str]) -> str:
-    if all(_is_length(line) for line in changed):
-        return ", or add --extend to train this run longer"
-    return ""
 
 
 def git_revision() -> str | None:

@@ -93,11 +93,12 @@ def require_known_tokens(data: PreparedData, setup: RunSetup) -> None:
 
 def make_job(
     setup: RunSetup,
-    directory: Path,
     loaded: LoadedModel,
     data: PreparedData,
     batches: Batches,
     scorings: Scorings,
+    *,
+    directory: Path,
     resume_from: Path | None,
     stop_request: StopRequest,
     watcher: Watcher,

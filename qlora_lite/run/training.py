@@ -130,16 +130,16 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock) -> R
         with tracking(recipe, folder.path) as track, stop_on_signals() as stop_request:
             job = make_job(
                 setup,
-                folder.path,
                 loaded,
                 data,
                 batches,
                 scorings,
-                resume_from,
-                stop_request,
-                watcher,
-                track,
-                held.require,
+                directory=folder.path,
+                resume_from=resume_from,
+                stop_request=stop_request,
+                watcher=watcher,
+                track=track,
+                require_folder=held.require,
             )
             held.require()
             for warning in folder.record(
@@ -176,15 +176,15 @@ def _finish(
         restore_best(job)
     assert loaded.attached is not None
     finished = FinishedTraining(
-        setup.recipe,
-        folder,
-        loaded,
-        loaded.attached,
-        data,
-        plan,
-        progress,
-        job.keeps_best,
-        job.require_folder,
+        recipe=setup.recipe,
+        folder=folder,
+        loaded=loaded,
+        attached=loaded.attached,
+        data=data,
+        plan=plan,
+        progress=progress,
+        keeps_best=job.keeps_best,
+        require_folder=job.require_folder,
     )
     outcome = finish(finished)
     return RunResult(
