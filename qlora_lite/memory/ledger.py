@@ -165,12 +165,10 @@ def _weights(model: ModelShape, run: RunShape) -> Iterator[Term]:
         yield Term("head", num_bytes, f"{head.num_weights:,} x {run.storage_bytes} B")
     small = sum(p.num_weights for p in model.stored if p.role in ("norm", "bias"))
     yield Term("norms and biases", small * run.norm_bytes, f"{small:,} x {run.norm_bytes} B")
-    other = sum(p.num_weights for p in model.stored if p.role == "other")
-    yield Term(
-        "other weights, not quantised",
-        other * run.storage_bytes,
-        f"{other:,} x {run.storage_bytes} B",
-    )
+    for name, role in (("experts", "experts"), ("other weights", "other")):
+        num = sum(p.num_weights for p in model.stored if p.role == role)
+        num_bytes, formula = num * run.compute_bytes, f"{num:,} x {run.compute_bytes} B"
+        yield Term(f"{name}, not quantised", num_bytes, formula)
     scratch = max(_scratch_weights(model, run), default=0)
     yield Term(
         "one dequantised weight",

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.model.config import unusable
 
-Role = Literal["linear", "embedding", "head", "norm", "bias", "other"]
+Role = Literal["linear", "experts", "embedding", "head", "norm", "bias", "other"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,11 @@ class ModelShape:
     def linears(self) -> dict[str, ParameterShape]:
         """The weights of the linear layers inside the decoder."""
         return {path: p for path, p in self.matrices.items() if p.role == "linear"}
+
+    @cached_property
+    def experts(self) -> tuple[ParameterShape, ...]:
+        """The weights of fused experts, each (experts, rows, columns)."""
+        return tuple(p for p in self.stored if p.role == "experts")
 
     @cached_property
     def head(self) -> ParameterShape:
@@ -210,6 +215,8 @@ def _role(module: nn.Module, kind: str, parameter: nn.Parameter) -> Role:
         return "bias"
     if is_linear(module):
         return "linear"
+    if parameter.dim() == 3 and min(parameter.shape[1:]) > 1:
+        return "experts"  # a matrix for each; a depthwise convolution has one input per channel
     return "other"
 
 

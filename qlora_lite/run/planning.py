@@ -12,7 +12,8 @@ from qlora_lite.data.source_names import require_source, to_path
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import BudgetError, RecipeError
 from qlora_lite.foundation.files import is_file
-from qlora_lite.foundation.units import parse_bytes
+from qlora_lite.foundation.units import format_bytes, parse_bytes
+from qlora_lite.memory.formulas import packed_bytes
 from qlora_lite.memory.ledger import RunShape
 from qlora_lite.memory.measure import available_bytes
 from qlora_lite.memory.plan import Plan, make_plan
@@ -23,7 +24,7 @@ from qlora_lite.model.prequantised import (
     skipped_layers,
     stored_quant,
 )
-from qlora_lite.model.quant import NF4, FourBit
+from qlora_lite.model.quant import BF16, FP32, NF4, FourBit
 from qlora_lite.recipe import Recipe
 from qlora_lite.run.computing import new_rule
 from qlora_lite.run.savings import alternatives
@@ -87,7 +88,7 @@ def check_settings(setup: RunSetup) -> list[str]:
         if name is not None and os.path.lexists(to_path(name)):  # a plan does not need the rows
             require_source(f"data.{setting}", name)
     _check_files(setup)
-    notes = [*_check_context(setup), *_check_ranks(setup)]
+    notes = [*_check_context(setup), *_check_ranks(setup), *_unquantised_experts(setup)]
     if tokens_of_a_step(recipe) > recipe.optim.tokens_per_step:
         notes.append(
             f"optim.tokens_per_step={recipe.optim.tokens_per_step} is less than one bin of "
@@ -136,6 +137,26 @@ def not_packed(recipe: Recipe) -> str:
         "its architecture does not use transformers' mask. A step has about as many tokens, and "
         "more padding"
     )
+
+
+def _unquantised_experts(setup: RunSetup) -> list[str]:
+    """A note about experts, which are frozen without being quantised."""
+    experts, base, compute = setup.facts.shape.experts, setup.recipe.base, setup.rule.compute
+    if not experts or isinstance(base.quant, BF16 | FP32):
+        return []
+    run, num = run_shape(setup), sum(p.num_weights for p in experts)
+    packed = sum(
+        packed_bytes(
+            p.num_weights // p.shape[-1], p.shape[-1], run.quant, run.block_size, run.double_quant
+        )
+        for p in experts
+    )
+    return [
+        f"the experts of {base.model} stay in {str(compute).removeprefix('torch.')}, without "
+        f"adapters: {num:,} weights, {format_bytes(num * compute.itemsize)}. In {run.quant} they "
+        f"would take {format_bytes(packed)}, which needs a layer for quantised experts and is not "
+        "supported yet"
+    ]
 
 
 def _check_context(setup: RunSetup) -> list[str]:
