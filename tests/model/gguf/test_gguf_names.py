@@ -18,7 +18,6 @@ from qlora_lite.model.gguf.names import tensor_sources
 from qlora_lite.model.shape import build_on_meta, model_shape
 from qlora_lite.shards.gguf.checkpoint import GgufCheckpoint, TensorSource
 from qlora_lite.shards.gguf.header import read_header
-from tests.model.real_gguf import GEMMA, SMOLLM2, real_file
 from tests.workbench_gguf import ALL_CASES, tiny_gguf_model, write_model_gguf
 
 UNKNOWN_TO_TRANSFORMERS = {
@@ -135,9 +134,15 @@ def test_a_head_without_a_tensor_is_the_embedding(tmp_path):
     assert _sources(untied)[1]["lm_head.weight"].stored == "output.weight"
 
 
-@pytest.mark.parametrize("model", [SMOLLM2, pytest.param(GEMMA, marks=pytest.mark.slow)])
-def test_config_and_tensors_of_a_real_file_are_those_of_transformers(model):
-    path = real_file(model)
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param("real_base", marks=pytest.mark.real),
+        pytest.param("gemma_gguf", marks=pytest.mark.slow),
+    ],
+)
+def test_config_and_tensors_of_a_real_file_are_those_of_transformers(file, request):
+    path = request.getfixturevalue(file)
     config, _ = _sources(path)
     theirs = load_gguf_checkpoint(path, return_tensors=True, model_to_load=build_on_meta(config))
     tensors, expected = _tensors(path), theirs["tensors"]

@@ -100,9 +100,10 @@ def test_ids_are_those_of_the_original(name, split, tmp_path):
     assert found.apply_chat_template(messages) == original.apply_chat_template(messages)
 
 
-def test_the_real_smollm2_splits_digits_as_it_was_trained(smollm2_gguf):
+@pytest.mark.real
+def test_the_real_smollm2_splits_digits_as_it_was_trained(real_base):
     """Ids as the original tokenizer of SmolLM2 gives them."""
-    tokenizer = tokenizer_from_gguf(read_header(smollm2_gguf))
+    tokenizer = tokenizer_from_gguf(read_header(real_base))
     assert tokenizer("Hello world! 123").input_ids == [19556, 905, 17, 216, 33, 34, 35]
     assert tokenizer("  multiple   spaces").input_ids == [216, 2701, 256, 5600]
     assert tokenizer("Café déjà vu.").input_ids == [51, 1939, 2756, 32564, 90, 16739, 386, 101, 30]

