@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from qlora_lite.model.head import Head, decoder
+from qlora_lite.model.head import Head
+from qlora_lite.model.towers import text_tower
 
 
 class CausalModel:
@@ -12,7 +13,7 @@ class CausalModel:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.head = Head(module)
-        self.decoder = decoder(module)
+        self.decoder = text_tower(module)
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """(batch, tokens) -> (batch, tokens, hidden), before the head.

@@ -24,6 +24,7 @@ from qlora_lite.model.probes import UNPACKED
 from qlora_lite.model.settings import Base
 from qlora_lite.model.shape import ModelShape, build_on_meta, shape_of
 from qlora_lite.model.targets import LinearSpec, linear_specs
+from qlora_lite.model.towers import remove_other_towers
 from qlora_lite.shards.checkpoint import Checkpoint
 from qlora_lite.shards.names import match
 
@@ -64,6 +65,9 @@ class BaseFacts:
 
     ignored: tuple[str, ...]
     """Patterns of stored tensors that the model's own code does not load."""
+
+    unused: frozenset[str]
+    """Names of the tensors of other towers than that for text, which are not loaded."""
 
     conversion: Conversion = field(compare=False)
     """The names of stored tensors in the model."""
@@ -113,6 +117,7 @@ class BaseFacts:
             ignored=self.ignored,
             renamed=renamed.names,
             pieces=renamed.pieces,
+            unused=self.unused,
         )
 
 
@@ -139,6 +144,8 @@ def facts_of(config: PretrainedConfig, trust_remote_code: bool = False) -> BaseF
     with reading_config(config.name_or_path or config.model_type):
         require_possible_sizes(config.name_or_path or config.model_type, config)
         model = build_on_meta(config, trust_remote_code)
+        conversion = conversion_of(model)
+        unused = remove_other_towers(model)
         shape = shape_of(model, config)
         return BaseFacts(
             config=config,
@@ -148,7 +155,8 @@ def facts_of(config: PretrainedConfig, trust_remote_code: bool = False) -> BaseF
             tied=_tied(model),
             prefix=str(model.base_model_prefix),
             ignored=tuple(model._keys_to_ignore_on_load_unexpected or ()),  # type: ignore[arg-type]
-            conversion=conversion_of(model),
+            conversion=conversion,
+            unused=unused,
         )
 
 

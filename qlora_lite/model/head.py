@@ -21,13 +21,6 @@ CAPS = ("final_logit_softcapping", "logits_soft_cap")
 """Gemma 2, RecurrentGemma."""
 
 
-def decoder(model: nn.Module) -> nn.Module:
-    """The part before the head: token ids to hidden states after the last norm."""
-    path: Any = model.base_model_prefix
-    # the text models of Llama 4 and Llama 3.2 Vision are not at the path that they name
-    return model.get_submodule(path if hasattr(model, path) else "model")
-
-
 class Head:
     """The output head of a causal language model."""
 

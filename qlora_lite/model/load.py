@@ -38,6 +38,7 @@ from qlora_lite.model.quant import BF16, FP32, NF4, Int8, Quant
 from qlora_lite.model.quantise import Split, StoredWeight, copy_weight, quantise
 from qlora_lite.model.settings import Base
 from qlora_lite.model.shape import is_linear
+from qlora_lite.model.towers import remove_other_towers
 from qlora_lite.shards.checkpoint import Checkpoint
 
 SplitOf = Callable[[str], Split | None]
@@ -124,6 +125,7 @@ def build_empty(config: PretrainedConfig, base: Base) -> PreTrainedModel:
             f"it: {str(error).splitlines()[0]} A causal language model is needed; "
             "base.attention=eager works for all of them"
         ) from error
+    remove_other_towers(model)
     return model.eval().requires_grad_(False)
 
 
@@ -232,6 +234,8 @@ class _Loading:
             if isinstance(module, nn.Embedding):  # of its own class: same values as the others
                 tensor = tensor.to(self.storage)
             dtype = self.rule.norms if tensor.dim() == 1 else self.rule.compute
+            if isinstance(module, nn.Embedding):  # of a class of its own, such as OPT's positions
+                dtype = self.storage
             value = tensor.to(self.rule.device, dtype, copy=True)
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 

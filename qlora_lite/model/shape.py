@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.model.config import unusable
+from qlora_lite.model.towers import remove_other_towers
 
 Role = Literal["linear", "experts", "embedding", "head", "norm", "bias", "other"]
 
@@ -120,7 +121,9 @@ def model_shape(config: PretrainedConfig, trust_remote_code: bool = False) -> Mo
     Raises:
         BaseModelError: if transformers has no causal language model for this config.
     """
-    return shape_of(build_on_meta(config, trust_remote_code), config)
+    model = build_on_meta(config, trust_remote_code)
+    remove_other_towers(model)
+    return shape_of(model, config)
 
 
 def shape_of(model: nn.Module, config: PretrainedConfig) -> ModelShape:
@@ -151,15 +154,16 @@ def shape_of(model: nn.Module, config: PretrainedConfig) -> ModelShape:
 
 
 def _dimension(config: PretrainedConfig, name: str, default: int | None = None) -> int:
-    """A dimension that all attention layers share.
+    """A dimension of the attention layers; the largest, where layers differ in it.
 
     Raises:
-        BaseModelError: if there is none, as in a model without attention, or layers differ in it.
+        BaseModelError: if there is none, as in a model without attention.
     """
     try:
         value = getattr(config, name, None) or default
     except (RuntimeError, AttributeError, ValueError):
-        value = None
+        layers = [config.per_layer_config[i] for i in range(config.num_hidden_layers)]
+        value = max(getattr(layer, name) for layer in layers)
     if isinstance(value, int):
         return value
     raise BaseModelError(

@@ -29,6 +29,7 @@ def match(
     ignored: Collection[str] = (),
     renamed: Mapping[str, str] | None = None,
     pieces: Collection[str] = (),
+    unused: Collection[str] = (),
 ) -> dict[str, str]:
     """Map each stored tensor that the model uses to its name in the model.
 
@@ -43,6 +44,7 @@ def match(
             names or of those in the model.
         renamed: the model's names of stored tensors by the rules of the model's class.
         pieces: stored tensors that are a part of a parameter.
+        unused: names of tensors that the model's class has and that are not loaded.
 
     Raises:
         BaseModelError: if a parameter is missing, or a stored tensor is unknown; with its name.
@@ -58,6 +60,8 @@ def match(
             parts[name] = ours
         elif ours is not None:
             stored_name[ours] = name
+        elif unused and any(n in unused for n in spellings):
+            continue
         elif not any(re.search(p, n) for p in (*COMPUTED, *ignored) for n in spellings[:2]):
             unknown.append(name)
     for copy, source in tied.items():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from qlora_lite.model.head import Head, decoder, soft_cap
+from qlora_lite.model.head import Head, soft_cap
+from qlora_lite.model.towers import text_tower
 from tests.tiny import FAMILIES, tiny_model
 
 
@@ -14,7 +15,7 @@ def test_logits_are_those_of_the_models_own_forward(family):
     model = tiny_model(family, **settings)
     ids = torch.arange(24)[None]
     with torch.no_grad():
-        hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = text_tower(model)(input_ids=ids, use_cache=False).last_hidden_state
         assert_close(Head(model).logits(hidden), model(ids, use_cache=False).logits)
 
 
