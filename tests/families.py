@@ -112,6 +112,11 @@ OWN: dict[str, dict[str, Any]] = {
 """What a family needs besides; None leaves a setting out."""
 
 
+def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
+    """The config of a small model; its parts (text, images) are small too."""
+    return _tiny(CONFIG_MAPPING[family], changes)
+
+
 def _tiny(config_class: type[PretrainedConfig], changes: dict[str, Any]) -> PretrainedConfig:
     default = config_class()
     sizes = {name: value for name, value in SIZES.items() if _has(default, name)}
@@ -149,7 +154,7 @@ ALL = tuple(family for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if family not
 
 def tiny_of(family: str, **changes: Any) -> Any:
     """A model of `family` in evaluation mode, fp32, with weights large enough to matter."""
-    config = _tiny(CONFIG_MAPPING[family], changes)
+    config = tiny_config(family, **changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).float().eval()

@@ -289,7 +289,11 @@ TABLE: dict[str, tuple[tuple[str, ...], Callable[[], object]]] = {
         lambda: "bert" in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     ),
     "transformers.pytorch_utils.Conv1D": (
-        ("qlora_lite/model/load.py", "qlora_lite/model/shape.py"),
+        (
+            "qlora_lite/model/linears.py",
+            "qlora_lite/model/load.py",
+            "qlora_lite/model/shape.py",
+        ),
         lambda: transformers.pytorch_utils.Conv1D(3, 2).weight.shape == (2, 3),
     ),
 }

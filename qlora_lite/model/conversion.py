@@ -32,9 +32,7 @@ from transformers.core_model_loading import (
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.shards.checkpoint import Checkpoint
 
-Operations = tuple[tuple[type, int], ...]
-
-_FILLED: tuple[Operations, ...] = (
+_FILLED = (
     ((MergeModulelist, 0), (Concatenate, 1)),
     ((MergeModulelist, 0),),
     ((Concatenate, 0),),
@@ -74,7 +72,12 @@ class Conversion:
         self._names: dict[str, bool] = dict.fromkeys(names, True)
 
     def rename(self, stored: Collection[str]) -> "Renamed":
-        """The name in the model of each stored tensor."""
+        """The name in the model of each stored tensor.
+
+        Raises:
+            BaseModelError: if a parameter is made of stored ones in another way than by merging
+                experts and concatenating rows.
+        """
         transforms = copy.deepcopy(self._transforms)  # they remember what they renamed
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
@@ -85,6 +88,7 @@ class Conversion:
             ours, pattern = self._rename(name, renamings, converters)
             names[name] = ours
             if pattern is not None and ours in self._names:
+                _require_fillable(ours, name, by_pattern[pattern])
                 group = groups.setdefault(ours, _Group(by_pattern[pattern], defaultdict(list)))
                 group.stored[pattern].append(name)
         return Renamed({name: names[name] for name in stored}, groups)
@@ -137,8 +141,7 @@ class Renamed:
             shapes: of the model's parameters.
 
         Raises:
-            BaseModelError: if a parameter is not filled exactly, or is made in another way than by
-                merging experts and concatenating rows.
+            BaseModelError: if a parameter is not filled exactly.
         """
         found: dict[str, Part] = {}
         for ours, group in self.groups.items():
@@ -148,17 +151,19 @@ class Renamed:
         return found
 
 
-def _parts(ours: str, group: _Group, checkpoint: Checkpoint) -> dict[str, Part]:
-    operations = tuple((type(op), getattr(op, "dim", 0)) for op in group.converter.operations)
-    if operations not in _FILLED or len(group.converter.target_patterns) > 1:
-        stored = next(iter(group.stored.values()))[0]
+def _require_fillable(ours: str, stored: str, converter: Any) -> None:
+    operations = tuple((type(op), getattr(op, "dim", None)) for op in converter.operations)
+    if operations not in _FILLED or len(converter.target_patterns) > 1:
         names = ", ".join(kind.__name__ for kind, _ in operations)
         raise BaseModelError(
-            f"the checkpoint stores {ours} in another layout ({stored}, converted by transformers' "
-            f"{names}), which is not supported yet: only experts that are stored one by one and "
+            f"the checkpoint stores {ours} in another layout ({stored}, which transformers converts "
+            f"with {names}), which is not supported: only experts that are stored one by one and "
             "matrices that are concatenated are. Use a model of another family"
         )
-    is_stacked = operations[0][0] is MergeModulelist
+
+
+def _parts(ours: str, group: _Group, checkpoint: Checkpoint) -> dict[str, Part]:
+    is_stacked = isinstance(group.converter.operations[0], MergeModulelist)
     parts, start = {}, 0
     for pattern in group.converter.source_patterns:
         rows = 0

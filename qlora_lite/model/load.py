@@ -28,6 +28,7 @@ from qlora_lite.model.config import reading_config, require_generation_settings
 from qlora_lite.model.conversion import Place
 from qlora_lite.model.facts import BaseFacts, read_facts
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear, Scratch, Source
+from qlora_lite.model.linears import linear_modules
 from qlora_lite.model.prequantised import (
     is_packed,
     read_packed,
@@ -37,7 +38,6 @@ from qlora_lite.model.prequantised import (
 from qlora_lite.model.quant import BF16, FP32, NF4, Int8, Quant
 from qlora_lite.model.quantise import Split, StoredWeight, copy_weight, quantise
 from qlora_lite.model.settings import Base
-from qlora_lite.model.shape import is_linear
 from qlora_lite.model.towers import remove_other_towers
 from qlora_lite.shards.checkpoint import Checkpoint
 
@@ -164,6 +164,7 @@ class _Loading:
         self.scratch = Scratch()
         self.storage = torch.float32 if isinstance(base.quant, FP32) else rule.storage
         self.head = model.get_output_embeddings()
+        self.linears = {path for path, _ in linear_modules(model)}
         self.places = self._match()
         self.stored_names = {p.name: name for name, p in self.places.items() if p.part is None}
 
@@ -221,9 +222,10 @@ class _Loading:
             parameter = allocated(module, leaf, self.rule)
             place.part.of(parameter.data).copy_(self.checkpoint.read(name))
             return
-        if isinstance(module, FrozenLinear) or (is_linear(module) and leaf == "bias"):
+        is_linear = path in self.linears
+        if isinstance(module, FrozenLinear) or (is_linear and leaf == "bias"):
             return  # a bias is read with its weight
-        if is_linear(module):
+        if is_linear:
             self.model.set_submodule(path, self._linear(name, path, module))
         elif _is_embedding(module):
             self.model.set_submodule(path, self._embedding(name, module))

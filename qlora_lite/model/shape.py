@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.model.config import unusable
+from qlora_lite.model.linears import linear_modules
 from qlora_lite.model.towers import remove_other_towers
 
 Role = Literal["linear", "experts", "embedding", "head", "norm", "bias", "other"]
@@ -190,6 +191,7 @@ def build_on_meta(config: PretrainedConfig, trust_remote_code: bool = False) -> 
 def _parameter_shapes(model: nn.Module) -> list[ParameterShape]:
     head = model.get_output_embeddings()  # type: ignore[operator]
     blocks = decoder_blocks(model)
+    linears = {path for path, _ in linear_modules(model)}
     first_name: dict[int, str] = {}
     shapes = []
     for path, module in model.named_modules():
@@ -200,7 +202,9 @@ def _parameter_shapes(model: nn.Module) -> list[ParameterShape]:
                 ParameterShape(
                     name=name,
                     shape=tuple(parameter.shape),
-                    role="head" if module is head else _role(module, kind, parameter),
+                    role="head"
+                    if module is head
+                    else _role(module, kind, parameter, path in linears),
                     module=path,
                     block=block_of(path, blocks),
                     tied_to=None if tied_to == name else tied_to,
@@ -210,29 +214,18 @@ def _parameter_shapes(model: nn.Module) -> list[ParameterShape]:
     return shapes
 
 
-def _role(module: nn.Module, kind: str, parameter: nn.Parameter) -> Role:
+def _role(module: nn.Module, kind: str, parameter: nn.Parameter, is_linear: bool) -> Role:
     if is_norm(module):
         return "norm"
     if isinstance(module, nn.Embedding):
         return "embedding"
     if kind == "bias":
         return "bias"
-    if is_linear(module):
+    if is_linear:
         return "linear"
     if parameter.dim() == 3 and min(parameter.shape[1:]) > 1:
         return "experts"  # a matrix for each; a depthwise convolution has one input per channel
     return "other"
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether this is a plain linear layer. Other subclasses are left alone: their forward may
-    differ."""
-    is_plain = type(module) in (nn.Linear, Conv1D)
-    return is_plain or (isinstance(module, nn.Linear) and type(module).__name__ in PLAIN_SUBCLASSES)
-
-
-PLAIN_SUBCLASSES = ("FalconLinear",)
-"""Subclasses of nn.Linear that compute the same."""
 
 
 def is_norm(module: nn.Module) -> bool:
