@@ -1,4 +1,4 @@
-"""Real GGUF files as bases: killed, continued, merged, and loaded by plain transformers and peft."""
+"""Real GGUF files as bases: killed, continued, merged, and loaded by transformers and peft."""
 
 from pathlib import Path
 
