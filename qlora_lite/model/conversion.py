@@ -157,8 +157,8 @@ def _require_fillable(ours: str, stored: str, converter: Any) -> None:
         names = ", ".join(kind.__name__ for kind, _ in operations)
         raise BaseModelError(
             f"the checkpoint stores {ours} in another layout ({stored}, which transformers "
-            f"converts with {names}), which is not supported: only experts that are stored one by one and "
-            "matrices that are concatenated are. Use a model of another family"
+            f"converts with {names}), which is not supported: only experts that are stored one by "
+            "one and matrices that are concatenated are. Use a model of another family"
         )
 
 
