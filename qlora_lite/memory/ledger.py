@@ -63,7 +63,7 @@ class RunShape:
     block_size: int = 64
     head: Literal["16bit", "int8", "nf4"] = "16bit"
     compute_bytes: int = 2
-    """Bytes per element of activations and dequantised weights."""
+    """Bytes per element of dequantised weights, and of activations unless norms widen them."""
     storage_bytes: int = 2
     """Bytes per element of the stored embedding and of a 16-bit head."""
     norm_bytes: int = 2
@@ -224,7 +224,7 @@ def _num_adapter(model: ModelShape, run: RunShape) -> int:
 
 def _activations(model: ModelShape, run: RunShape, rows: int) -> Iterator[Term]:
     """Activations saved from forward to backward, and the largest temporary part."""
-    b, tokens, hidden = run.compute_bytes, rows * run.max_tokens, model.hidden
+    b, tokens, hidden = _activation_bytes(model, run), rows * run.max_tokens, model.hidden
     by_layer = [_saved_bytes(model, run, block, tokens) for block in range(model.layers)]
     if run.checkpointing:
         saved = model.layers * tokens * hidden * b
@@ -255,6 +255,11 @@ def _activations(model: ModelShape, run: RunShape, rows: int) -> Iterator[Term]:
     )
 
 
+def _activation_bytes(model: ModelShape, run: RunShape) -> int:
+    """Bytes per element: an RMSNorm with fp32 weights makes what follows fp32, a LayerNorm not."""
+    return run.compute_bytes if model.layer_norm else max(run.compute_bytes, run.norm_bytes)
+
+
 def _saved_bytes(model: ModelShape, run: RunShape, block: int, tokens: int) -> int:
     """Bytes that one layer saves for backward, with its adapters in the compute dtype if cast."""
     adapters = [f for path, f in run.adapters.items() if model.matrices[path].block == block]
@@ -265,7 +270,7 @@ def _saved_bytes(model: ModelShape, run: RunShape, block: int, tokens: int) -> i
         model.head_dim,
         model.ff,
         sum(f.width for f in adapters),
-        run.compute_bytes,
+        _activation_bytes(model, run),
         run.attention,
         run.max_tokens,
         gated=model.gated,

@@ -122,14 +122,16 @@ def test_frozen_factor_bytes_are_those_of_attached_ones(tmp_path, settings):
 FOUR_LAYERS = {"llama": {"num_hidden_layers": 4}, "gpt2": {"n_layer": 4}}
 
 
+@pytest.mark.parametrize(("compute", "most"), [("fp32", 1.12), ("bf16", 1.3)])
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_predicted_peak_is_at_most_12_percent_above_a_real_step(
-    tmp_path, family, checkpointing
+def test_the_predicted_peak_is_little_above_a_real_step(
+    tmp_path, family, checkpointing, compute, most
 ):
-    rows, tokens = 4, 128
+    # in bf16, RMSNorms in fp32 make most activations fp32, and the plan counts all as fp32
+    rows, tokens, rule = 4, 128, choose("cpu", compute)
     directory = save_tiny(tmp_path / "base", family, **FOUR_LAYERS[family])
-    loaded = load_base(Base(model=str(directory)), RULE)
+    loaded = load_base(Base(model=str(directory)), rule)
     shape = model_shape(loaded.config)
     method = method_for(LoRA(rank=8))
     plan = plan_adapter(method, facts_of(loaded.config))
@@ -142,11 +144,17 @@ def test_the_predicted_peak_is_at_most_12_percent_above_a_real_step(
         states="32bit",
         rounding="master",
     )
-    engine = TorchEngine(optimizer, RULE.compute)
+    engine = TorchEngine(optimizer, rule.compute)
     if checkpointing:
         enable_checkpointing(loaded.model)
     model = CausalModel(loaded.model)
-    run = run_shape(shape, {"kind": "nf4"}, max_tokens=tokens, checkpointing=checkpointing)
+    run = run_shape(
+        shape,
+        {"kind": "nf4"},
+        max_tokens=tokens,
+        checkpointing=checkpointing,
+        compute_bytes=rule.compute.itemsize,
+    )
     ledger = make_ledger(shape, run, rows)
 
     ids = torch.randint(0, shape.vocab, (rows, tokens))
@@ -157,7 +165,7 @@ def test_the_predicted_peak_is_at_most_12_percent_above_a_real_step(
         engine.backward(linear_cross_entropy(hidden, ids, model.logits), last=True)
     assert all(fp32_copy.grad is not None for fp32_copy in optimizer.fp32_copies)
     names = ("one dequantised", "adapters: g", "inputs", "activations", "temporary", "batch")
-    assert 1.0 <= bytes_of(ledger, *names) / live.peak < 1.12
+    assert 1.0 <= bytes_of(ledger, *names) / live.peak < most
 
 
 def test_a_tied_head_is_counted_once():
