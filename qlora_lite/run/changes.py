@@ -4,9 +4,11 @@ Differences are lines such as `optim.lr: 0.0002 -> 0.001`.
 """
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from qlora_lite.foundation.errors import RecipeError
+from qlora_lite.foundation.files import as_stored
 from qlora_lite.foundation.overrides import validate
 from qlora_lite.recipe import CHANGEABLE_SETTINGS, Recipe, differences
 
@@ -37,6 +39,25 @@ def edited_after_training(trained: dict[str, Any], recipe: Recipe) -> list[str]:
         for line in changes(trained, recipe)
         if not is_length(line) and _setting(line) not in MAY_DIFFER_AFTER_TRAINING
     ]
+
+
+def origin_of(recipe: Recipe, fingerprints: dict[str, str]) -> dict[str, Any]:
+    """What a checkpoint depends on, by name: the settings that may not change in a run, and the
+    fingerprints of its `data` and `base`."""
+    settings = {
+        name: value
+        for name, value in _flat(as_stored(recipe.to_dict()))
+        if not _is_changeable(name) and name not in (*LENGTH_SETTINGS, *MAY_DIFFER_AFTER_TRAINING)
+    }
+    return settings | {f"the {what}": fingerprints[what] for what in ("data", "base")}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def is_length(difference: str) -> bool:

@@ -284,6 +284,12 @@ class RunFolder:
                 f"has {steps}. Give a larger optim.steps or optim.epochs"
             )
 
+    def started_with(self, data: str, base: Checkpoint) -> dict[str, str]:
+        """The fingerprints that the run recorded at its start; those of `data` and `base` before.
+        `record` compares the two."""
+        recorded = self.read_record()["fingerprints"] if self.recipe.exists() else {}
+        return {"data": data, "base": base.fingerprint} | recorded
+
     def fingerprints(self, data: str, base: Checkpoint) -> dict[str, str]:
         """Hashes of what a run reads; those of a large base are of samples only."""
         found = {"data": data, "base": base.fingerprint}

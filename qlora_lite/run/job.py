@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from qlora_lite.adapters.attach import AttachedAdapter
 from qlora_lite.adapters.warm_start import describe_warm_start, warm_start
@@ -99,6 +100,7 @@ def make_job(
     scorings: Scorings,
     *,
     directory: Path,
+    origin: dict[str, Any],
     resume_from: Path | None,
     stop_request: StopRequest,
     watcher: Watcher,
@@ -148,6 +150,7 @@ def make_job(
         score_every=scorings.every,
         show_rows=show_rows,
         stop_request=stop_request,
+        origin=origin,
         resume_from=resume_from,
         watcher=watcher,
         track=track,

@@ -18,11 +18,12 @@ from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.memory.allocator import give_back_freed_memory
 from qlora_lite.memory.measure import reset_peak
 from qlora_lite.memory.plan import Plan, require_fit, with_rows
-from qlora_lite.model.base_files import locate
+from qlora_lite.model.base_files import locate, open_checkpoint
 from qlora_lite.model.tokenizer import load_tokenizer
 from qlora_lite.recipe import Recipe
 from qlora_lite.recipe_files import with_absolute_paths
 from qlora_lite.report.page import Sample
+from qlora_lite.run.changes import origin_of
 from qlora_lite.run.computing import computing_of, rule_of_run, slow_bf16
 from qlora_lite.run.finishing import FinishedTraining, finish
 from qlora_lite.run.folder import RunFolder
@@ -36,7 +37,7 @@ from qlora_lite.run.loading import LoadedModel, load_adapted
 from qlora_lite.run.planning import NO_BUDGET, check_settings, not_packed, plan_memory, plan_recipe
 from qlora_lite.run.setup import RunSetup, set_up
 from qlora_lite.run.tracking import require_trackers, tracking
-from qlora_lite.training import checkpoint
+from qlora_lite.training import checkpoint, metrics
 from qlora_lite.training.interruption import stop_on_signals
 from qlora_lite.training.loop import Progress, TrainingJob, restore_best, train
 
@@ -107,6 +108,11 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock) -> R
     try:
         resume_from = checkpoint.find_newest(folder.checkpoints, watcher.note)
         files = locate(recipe.base, folder.base_files)
+        origin = origin_of(recipe, folder.started_with(data.fingerprint, open_checkpoint(files)))
+        if resume_from is not None:
+            checkpoint.require_origin(resume_from, origin)
+            for note in metrics.problems(folder.metrics, checkpoint.step_of(resume_from)):
+                watcher.note(note)
         saved = _saved_adapter(recipe, resume_from)
         loaded = load_adapted(setup, tokenizer, watcher, saved, files)
         if setup.facts.packs and not loaded.packs:
@@ -135,6 +141,7 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock) -> R
                 batches,
                 scorings,
                 directory=folder.path,
+                origin=origin,
                 resume_from=resume_from,
                 stop_request=stop_request,
                 watcher=watcher,

@@ -3,7 +3,8 @@
     checkpoints/step-000200/
         adapter.safetensors     the adapter's tensors, in their storage dtypes
         optimizer.safetensors   fp32 copies, Adam's moments, the method's tensors
-        state.json              progress, numbers of engine and method, and the hashes of all files
+        state.json              progress, numbers of engine and method, what the run trains on, and
+                                the hashes of all files
     checkpoints/best/           the adapter with the best held-out loss, if early stopping is on
 
 A checkpoint is written to a temporary folder, synced and renamed, so a kill or a full disk leaves
@@ -14,8 +15,8 @@ Hashes are compared when it is read.
 import os
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from qlora_lite.foundation.errors import RunError
 from qlora_lite.foundation.files import DiskFull, complete_directory
-from qlora_lite.foundation.json_files import Count, JsonFile, NonNegative, check_as
+from qlora_lite.foundation.json_files import Count, JsonFile, NonNegative, check_as, shown
 from qlora_lite.foundation.sealed import hashes_of, read_sealed, require_files, write_sealed
 from qlora_lite.shards.writer import save_tensors
 
@@ -56,6 +57,7 @@ class ProgressNumbers(JsonFile):
 class _StateFile(JsonFile):
     """`state.json`."""
 
+    origin: dict[str, Any]
     progress: ProgressNumbers
     engine: dict[str, Any]
     method: dict[str, Any]
@@ -70,6 +72,8 @@ class TrainingState:
     method: dict[str, Any]
     progress: dict[str, Any]
     """Numbers: steps done, tokens, seconds, early stopping."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """What the run depends on: settings and fingerprints, by name."""
 
 
 def save(directory: Path, step: int, state: TrainingState, keep: int) -> Path:
@@ -79,7 +83,8 @@ def save(directory: Path, step: int, state: TrainingState, keep: int) -> Path:
         RunError: if the disk is full; older checkpoints are unchanged.
     """
     target = directory / f"step-{step:06d}"
-    numbers: dict[str, Any] = {"progress": state.progress, "engine": {}, "method": {}}
+    numbers: dict[str, Any] = {"origin": state.origin, "progress": state.progress}
+    numbers |= {"engine": {}, "method": {}}
     tensors: dict[str, Tensor] = {}
     for owner, values in (("engine", state.engine), ("method", state.method)):
         for name, value in values.items():
@@ -146,7 +151,32 @@ def load(checkpoint: Path) -> TrainingState:
         parts[owner][rest] = tensor.clone()  # the file may be deleted while the run uses it
     for owner, tensors_of in parts.items():
         tensors_of.update(numbers[owner])
-    return TrainingState(adapter, parts["engine"], parts["method"], numbers["progress"])
+    return TrainingState(
+        adapter, parts["engine"], parts["method"], numbers["progress"], numbers["origin"]
+    )
+
+
+def require_origin(checkpoint: Path, origin: Mapping[str, Any]) -> None:
+    """Check that a checkpoint is one of this run.
+
+    Args:
+        origin: what the run depends on. Names that the checkpoint did not record are not compared.
+
+    Raises:
+        RunError: naming what differs.
+    """
+    try:
+        recorded = read_sealed(checkpoint / _STATE, "origin")["origin"]
+    except (OSError, ValueError) as error:
+        raise damaged(checkpoint, error) from error
+    different = [name for name, value in origin.items() if recorded.get(name, value) != value]
+    if different:
+        lines = [f"{name}: {shown(recorded[name])} -> {shown(origin[name])}" for name in different]
+        raise RunError(
+            f"checkpoint {checkpoint} is of another run:\n  "
+            + "\n  ".join(lines)
+            + f"\nDelete {checkpoint}, or restore the run's own checkpoints"
+        )
 
 
 def load_adapter(checkpoint: Path) -> dict[str, Tensor]:
@@ -162,19 +192,20 @@ def load_adapter(checkpoint: Path) -> dict[str, Tensor]:
         raise damaged(checkpoint, error) from error
 
 
-def save_best(directory: Path, adapter: dict[str, Tensor]) -> None:
+def save_best(directory: Path, adapter: dict[str, Tensor], origin: Mapping[str, Any]) -> None:
     """Write or replace `best`, the adapter with the best held-out loss."""
     with complete_directory(directory / "best") as temporary:
         save_tensors(adapter, temporary / _ADAPTER)
-        write_sealed(temporary / _STATE, {}, hashes_of(temporary, [_ADAPTER]))
+        write_sealed(temporary / _STATE, {"origin": origin}, hashes_of(temporary, [_ADAPTER]))
 
 
-def load_best(directory: Path) -> dict[str, Tensor]:
+def load_best(directory: Path, origin: Mapping[str, Any]) -> dict[str, Tensor]:
     """Read the adapter with the best held-out loss.
 
     Raises:
-        RunError: if it is damaged.
+        RunError: if it is damaged, or of another run.
     """
+    require_origin(directory / "best", origin)
     return load_adapter(directory / "best")
 
 

@@ -78,6 +78,8 @@ class TrainingJob:
     show_rows: ShowRows
     stop_request: StopRequest
     """Whether a signal asked the run to stop."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """What the result depends on, by name; recorded in checkpoints."""
     resume_from: Path | None = None
     """The checkpoint to continue from."""
     watcher: Watcher = field(default_factory=Watcher)
@@ -225,7 +227,7 @@ def _compare_with_best(job: TrainingJob, progress: Progress, loss: float) -> Non
         progress.scorings_since_best = 0
         if job.keeps_best:
             job.require_folder()
-            checkpoint.save_best(job.checkpoint_directory, job.attached.state())
+            checkpoint.save_best(job.checkpoint_directory, job.attached.state(), job.origin)
     else:
         progress.scorings_since_best += 1
     patience = job.evaluation.patience
@@ -247,6 +249,7 @@ def _save(job: TrainingJob, progress: Progress) -> None:
         engine=job.engine.state_dict(),
         method=job.attached.method.state_dict(),
         progress=asdict(progress),
+        origin=job.origin,
     )
     checkpoint.save(job.checkpoint_directory, progress.step, state, job.checkpoints.keep)
     job.watcher.saved(progress.step)
@@ -275,4 +278,4 @@ def _resume(job: TrainingJob) -> Progress:
 
 def restore_best(job: TrainingJob) -> None:
     """Load the adapter with the best held-out loss, saved during training."""
-    job.attached.load_state(checkpoint.load_best(job.checkpoint_directory))
+    job.attached.load_state(checkpoint.load_best(job.checkpoint_directory, job.origin))

@@ -285,7 +285,7 @@ def test_there_are_hundreds_of_damages(good):
 
 
 def test_lines_of_a_log_that_cannot_be_read_are_skipped(tmp_path):
-    good_line = '{"step": 1, "loss": 2.0}'
+    good_line = '{"step": 1, "loss": 2.0, "tokens": 9, "seconds": 0.5}'
     lines = [good_line, "", "[1]", '{"step": "x"}', '{"step": -1}', '{"loss": 1}', "{", "1" * 5000]
     lines += ['{"step": 2, "loss": "x"}', '{"step": 2, "loss": null}', damages.DEEP, '"\\ud800"']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))

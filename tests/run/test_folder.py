@@ -26,7 +26,7 @@ from qlora_lite.run.training import run_recipe
 from qlora_lite.shards import fingerprint, reader, writer
 from qlora_lite.training import checkpoint, metrics
 from tests.damage import flip_bit
-from tests.end_to_end.small_run import recipe_in, result_of, small_recipe
+from tests.end_to_end.small_run import Killed, Killer, recipe_in, result_of, small_recipe
 from tests.tiny import save_tiny
 
 
@@ -376,6 +376,34 @@ def test_a_checkpoint_is_not_written_into_a_folder_that_was_taken_away(folder):
     with pytest.raises(RunError, match="moved or deleted while this process was using it"):
         run_recipe(recipe_in(folder, run.name, "checkpoints.every=6"), watcher=Thief())
     assert not run.exists()
+
+
+def test_checkpoints_of_another_run_are_refused(finished, folder):
+    other = run_recipe(recipe_in(folder, "other", "seed=5")).directory
+    run = copy_of(finished, folder, "own", ["checkpoints"])
+    shutil.copytree(other / "checkpoints", run / "checkpoints")
+    with pytest.raises(RunError, match=r"is of another run:\n  seed: 5 -> 0\n"):
+        run_recipe(recipe_in(folder, "own"))
+    assert not (run / "adapter").exists()
+
+
+def test_a_run_with_a_damaged_log_is_finished_and_says_so(folder):
+    recipe = recipe_in(folder, "damaged-log")
+    with pytest.raises(Killed):
+        run_recipe(recipe, watcher=Killer())
+    path = folder / "damaged-log" / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    lines[-1] = lines[-1].replace('"seconds"', '"secands"')
+    path.write_text("\n".join(lines) + "\n")
+    notes = []
+
+    class Notes(Watcher):
+        def note(self, text):
+            notes.append(text)
+
+    run_recipe(recipe, watcher=Notes())
+    assert any("metrics.jsonl is incomplete" in note for note in notes)
+    assert (folder / "damaged-log" / "report.html").is_file()
 
 
 def test_an_adapter_is_not_written_without_the_lock(folder):

@@ -73,12 +73,19 @@ def test_a_flipped_bit_in_any_file_is_damage(tmp_path, name):
 
 
 def test_the_best_adapter_is_checked_too(tmp_path):
-    checkpoint.save_best(tmp_path, state(1.0).adapter)
-    checkpoint.save_best(tmp_path, state(2.0).adapter)
-    assert checkpoint.load_best(tmp_path)["layer.a"].eq(2).all()
+    checkpoint.save_best(tmp_path, state(1.0).adapter, {"seed": 0})
+    checkpoint.save_best(tmp_path, state(2.0).adapter, {"seed": 0})
+    assert checkpoint.load_best(tmp_path, {"seed": 0})["layer.a"].eq(2).all()
+    with pytest.raises(RunError, match=r"best is of another run:\n  seed: 0 -> 1\n"):
+        checkpoint.load_best(tmp_path, {"seed": 1})
     flip_bit(tmp_path / "best" / "adapter.safetensors", -1)
     with pytest.raises(RunError, match="best is damaged"):
-        checkpoint.load_best(tmp_path)
+        checkpoint.load_best(tmp_path, {"seed": 0})
+
+
+def test_a_setting_that_a_checkpoint_did_not_record_is_not_compared(tmp_path):
+    path = checkpoint.save(tmp_path, 5, state(), keep=2)
+    checkpoint.require_origin(path, {"optim.of_tomorrow": 1})
 
 
 def _save_and_die(directory, call):
