@@ -71,6 +71,18 @@ class Conversion:
         self._prefix = prefix
         self._names: dict[str, bool] = dict.fromkeys(names, True)
 
+    def require_supported(self) -> None:
+        """Check the layout of the files that transformers writes, without reading any.
+
+        Raises:
+            BaseModelError: if a parameter is made of stored ones in a way that is not supported.
+        """
+        for converter in self._transforms:
+            if isinstance(converter, WeightConverter):
+                target, stored = converter.target_patterns[0], converter.source_patterns[0]
+                if any(target in name for name in self._names):
+                    _require_fillable(target, stored, converter)
+
     def rename(self, stored: Collection[str]) -> "Renamed":
         """The name in the model of each stored tensor.
 

@@ -133,6 +133,7 @@ def shape_of(model: nn.Module, config: PretrainedConfig) -> ModelShape:
     text = config.get_text_config(decoder=True)
     heads = _dimension(text, "num_attention_heads")
     width = getattr(text, "intermediate_size", None)
+    width = max(width) if isinstance(width, list) else width  # one per layer
     ff, gated = _mlp(parameters, text.hidden_size, width)
     norms = {type(m).__name__ for m in model.modules() if is_norm(m)}
     table = model.get_input_embeddings()  # type: ignore[operator]
@@ -163,15 +164,22 @@ def _dimension(config: PretrainedConfig, name: str, default: int | None = None) 
     try:
         value = getattr(config, name, None) or default
     except (RuntimeError, AttributeError, ValueError):
-        layers = [config.per_layer_config[i] for i in range(config.num_hidden_layers)]
-        value = max(getattr(layer, name) for layer in layers)
+        value = _largest(config, name)
     if isinstance(value, int):
         return value
     raise BaseModelError(
         f"base.model={config.name_or_path or config.model_type}: the architecture "
-        f"{config.model_type} is not supported yet: it has no {name} that is the same in all "
-        "layers. Use a decoder whose layers have the same attention, such as Llama, Qwen or GPT-2"
+        f"{config.model_type} is not supported yet, because it has no {name}. Use a decoder with "
+        "attention, such as Llama, Qwen or GPT-2"
     )
+
+
+def _largest(config: PretrainedConfig, name: str) -> int | None:
+    """Of a setting that differs between layers; None if they do not have it."""
+    layers = getattr(config, "per_layer_config", None)
+    if not layers:
+        return None
+    return max(getattr(layers[i], name, 0) for i in range(config.num_hidden_layers)) or None
 
 
 def build_on_meta(config: PretrainedConfig, trust_remote_code: bool = False) -> nn.Module:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from qlora_lite.adapters.plan import plan_adapter
+from qlora_lite.export.verify import EXACT
 from qlora_lite.foundation import device
 from qlora_lite.methods.catalogue import method_for
 from qlora_lite.methods.lora import LoRA
@@ -43,8 +44,6 @@ CHANGES = {
 """Scaling, caps and windows that matter for 40 tokens."""
 
 IDS = torch.arange(5, 85).view(2, 40)
-SUMS = 1e-5
-"""Largest difference, relative to the largest value, between two orders of fp32 sums."""
 
 
 def families(quick=QUICK):
@@ -77,7 +76,7 @@ def logits_of(model) -> torch.Tensor:
     return model(input_ids=IDS, use_cache=False).logits
 
 
-def agree(found: torch.Tensor, expected: torch.Tensor, tolerance: float = SUMS) -> bool:
+def agree(found: torch.Tensor, expected: torch.Tensor, tolerance: float = EXACT) -> bool:
     return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
@@ -96,7 +95,7 @@ def test_two_steps_are_trained_merged_and_read_back(tmp_path, family):
         predicted = causal.logits(hidden)[:, :-1].flatten(0, 1)
         own_loss = trained.model(input_ids=IDS, labels=IDS, use_cache=False).loss
     loss = F.cross_entropy(predicted.float(), IDS[:, 1:].flatten())
-    assert loss.item() == pytest.approx(own_loss.item(), rel=SUMS)
+    assert loss.item() == pytest.approx(own_loss.item(), rel=EXACT)
     assert not agree(logits_of(trained.model), logits_of(own))  # quantised and trained
 
     merge(tmp_path / "run", tmp_path / "trained", base="trained", dtype="fp32")
