@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from qlora_lite.adapters.ranks import scale_of
 from qlora_lite.data.settings import Data
 from qlora_lite.foundation.errors import RecipeError
 from qlora_lite.foundation.overrides import apply_overrides, explicit_values, validate
@@ -97,7 +98,19 @@ def vary(recipe: Recipe, assignments: Sequence[str]) -> tuple[Recipe, list[str]]
     values = explicit_values(recipe)
     notes = _replace_length(values, assignments)
     values, more = apply_overrides(values, assignments, Recipe)
-    return validate(Recipe, values), [*notes, *more]
+    varied = validate(Recipe, values)
+    return varied, [*notes, *more, *_other_scale(recipe.adapter, varied.adapter, assignments)]
+
+
+def _other_scale(old: Adapter, new: Adapter, assignments: Sequence[str]) -> list[str]:
+    """A note if a new rank changes the scale of the update, because alpha stays."""
+    given = {text.partition("=")[0] for text in assignments}
+    if "adapter.rank" not in given or given & {"adapter", "adapter.alpha", "adapter.scaling"}:
+        return []
+    before, after = (scale_of(a.alpha, a.rank, a.scaling) for a in (old, new))
+    if before == after:
+        return []
+    return [f"adapter.alpha stays {new.alpha:g}, so the scale is {after:g} instead of {before:g}"]
 
 
 def _replace_length(values: dict[str, Any], assignments: Sequence[str]) -> list[str]:

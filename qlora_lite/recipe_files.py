@@ -12,6 +12,7 @@ from qlora_lite.foundation.errors import RecipeError
 from qlora_lite.foundation.files import parse_json
 from qlora_lite.foundation.json_files import shown
 from qlora_lite.foundation.overrides import validate
+from qlora_lite.foundation.sealed import is_unchanged
 from qlora_lite.foundation.settings import Settings
 from qlora_lite.foundation.validation_messages import explain
 from qlora_lite.recipe import Recipe, vary
@@ -19,6 +20,9 @@ from qlora_lite.shipped_recipes import find_recipe, near_names, shipped_recipes
 
 TRUST = "base.trust_remote_code"
 """The setting that lets the base's own Python code run."""
+
+CHANGED = "changed since the run wrote it"
+"""Said of a `recipe.json` that was edited or damaged."""
 
 
 def load_recipe(path: str | Path, *, trust_remote_code: bool = False) -> Recipe:
@@ -96,7 +100,12 @@ def _from_json(path: Path, trust_remote_code: bool) -> Recipe:
     settings = values.get("recipe", values)
     if not isinstance(settings, dict):
         raise RecipeError(f"{path}: recipe is {shown(settings)}, and an object is needed")
-    recipe = validate(Recipe, settings)
+    try:
+        recipe = validate(Recipe, settings)
+    except RecipeError as error:
+        if "recipe" in values and not is_unchanged(values):
+            raise RecipeError(f"{path} {CHANGED}: {error}") from None
+        raise
     if trust_remote_code:
         base = recipe.base.model_copy(update={"trust_remote_code": True})
         return recipe.model_copy(update={"base": base})

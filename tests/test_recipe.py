@@ -195,3 +195,13 @@ def test_a_kind_may_be_a_bare_name_in_python():
     assert (recipe.base.quant, recipe.adapter.kind) == (NF4(), "dora")
     with pytest.raises(ValueError, match="nf5"):
         Base(model="a/b", quant="nf5")
+
+
+def test_a_new_rank_is_noted_if_it_changes_the_scale():
+    recipe = Recipe(
+        base=Base(model="x"), adapter=LoRA(rank=32, alpha=64), data=Data(train="x"), output="x"
+    )
+    _, notes = vary(recipe, ["adapter.rank=4"])
+    assert notes == ["adapter.alpha stays 64, so the scale is 16 instead of 2"]
+    for assignments in (["adapter.rank=4", "adapter.alpha=8"], ["adapter.dropout=0.1"]):
+        assert vary(recipe, assignments)[1] == []

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from qlora_lite.adapters.attach import AttachedAdapter
 from qlora_lite.adapters.layer import Factors
 from qlora_lite.adapters.peft_config import CONFIG, read_peft_config, require_plain_lora
+from qlora_lite.adapters.peft_targets import require_named_layers
 from qlora_lite.foundation.errors import AdapterError
 from qlora_lite.foundation.sealed import read_sealed, require_files
 from qlora_lite.model.frozen import FrozenLinear
@@ -159,6 +160,8 @@ def read_peft(directory: Path) -> PeftAdapter:
         magnitude = None if kind else magnitudes.pop(path, None)
         factors = Factors(pair["A"], pair["B"] * config.scale(path), magnitude=magnitude)
         (adapter.embeddings if kind else adapter.layers)[path] = factors
+    pairs = (*adapter.layers, *adapter.embeddings)
+    require_named_layers(directory, config, pairs, adapter.full_tensors)
     all_match = all(
         is_dora == (pair.magnitude is not None and pair.magnitude.shape == pair.up.shape[:1])
         for pair in adapter.layers.values()

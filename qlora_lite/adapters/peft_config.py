@@ -106,7 +106,10 @@ class PeftConfig(JsonFile):
     bias: str | None = "none"
     init_lora_weights: bool | str | None = True
     base_model_name_or_path: str | None = None
+    task_type: str | None = None
     target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
     modules_to_save: list[str] | None = None
     fan_in_fan_out: bool | None = False
 

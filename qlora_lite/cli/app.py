@@ -79,8 +79,11 @@ def init(
     ] = False,
 ) -> None:
     """Write a recipe file for any model."""
+    from qlora_lite.foundation.errors import RecipeError
     from qlora_lite.run.initialising import write_recipe
 
+    if files := [argument for argument in trust or [] if argument.endswith(".py")]:
+        raise RecipeError(f"got {files[0]} after the model. Give the file with --output {files[0]}")
     file, plan = write_recipe(model, output, trust_remote_code=is_trusted(trust))
     with Display() as display:
         display.print_line(f"{file}: {plan.verdict}")

@@ -39,7 +39,8 @@ def status_of(command: Callable[[], object]) -> int:
     try:
         command()
     except (Exception, Interrupted, KeyboardInterrupt) as error:
-        return _explain(KeyboardInterrupt() if is_ending() else error)
+        is_consequence = is_ending() and not isinstance(error, Interrupted)
+        return _explain(KeyboardInterrupt() if is_consequence else error)
     return DONE
 
 

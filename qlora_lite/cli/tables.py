@@ -42,9 +42,9 @@ def plan_table(plan: "Plan") -> Table:
 def plan_lines(plan: "Plan") -> list[str]:
     """The rest of a plan: parameter counts, host memory, and settings that save memory."""
     lines = [
-        f"{format_count(plan.num_trained)} of {format_count(plan.num_parameters)} parameters "
-        f"trained; micro-batches of {plan.micro_batch_tokens:,} tokens, "
-        f"{format_count(plan.flops_per_token)}FLOP per token",
+        f"{format_count(plan.num_trained)} parameters trained, on a base of "
+        f"{format_count(plan.num_parameters)}; micro-batches of "
+        f"{plan.micro_batch_tokens:,} tokens, {format_count(plan.flops_per_token)}FLOP per token",
     ]
     if plan.ledger.host_bytes:
         lines.append(f"host memory: {format_bytes(plan.ledger.host_bytes)}")

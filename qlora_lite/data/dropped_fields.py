@@ -4,6 +4,7 @@ A row would otherwise be trained without its tools, its reasoning or its weight.
 
 - Every field of a message is read (`role`, `content`), or is metadata that cannot change the text
   (`METADATA`), or has a neutral value.
+- `label: false` marks a bad answer in preference data.
 - A row may have any columns, as tables do. Only fields that the formats of chat data define
   (`MEANINGFUL`, and `TEXTS` where the text is composed from fields) must be read, or be neutral. A
   field is read if the format uses it (by its name in `data.fields`), or if `data.prompt` names it.
@@ -135,8 +136,8 @@ def refused_fields(
     meaningful = MEANINGFUL | TRAINED | MASKED
     if kind != "text":
         meaningful |= TEXTS
-    if kind == "completion" and prompt is None:
-        meaningful |= {"input"}
+    if kind == "completion":
+        meaningful |= {"label"} if prompt is not None else {"label", "input"}
     read = {names.get(field, field) for field in (*chosen.needs, *chosen.optional)}
     return meaningful - read - fields_in(prompt or "")
 
@@ -173,14 +174,16 @@ def _is_neutral(name: str, value: Any) -> bool:
         return text in ("1", "1.0", "true")
     if name in MASKED:
         return text in ("0", "0.0", "false")
-    if value is False:
-        return name not in SWITCHES
+    if name == "label" or value is False:  # other labels are classes
+        return (name == "label") is (value is not False) and name not in SWITCHES
     return isinstance(value, list | tuple | Mapping | bytes) and not value
 
 
 def _problem(name: str, value: Any) -> str:
     if name in TRAINED | MASKED:
         effect = "the turn would be trained like any other. Split the conversation or remove the"
+    elif name == "label":
+        effect = "an answer that is marked as bad would be trained. Remove such rows, or the"
     elif name in ENDS:
         effect = "the end of the turn would be trained after it. Join the messages or remove the"
     elif name in TEXTS | {"input"}:

@@ -71,6 +71,8 @@ def _choose_format(data: Data, row: Mapping[str, Any], where: str) -> str:
 
 def _unknown_format(row: Mapping[str, Any], names: Mapping[str, str], where: str) -> str:
     """The error message for a row that has the fields of no format."""
+    if not row:
+        return f"{where}: the row has no fields. Remove it"
     present = ", ".join(map(repr, row))
     absent = [name for name in names.values() if name not in row]
     if absent:

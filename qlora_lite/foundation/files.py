@@ -100,6 +100,20 @@ def make_folder(path: Path) -> None:
         ) from error
 
 
+def require_possible_folder(path: Path) -> None:
+    """Check that a folder exists and can be written, or that it could be created.
+
+    Raises:
+        RunError: if not.
+    """
+    whole = path.absolute()
+    existing = next(folder for folder in (whole, *whole.parents) if folder.exists())
+    if not existing.is_dir():
+        raise RunError(f"{existing} is a file, and a folder is needed. Give another output=...")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise RunError(f"{existing} is not writable. Give another output=...")
+
+
 def sync_directory(directory: Path) -> None:
     """fsync a directory: renames and new files in it survive a power cut."""
     handle = os.open(directory, os.O_RDONLY)

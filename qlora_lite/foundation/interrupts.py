@@ -1,4 +1,4 @@
-"""Ctrl-C ends a command within a second and with one line, whatever it is doing.
+"""Ctrl-C and SIGTERM end a command within a second and with one line, whatever it is doing.
 
     status = interruptible(lambda: run(arguments))
 
@@ -23,6 +23,7 @@ from types import FrameType
 from typing import NoReturn
 
 GRACE_SECONDS = 0.6
+ACKNOWLEDGED = b"\nstopping after this step. Press Ctrl-C or send the signal again to stop now\n"
 INTERRUPTED = 130
 
 _STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
@@ -33,7 +34,8 @@ class _State:
     requests: int = 0
     """Signals that the running code will handle by itself."""
     is_ending: bool = False
-    """Ctrl-C was pressed, and it was not a request."""
+    """A signal to stop arrived, and it was not a request."""
+    cause: str = "stopped from the keyboard"
     is_reported: bool = False
     """The line about it is printed."""
 
@@ -43,7 +45,7 @@ _reporting = threading.Lock()
 
 
 def is_ending() -> bool:
-    """Whether Ctrl-C was pressed: any exception after it is a consequence of it."""
+    """Whether a signal to stop arrived: any exception after it is a consequence of it."""
     return _state.is_ending
 
 
@@ -51,7 +53,7 @@ def report(message: str = "") -> None:
     """Print how the command was interrupted, unless that was printed before."""
     with _reporting:
         if not _state.is_reported:
-            sys.stderr.write(f"interrupted: {message or 'stopped from the keyboard'}\n")
+            sys.stderr.write(f"interrupted: {message or _state.cause}\n")
             sys.stderr.flush()
             _state.is_reported = True
 
@@ -87,6 +89,7 @@ def interruptible(run: Callable[[], int]) -> int:
 @contextmanager
 def _watched() -> Iterator[None]:
     _state.requests, _state.is_ending, _state.is_reported = 0, False, False
+    _state.cause = _State.cause
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     previous = signal.signal(signal.SIGINT, _raise)
@@ -132,7 +135,13 @@ def _watch(reader: int) -> None:
                     continue
                 if _state.requests:
                     _state.requests -= 1
-                elif number == signal.SIGINT:
+                    if number != signal.SIGHUP:
+                        os.write(2, ACKNOWLEDGED)
+                else:
+                    # an import can swallow the exception that the main thread raises for it
+                    if number != signal.SIGINT:
+                        _state.cause = f"stopped by {signal.Signals(number).name}"
+                        _state.is_ending = True
                     time.sleep(GRACE_SECONDS)
                     _end_now()
 
@@ -140,7 +149,7 @@ def _watch(reader: int) -> None:
 def _end_now() -> NoReturn:
     if _reporting.acquire(timeout=0.2) and not _state.is_reported:
         show_cursor = "\r\n\x1b[?25h" if os.isatty(2) else ""
-        os.write(2, f"{show_cursor}interrupted: stopped from the keyboard\n".encode())
+        os.write(2, f"{show_cursor}interrupted: {_state.cause}\n".encode())
     os._exit(INTERRUPTED)
 
 

@@ -30,7 +30,7 @@ def hashes_of(directory: Path, names: Iterable[str]) -> dict[str, str]:
 
 def write_sealed(path: Path, value: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
     """Write a record with its own hash, and those of files that are next to it."""
-    record = {**value, _FILES: dict(hashes)}
+    record = {k: v for k, v in value.items() if k != _SEAL} | {_FILES: dict(hashes)}
     write_json(path, record | {_SEAL: digest_of(record)})
 
 
@@ -45,6 +45,11 @@ def read_sealed(path: Path, *needed: str) -> dict[str, Any]:
     if record.pop(_SEAL) != digest_of(record):
         raise ValueError("it changed since it was written")
     return record
+
+
+def is_unchanged(record: Mapping[str, Any]) -> bool:
+    """Whether a record that was read without a check has its own hash."""
+    return record.get(_SEAL) == digest_of({k: v for k, v in record.items() if k != _SEAL})
 
 
 def require_files(directory: Path, record: Mapping[str, Any], *names: str) -> None:

@@ -16,14 +16,14 @@ import torch
 
 from qlora_lite.adapters.files import SIDECAR, how_to_rebuild
 from qlora_lite.foundation.errors import RunError
-from qlora_lite.foundation.files import make_folder, read_object, write_json
+from qlora_lite.foundation.files import make_folder, read_object
 from qlora_lite.foundation.json_files import check_as
 from qlora_lite.foundation.overrides import validate
-from qlora_lite.foundation.sealed import read_sealed, require_files
+from qlora_lite.foundation.sealed import is_unchanged, read_sealed, require_files, write_sealed
 from qlora_lite.model.base_files import BaseFiles, locate, open_checkpoint
 from qlora_lite.model.settings import Base
 from qlora_lite.recipe import Recipe, differences
-from qlora_lite.recipe_files import load_recipe
+from qlora_lite.recipe_files import CHANGED, load_recipe
 from qlora_lite.run.changes import changes, edited_after_training, extend_hint, is_length
 from qlora_lite.run.records import Computing, RunRecord, Sidecar
 from qlora_lite.shards.checkpoint import Checkpoint
@@ -72,6 +72,12 @@ class RunFolder:
             RunError: if there cannot be a folder of this name.
         """
         make_folder(self.path)
+
+    def remove_if_unused(self) -> None:
+        """Remove the folder if it has nothing but a lock: its run did not start."""
+        if self.path.is_dir() and {entry.name for entry in self.path.iterdir()} <= {".lock"}:
+            (self.path / ".lock").unlink(missing_ok=True)
+            self.path.rmdir()
 
     def read_record(self) -> dict[str, Any]:
         """Read `recipe.json`.
@@ -214,6 +220,7 @@ class RunFolder:
                     + "\n  ".join(changed)
                     + "\nGive another output=..., or use the settings of that run"
                     + extend_hint(changed)
+                    + self._edited_hint()
                 )
             return
         forbidden = [line for line in changed if not is_length(line)]
@@ -233,6 +240,10 @@ class RunFolder:
                 f"{self.path} is finished, and --extend was given without a new length. "
                 "Give the new total length: optim.steps=... or optim.epochs=..."
             )
+
+    def _edited_hint(self) -> str:
+        """The end of an error message, if `recipe.json` is not as the run wrote it."""
+        return "" if is_unchanged(self.read_record()) else f". {self.recipe} {CHANGED}"
 
     @property
     def has_results(self) -> bool:
@@ -347,7 +358,7 @@ class RunFolder:
             record = old | {"recipe": recipe.to_dict()}
             if any(is_length(line) for line in changes(old["recipe"], recipe)):
                 record["is_extended"] = True
-        write_json(self.recipe, record)
+        write_sealed(self.recipe, record, {})
         return warnings
 
     def _require_empty(self) -> None:

@@ -13,7 +13,7 @@ from qlora_lite.data.load import PreparedData
 from qlora_lite.data.preview import preview_row
 from qlora_lite.data.token_display import bracketed
 from qlora_lite.evaluation.perplexity import score
-from qlora_lite.foundation.errors import BaseModelError
+from qlora_lite.foundation.errors import BaseModelError, RecipeError
 from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.memory import formulas
 from qlora_lite.memory.allocator import reuse_freed_memory, trimmer
@@ -39,8 +39,11 @@ def training_batches(
 
     Args:
         packs: rows that share a bin do not see each other in this model.
+
+    Raises:
+        RecipeError: if the warm-up is longer than the run.
     """
-    return Batches(
+    batches = Batches(
         data.train,
         max_tokens=recipe.data.max_tokens,
         tokens_per_step=recipe.optim.tokens_per_step,
@@ -51,6 +54,11 @@ def training_batches(
         epochs=recipe.optim.epochs,
         steps=recipe.optim.steps,
     )
+    try:
+        recipe.optim.require_warmup_within(batches.steps)
+    except ValueError as error:
+        raise RecipeError(f"optim: {error}") from None
+    return batches
 
 
 def held_out_batches(recipe: Recipe, rows: Examples, packs: bool) -> Iterator[Batch]:

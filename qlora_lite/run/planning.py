@@ -1,6 +1,7 @@
 """The memory plan of a recipe, and checks of its settings. Downloads only `config.json`."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from qlora_lite.adapters.warm_start import require_adapter
 from qlora_lite.data.source_names import require_source, to_path
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import BudgetError, RecipeError
-from qlora_lite.foundation.files import is_file
+from qlora_lite.foundation.files import is_file, require_possible_folder
 from qlora_lite.foundation.units import format_bytes, parse_bytes
 from qlora_lite.memory.formulas import packed_bytes
 from qlora_lite.memory.ledger import RunShape
@@ -79,7 +80,8 @@ def check_settings(setup: RunSetup) -> list[str]:
     Raises:
         AdapterError: if there is no adapter to start from.
         DataError: if `data.train` or `data.heldout` is here, and is not a file.
-        RecipeError: if rows may be longer than the model can read.
+        RecipeError: if rows may be longer than the model can read, or FlashAttention cannot run.
+        RunError: if `output` cannot be a folder.
     """
     recipe = setup.recipe
     if recipe.adapter.start:
@@ -87,6 +89,8 @@ def check_settings(setup: RunSetup) -> list[str]:
     for setting, name in (("train", recipe.data.train), ("heldout", recipe.data.heldout)):
         if name is not None and os.path.lexists(to_path(name)):  # a plan does not need the rows
             require_source(f"data.{setting}", name)
+    require_possible_folder(Path(recipe.output))
+    _check_attention(setup)
     _check_files(setup)
     notes = [*_check_context(setup), *_check_ranks(setup), *_unquantised_experts(setup)]
     if tokens_of_a_step(recipe) > recipe.optim.tokens_per_step:
@@ -104,6 +108,25 @@ def check_settings(setup: RunSetup) -> list[str]:
     if recipe.evaluation.patience and not recipe.data.heldout and not recipe.data.heldout_share:
         notes.append("evaluation.patience has no effect: no rows are held out to score")
     return notes
+
+
+def _check_attention(setup: RunSetup) -> None:
+    """Check that FlashAttention can run, if the device is here.
+
+    Raises:
+        RecipeError: if it needs another device, or its package is missing.
+    """
+    if setup.recipe.base.attention != "flash_attention_2" or not setup.rule.is_available:
+        return
+    if setup.rule.device.type != "cuda":
+        problem = "FlashAttention runs on CUDA cards only"
+    elif find_spec("flash_attn") is None:
+        problem = "the package flash-attn is not installed"
+    else:
+        return
+    raise RecipeError(
+        f"got base.attention=flash_attention_2, and {problem}. Use base.attention=auto"
+    )
 
 
 def _check_files(setup: RunSetup) -> None:

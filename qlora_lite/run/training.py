@@ -73,19 +73,30 @@ def run_recipe(
     folder = RunFolder(Path(recipe.output))
     folder.require_usable(recipe, extend)
     require_trackers(recipe.tracking)
+    is_new = not folder.path.exists()
     folder.make()
     with lock(folder.path) as held:
-        folder.require_usable(recipe, extend)  # again: it may have changed before we had the lock
-        folder.discard_unused_record(recipe)
-        if folder.is_finished(recipe):
-            folder.require_intact()
-            return _result_of_finished(folder)
-        checkpoint.clean(folder.checkpoints)
         try:
-            return _train(recipe, folder, watcher, held)
-        except Exception:
-            held.require()  # if the folder was taken away, that is the cause
-            raise
+            return _run_locked(recipe, folder, extend, watcher, held)
+        finally:
+            if is_new:
+                folder.remove_if_unused()
+
+
+def _run_locked(
+    recipe: Recipe, folder: RunFolder, extend: bool, watcher: Watcher, held: Lock
+) -> RunResult:
+    folder.require_usable(recipe, extend)  # again: it may have changed before we had the lock
+    folder.discard_unused_record(recipe)
+    if folder.is_finished(recipe):
+        folder.require_intact()
+        return _result_of_finished(folder)
+    checkpoint.clean(folder.checkpoints)
+    try:
+        return _train(recipe, folder, watcher, held)
+    except Exception:
+        held.require()  # if the folder was taken away, that is the cause
+        raise
 
 
 def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock) -> RunResult:

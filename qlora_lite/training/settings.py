@@ -25,10 +25,10 @@ class Optim(Settings):
     """Tokens per forward; chosen by the memory plan unless given. Changes a step only by rounding
     (except for BA-LoRA, whose extra losses are computed per forward)."""
 
-    epochs: float = Field(default=1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0, le=10**6)
     """Passes over the data, in whole steps: the last step is filled from the next pass."""
 
-    steps: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1, le=10**9)
     """Optimizer steps, instead of `epochs`."""
 
     schedule: ScheduleName = "cosine"
@@ -69,6 +69,24 @@ class Optim(Settings):
                 "run. Give one of them"
             )
         return self
+
+    @model_validator(mode="after")
+    def _has_room_for_the_warmup(self) -> "Optim":
+        if self.steps is not None:
+            self.require_warmup_within(self.steps)
+        return self
+
+    def require_warmup_within(self, steps: int) -> None:
+        """Check that the warm-up is not longer than the run.
+
+        Raises:
+            ValueError: if it is.
+        """
+        if self.warmup > max(steps, 1):
+            raise ValueError(
+                f"got warmup={self.warmup:g}, and the run has {steps} steps. Give fewer steps of "
+                "warm-up, or a share of the run below 1"
+            )
 
 
 class Evaluation(Settings):

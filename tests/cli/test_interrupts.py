@@ -37,14 +37,13 @@ def read_until(process, text):
         assert line or process.poll() is None, process.stderr.read()
 
 
-def assert_interrupted(process, seconds=2.5):
+def assert_interrupted(process, seconds=2.5, line=LINE):
     """One second is promised; the machine may be busy."""
     begun = time.monotonic()
     _, err = process.communicate(timeout=30)
     assert time.monotonic() - begun < seconds
     assert process.returncode == 130
-    (line,) = err.strip().splitlines()[-1:]
-    assert line == LINE
+    assert err.strip().splitlines()[-1] == line
     assert "Traceback" not in err
     assert err.count("interrupted") == 1
 
@@ -66,6 +65,43 @@ def test_ctrl_c_while_rows_are_read(recipe, tmp_path):
     process.send_signal(signal.SIGINT)
     assert_interrupted(process)
     assert not (tmp_path / "run" / "recipe.json").exists()
+
+
+SWALLOWED = """
+import sys, time, types
+import qlora_lite.recipe_files
+def __getattr__(name):
+    if name != "load_with_settings":
+        raise AttributeError(name)
+    text = "importing"
+    while True:
+        try:
+            print(text, flush=True)
+            text = ""
+            time.sleep(60)
+        except BaseException:
+            pass  # as an import in numpy does
+stuck = types.ModuleType("qlora_lite.recipe_files")
+stuck.__getattr__ = __getattr__
+sys.modules["qlora_lite.recipe_files"] = stuck
+"""
+
+
+def test_sigterm_that_an_import_swallows_ends_with_one_line(recipe):
+    process = start("plan", recipe, before=SWALLOWED)
+    read_until(process, "importing")
+    process.send_signal(signal.SIGTERM)
+    assert_interrupted(process, line="interrupted: stopped by SIGTERM")
+
+
+def test_the_first_signal_in_training_is_acknowledged_at_once(recipe):
+    process = start("train", recipe, before=STUCK)
+    read_until(process, "stuck")
+    process.send_signal(signal.SIGTERM)
+    while "stopping after this step" not in (text := process.stderr.readline()):
+        assert text
+    process.kill()
+    process.communicate()
 
 
 def test_a_second_ctrl_c_ends_a_step_that_takes_for_ever(recipe):

@@ -123,6 +123,20 @@ def test_neutral_values_are_accepted(write, name):
     assert read(write, {**chat(), name: NEUTRAL[name]}) == expected
 
 
+def test_a_bad_answer_of_preference_data_is_refused_and_a_class_is_not(write):
+    with pytest.raises(DataError, match=r"field 'label': got False.*marked as bad"):
+        read(write, {**PAIR, "label": False})
+    for value in (True, "False", 0, "river"):
+        assert read(write, {**PAIR, "label": value}) == read(write, PAIR)
+    assert read(write, {**ALPACA, "label": False})
+
+
+def test_a_row_without_fields_is_named_as_such(write):
+    name = write("a.jsonl", "{}\n")
+    with pytest.raises(DataError, match="line 1: the row has no fields"):
+        list(read_rows(open_source(name), Data(train=name)))
+
+
 def test_a_turn_that_ends_is_neutral(write):
     assert read(write, chat(end_turn=True)) == read(write, chat())
 

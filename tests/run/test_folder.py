@@ -11,6 +11,7 @@ from qlora_lite.foundation import files
 from qlora_lite.foundation.errors import (
     AdapterError,
     BaseModelError,
+    RecipeError,
     RunError,
     TrainingError,
 )
@@ -337,6 +338,24 @@ def changed(value):
     if isinstance(value, float) and 0 < value <= 0.5:
         return value * 2
     return value + 1 if isinstance(value, int | float) else 1
+
+
+def test_a_damaged_record_is_not_called_a_typing_error(finished, folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    text = (run / "recipe.json").read_text()
+    (run / "recipe.json").write_text(text.replace('"output"', '"out0ut"'))
+    with pytest.raises(
+        RecipeError, match=r"recipe\.json changed since the run wrote it: (?s:.*)out0ut"
+    ):
+        load_recipe(run)
+    (run / "recipe.json").write_text(text.replace('"seed": 0', '"seed": 4'))
+    with pytest.raises(RunError, match=r"seed: 4 -> 0\n.*recipe\.json changed since"):
+        RunFolder(run).require_usable(recipe_in(folder, "finished"), extend=False)
+    (run / "recipe.json").write_text(text)
+    with pytest.raises(RunError) as refused:
+        RunFolder(run).require_usable(recipe_in(folder, "finished", "seed=4"), extend=False)
+    assert "changed since" not in str(refused.value)
 
 
 def test_the_same_extension_again_is_finished(finished, tmp_path):

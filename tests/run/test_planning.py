@@ -15,6 +15,7 @@ from qlora_lite.foundation.errors import (
     BudgetError,
     DataError,
     RecipeError,
+    RunError,
 )
 from qlora_lite.model.facts import facts_of, read_facts
 from qlora_lite.model.load import build_empty
@@ -63,6 +64,22 @@ def test_a_folder_as_data_is_refused_and_a_file_that_is_not_here_is_not(folder, 
     with pytest.raises(DataError, match=rf"got {setting}=.*a folder, not a file"):
         notes_of(folder, f"{setting}={folder}", BIN)
     assert notes_of(folder, f"{setting}={folder}/not_here.jsonl", BIN) == []
+
+
+def test_an_output_that_cannot_be_a_folder_is_refused(folder):
+    for output in ("/dev/null", f"{folder}/train.jsonl/run"):
+        with pytest.raises(RunError, match=r"is a file, and a folder is needed.*output="):
+            notes_of(folder, f"output={output}", BIN)
+    assert notes_of(folder, f"output={folder}/new/run", BIN) == []
+
+
+def test_flash_attention_is_refused_where_it_cannot_run(folder):
+    flash = "base.attention=flash_attention_2"
+    with pytest.raises(RecipeError, match=r"got base\.attention=flash_attention_2, and FlashAtt"):
+        notes_of(folder, flash, BIN)
+    absent = device.choose("cuda", allow_absent=True)
+    if not absent.is_available:  # a plan for another machine
+        assert check_settings(set_up(recipe_in(folder, "run", flash, BIN), absent)) == []
 
 
 def test_a_step_of_packed_rows_has_at_least_one_bin(folder):

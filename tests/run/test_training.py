@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_lite.foundation.errors import AdapterError, BudgetError, TrainingError
+from qlora_lite.foundation.errors import AdapterError, BudgetError, RecipeError, TrainingError
 from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.recipe_files import load_recipe
 from qlora_lite.report.page import read as read_report
@@ -32,6 +32,25 @@ def losses_of(folder, name):
 def plain(folder):
     changes = ("adapter.dropout=0", "adapter.dtype=fp32", "evaluation.samples=2")
     return run_recipe(recipe_in(folder, "plain", *changes))
+
+
+def test_a_start_that_failed_leaves_no_folder(folder):
+    with pytest.raises(AdapterError):
+        run_recipe(recipe_in(folder, "failed", "adapter.targets=nothing_like_that"))
+    assert not (folder / "failed").exists()
+    (folder / "mine").mkdir()
+    with pytest.raises(AdapterError):
+        run_recipe(recipe_in(folder, "mine", "adapter.targets=nothing_like_that"))
+    assert (folder / "mine").is_dir()
+
+
+def test_a_warm_up_longer_than_the_run_is_refused(folder):
+    with pytest.raises(RecipeError, match="got warmup=13, and the run has 12 steps"):
+        recipe_in(folder, "warm", "optim.warmup=13")
+    with pytest.raises(RecipeError, match=r"got warmup=1e\+09, and the run has \d+ steps"):
+        run_recipe(recipe_in(folder, "warm", "optim.warmup=1e9", "optim.epochs=1"))
+    with pytest.raises(RecipeError, match=r"optim\.steps: got 9{20}"):
+        recipe_in(folder, "warm", f"optim.steps={'9' * 20}")
 
 
 def test_the_predicted_memory_includes_the_rows(folder, plain):
