@@ -49,6 +49,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite": _COMMON | {"logits_scaling": 2.0, "residual_multiplier": 0.5},
     "cohere": _COMMON | {"logit_scale": 0.25},
     "phi3": _COMMON,
+    "mixtral": _COMMON | {"num_local_experts": 4, "sliding_window": 16},
 }
 
 

@@ -125,6 +125,16 @@ def test_a_method_that_changes_the_base_is_noted(folder):
     assert note.startswith("adapter=loftq with these settings changes the base weights")
 
 
+def test_experts_that_stay_unquantised_are_noted_with_their_bytes(folder, tmp_path):
+    base = save_tiny(tmp_path / "base", "mixtral")
+    shutil.copy(folder / "train.jsonl", tmp_path)
+    (note,) = notes_of(tmp_path)
+    # 2 layers with 4 experts of 3 matrices (64, 128) in fp32; NF4: a code and a scale of 64 weights
+    assert f"the experts of {base} stay in float32, without adapters: 196,608 weights" in note
+    assert "768 KiB. In nf4 they would take 99" in note
+    assert notes_of(tmp_path, "base.quant=bf16") == []
+
+
 def test_a_plan_refuses_what_training_refuses(folder, tmp_path):
     base = shutil.copytree(folder / "base", tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
