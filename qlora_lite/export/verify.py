@@ -39,7 +39,7 @@ SAFETY = 4
 small models in bf16 and fp16, the error is 0.2 to 0.9 times that average."""
 
 MAX_LOSS_INCREASE = 0.5
-"""In nats: bound on what the original base may score worse than the quantised one of training."""
+"""In nats: what the merge on the original base may at most score worse than the trained model."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,34 @@ def rounding_bounds(
     """
     variance = (torch.finfo(files).eps / 5) ** 2 + 4 * (torch.finfo(compute).eps / 5) ** 2
     error = max(math.sqrt(num_products * variance), EXACT / SAFETY)
-    change = error * _centred(reference).square().mean().sqrt().item()
+    return _allowing(reference, error, max(2 * error * _size(reference), EXACT))
+
+
+def original_bounds(
+    reference: Tensor, bare_trained: Tensor, bare_original: Tensor, rounding: Bounds
+) -> Bounds:
+    """Bounds for the merge on the original base, which differs by the error of quantisation.
+
+    The adapter is the same on both bases, so their merges differ about as much as the bases
+    without it, plus rounding.
+
+    Args:
+        reference: logits of the trained model, (tokens, vocabulary).
+        bare_trained: those of the quantised base without the adapter.
+        bare_original: those of the original base.
+        rounding: from `rounding_bounds`.
+    """
+    quantisation = _size(bare_original - bare_trained) / _size(reference)
+    error = math.hypot(quantisation, rounding.rms_error / SAFETY)
+    change = error * _size(reference)
+    return _allowing(reference, error, min(max(2 * SAFETY * change, EXACT), MAX_LOSS_INCREASE))
+
+
+def _allowing(reference: Tensor, error: float, loss_change: float) -> Bounds:
+    """Bounds for logits that differ by `error` on average (RMS, relative)."""
     best, second = reference.topk(2).values.unbind(-1)
-    is_certain = best - second > 2 * SAFETY * change
-    return Bounds(SAFETY * error, is_certain.float().mean().item(), max(2 * change, EXACT))
-
-
-ORIGINAL_BASE_BOUNDS = Bounds(math.inf, 0.0, MAX_LOSS_INCREASE)
-"""For the original base, which legitimately differs by the error of quantisation."""
+    is_certain = best - second > 2 * SAFETY * error * _size(reference)
+    return Bounds(SAFETY * error, is_certain.float().mean().item(), loss_change)
 
 
 @torch.no_grad()
@@ -144,18 +164,17 @@ def compare(reference: Tensor, other: Tensor, targets: Tensor | None = None) -> 
     difference = other - reference
     error = difference.abs().max() / reference.abs().max()
     top1 = (other.argmax(-1) == reference.argmax(-1)).float().mean()
-    rms = _centred(difference).square().mean().sqrt()
-    rms = rms / _centred(reference).square().mean().sqrt()
+    rms = _size(difference) / _size(reference)
     change = 0.0
     if targets is not None:
         losses = [F.cross_entropy(logits, targets).item() for logits in (reference, other)]
         change = losses[1] - losses[0]
-    return Agreement(error.item(), top1.item(), len(reference), rms.item(), change)
+    return Agreement(error.item(), top1.item(), len(reference), rms, change)
 
 
-def _centred(logits: Tensor) -> Tensor:
-    """Adding the same number to all logits of a token changes nothing."""
-    return logits - logits.mean(-1, keepdim=True)
+def _size(logits: Tensor) -> float:
+    """RMS of logits. Adding the same number to all logits of a token changes nothing."""
+    return (logits - logits.mean(-1, keepdim=True)).square().mean().sqrt().item()
 
 
 def candidate(weights: MergedWeights, base: Base, rule: DeviceRule) -> CausalModel:

@@ -12,6 +12,7 @@ One model is in memory at a time. Results are noted at once, and kept for the mo
 import gc
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,11 +27,11 @@ from qlora_lite.export.merge import MergedWeights
 from qlora_lite.export.trained_layers import BaseOfMerge, MergeSource, TrainedLayers
 from qlora_lite.export.verify import (
     EXACT,
-    ORIGINAL_BASE_BOUNDS,
     Agreement,
     Bounds,
     candidate,
     compare,
+    original_bounds,
     read_back,
     rounding_bounds,
     sample_logits,
@@ -40,6 +41,9 @@ from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import CheckError
 from qlora_lite.foundation.watcher import Watcher
+from qlora_lite.model.causal import CausalModel
+from qlora_lite.model.load import load_base
+from qlora_lite.model.quant import BF16, FP32
 from qlora_lite.recipe import Recipe
 from qlora_lite.report.contents import MergeRow
 from qlora_lite.run.folder import RunFolder
@@ -67,6 +71,8 @@ class _Reference:
     targets: Tensor
     """Of these tokens."""
     score: Score
+    bare: Tensor
+    """Logits of the base as trained without the adapter, for the same tokens."""
 
 
 class MergeCheck:
@@ -138,7 +144,10 @@ class MergeCheck:
                 "Nothing was merged: its training diverged, or its files are damaged"
             )
         targets, found = sample_targets(batches), score(trained.causal, batches)
-        self._measured = _Reference(batches, is_heldout, logits, targets, found)
+        assert trained.attached is not None
+        with trained.attached.disabled():
+            bare = sample_logits(trained.causal, batches)
+        self._measured = _Reference(batches, is_heldout, logits, targets, found, bare)
         del trained
         _release_memory()
 
@@ -213,20 +222,31 @@ class MergeCheck:
         )
 
     def _bounds(self, weights: MergedWeights) -> Bounds:
-        if weights.base == "original":
-            return ORIGINAL_BASE_BOUNDS
         matrices = [spec for spec in weights.specs if len(spec.shape) > 1]
-        return rounding_bounds(
-            self._reference.logits, weights.dtype, self.rule.compute, len(matrices)
-        )
+        logits = self._reference.logits
+        rounding = rounding_bounds(logits, weights.dtype, self.rule.compute, len(matrices))
+        if weights.base == "trained":
+            return rounding
+        return original_bounds(logits, self._reference.bare, self._original_logits, rounding)
 
     def _bounds_text(self, weights: MergedWeights) -> str:
         """The bounds that were kept, for the note."""
         bounds = self._bounds(weights)
-        text = f"the loss may be {bounds.loss_change:.3f} nats higher"
-        if math.isfinite(bounds.rms_error):
-            text = f"bounds: RMS difference {bounds.rms_error:.1%}, {text}"
-        return text
+        return (
+            f"bounds: RMS difference {bounds.rms_error:.1%}, the loss may be "
+            f"{bounds.loss_change:.3f} nats higher"
+        )
+
+    @cached_property
+    def _original_logits(self) -> Tensor:
+        """Logits of the original base without an adapter, for the reference's tokens."""
+        quant = FP32() if self.rule.compute == torch.float32 else BF16()
+        base = self.source.base.model_copy(update={"quant": quant, "head": "16bit"})
+        loaded = load_base(base, self.rule, facts=self.source.facts, files=self.source.files)
+        logits = sample_logits(CausalModel(loaded.model), self._reference.batches)
+        del loaded
+        _release_memory()
+        return logits
 
     def _check_before_rounding(self) -> None:
         """Before rounding, weights merged on the base as trained must give the trained logits."""

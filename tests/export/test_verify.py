@@ -1,5 +1,7 @@
 """Comparing the logits of two models."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,10 +9,11 @@ from qlora_lite.export import verify
 from qlora_lite.export.merge import MergedWeights
 from qlora_lite.export.trained_layers import TrainedLayers
 from qlora_lite.export.verify import (
-    ORIGINAL_BASE_BOUNDS,
+    SAFETY,
     Agreement,
     candidate,
     compare,
+    original_bounds,
     read_back,
     rounding_bounds,
     sample_logits,
@@ -83,8 +86,28 @@ def test_rounding_keeps_its_bounds_and_a_larger_error_does_not(dtype):
     assert bounds.problem(compare(reference, reference * torch.nan))
 
 
-def test_the_original_base_may_not_score_half_a_nat_worse():
+def test_the_original_base_may_differ_as_much_as_it_does_without_the_adapter():
+    generator = torch.Generator().manual_seed(0)
+    reference, noise = (torch.randn(50, 40, generator=generator) for _ in range(2))
+    rounding = rounding_bounds(reference, torch.bfloat16, torch.float32, 8)
+    bounds = original_bounds(reference, reference, reference + 0.05 * noise, rounding)
+    quantisation = 0.05 * (noise.std() / reference.std()).item()
+    expected = math.hypot(SAFETY * quantisation, rounding.rms_error)
+    assert bounds.rms_error == pytest.approx(expected, rel=0.05)
+    targets = reference.argmax(-1)
+    near = compare(reference, reference + 0.1 * noise, targets)
+    far = compare(reference, reference + 0.5 * noise, targets)
+    assert bounds.problem(near) is None
+    assert "logits differ by" in (bounds.problem(far) or "")
+    same = original_bounds(reference, reference, reference, rounding)
+    assert same.rms_error == pytest.approx(rounding.rms_error)
+    assert bounds.problem(Agreement(0.1, 0.9, 9, 0.1, float("nan")))
+
+
+def test_the_merge_on_the_original_base_may_not_score_half_a_nat_worse():
+    reference = torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
+    rounding = rounding_bounds(reference, torch.bfloat16, torch.float32, 8)
+    bounds = original_bounds(reference, reference, -reference, rounding)
     worse, slightly_worse = (Agreement(0.3, 0.9, 9, 0.3, loss) for loss in (0.6, 0.4))
-    assert "0.600 nats higher" in (ORIGINAL_BASE_BOUNDS.problem(worse) or "")
-    assert ORIGINAL_BASE_BOUNDS.problem(slightly_worse) is None
-    assert ORIGINAL_BASE_BOUNDS.problem(Agreement(0.3, 0.9, 9, 0.3, float("nan")))
+    assert "0.600 nats higher" in (bounds.problem(worse) or "")
+    assert bounds.problem(slightly_worse) is None
