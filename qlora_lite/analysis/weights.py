@@ -36,6 +36,8 @@ class BaseWeights:
         shape = facts.shape
         self.model = model
         self.checkpoint = open_checkpoint(locate(base), facts)
+        names = facts.match_names(self.checkpoint.names)
+        self._stored_names = {ours: stored for stored, ours in names.items()}
         self._rule = rule
         self._decoder = shape.blocks.partition(".")[0]
         matrices = [p for p in shape.parameters if len(p.shape) == 2]
@@ -71,8 +73,7 @@ class BaseWeights:
     def _stored(self, path: str) -> str:
         p = self._find(path)
         assert p is not None, path
-        name = p.tied_to or p.name
-        return next((n for n in self._spellings(name) if n in self.checkpoint), name)
+        return self._stored_names[p.tied_to or p.name]
 
     def _spellings(self, name: str) -> tuple[str, str, str]:
         """With and without the prefix of the decoder: checkpoints differ in this."""
