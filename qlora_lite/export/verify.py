@@ -35,8 +35,9 @@ EXACT = 1e-4
 """Largest difference relative to the largest logit when everything is in fp32."""
 
 SAFETY = 4
-"""Bounds on logits are this many times the error that rounding causes on average. Measured on three
-small models in bf16 and fp16, the error is 0.2 to 0.9 times that average."""
+"""Bounds on logits are this many times the error that rounding causes on average. Measured in bf16
+and fp16, the error is 0.9 to 1.1 times that average for SmolLM2-135M, and 1.1 to 1.6 times for a
+Llama and a GPT-2 of two layers with random weights."""
 
 MAX_LOSS_INCREASE = 0.5
 """In nats: what the merge on the original base may at most score worse than the trained model."""
