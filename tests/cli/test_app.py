@@ -32,7 +32,7 @@ def test_a_known_model_is_planned_offline(tmp_path):
     assert written.status == 0, written.err
     ended = run_command("plan", tmp_path / "mine.py")
     assert ended.status in (0, 2)  # as large as this machine
-    assert "8.19 G parameters" in ended.out
+    assert "on a base of 8.19 G" in ended.out
 
 
 def test_an_unknown_setting_is_reported_with_its_path_and_the_nearest_match(recipe):
