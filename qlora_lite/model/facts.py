@@ -40,6 +40,9 @@ ENCODERS = frozenset([*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation", "xl
 """Architectures that attend to later tokens, unless their config has `is_decoder` (XLM: `causal`).
 A test probes those that are in transformers' list of causal language models too."""
 
+UNTRAINABLE = {"reformer": "its backward is its own and gives adapters no gradients"}
+"""Architectures (`model_type`) that run, but cannot be trained here, and why."""
+
 
 @dataclass(frozen=True)
 class BaseFacts:
@@ -141,12 +144,18 @@ def facts_of(config: PretrainedConfig, trust_remote_code: bool = False) -> BaseF
         BaseModelError: if transformers has no causal language model for it.
     """
     _require_causal(config)
+    if config.model_type in UNTRAINABLE:
+        raise BaseModelError(
+            f"the architecture {config.model_type} is not supported: "
+            f"{UNTRAINABLE[config.model_type]}. Use a decoder such as Llama, Qwen or GPT-2"
+        )
     with reading_config(config.name_or_path or config.model_type):
         require_possible_sizes(config.name_or_path or config.model_type, config)
         model = build_on_meta(config, trust_remote_code)
         conversion = conversion_of(model)
         unused = remove_other_towers(model)
         shape = shape_of(model, config)
+        _require_own_weights(shape, _tied(model))
         return BaseFacts(
             config=config,
             shape=shape,
@@ -180,6 +189,21 @@ def _require_causal(config: PretrainedConfig) -> None:
         raise BaseModelError(
             f"base.model={name} is {kind} ({', '.join(classes) or config.model_type}). A causal "
             "language model is needed, such as Llama, Qwen or GPT-2"
+        )
+
+
+def _require_own_weights(shape: ModelShape, tied: Mapping[str, str]) -> None:
+    """Refuse models whose linear layers share weights with others, as Zamba's blocks do.
+
+    Raises:
+        BaseModelError: naming the first such layer.
+    """
+    shared = next((p for p in shape.linears.values() if p.name in tied or p.tied_to), None)
+    if shared is not None:
+        raise BaseModelError(
+            f"the architecture {shape.family} is not supported yet: {shared.name} shares its "
+            "weight with another layer, and an adapter would belong to both. Use a model whose "
+            "layers have their own weights, such as Llama, Qwen or GPT-2"
         )
 
 

@@ -13,6 +13,7 @@ from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.model.facts import BaseFacts, facts_of
 from qlora_lite.model.shape import build_on_meta
 from tests.families import ALL, LISTED, UNBUILT, tiny_config
+from tests.model.test_probes import REFUSED
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 
@@ -70,6 +71,8 @@ def others() -> str:
         try:
             facts = facts_of(tiny_config(family))
             facts.conversion.require_supported()
+            if family in REFUSED:
+                raise BaseModelError(REFUSED[family])
             (packed if facts.packs else alone).append(f"`{family}`")
         except BaseModelError as error:
             message = str(error).replace(f"base.model={family}", "").strip(": ")

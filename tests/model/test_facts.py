@@ -6,6 +6,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.model.facts import facts_of, read_facts
 from qlora_lite.model.settings import Base
+from tests.families import tiny_config
 from tests.tiny import tiny_model
 
 
@@ -74,3 +75,13 @@ def test_an_encoder_is_refused_whatever_its_config_says_about_classes(family):
 
 def test_an_encoder_family_is_accepted_as_a_decoder():
     assert facts_of(CONFIG_MAPPING["roberta"](is_decoder=True)).vocabulary > 0
+
+
+def test_layers_that_share_their_weights_are_refused():
+    with pytest.raises(BaseModelError, match=r"zamba2 is not supported yet: .* shares its weight"):
+        facts_of(tiny_config("zamba2"))
+
+
+def test_an_architecture_with_a_backward_of_its_own_is_refused():
+    with pytest.raises(BaseModelError, match="reformer is not supported: its backward"):
+        facts_of(tiny_config("reformer"))
