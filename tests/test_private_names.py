@@ -244,7 +244,7 @@ TABLE: dict[str, tuple[tuple[str, ...], Callable[[], object]]] = {
         lambda: _converter().operations[1].dim == 1,
     ),
     "transformers.utils.chat_template_utils.render_jinja_template": (
-        ("qlora_lite/data/templates.py",),
+        ("qlora_lite/data/jinja_templates.py",),
         lambda: _render()[0] == ["xa"] and [tuple(span) for span in _render()[1][0]] == [(1, 2)],
     ),
     "os._exit": (  # documented, in spite of its name

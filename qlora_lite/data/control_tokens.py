@@ -1,12 +1,16 @@
 """Refuse special tokens that are written in the text of a row.
 
 A tokenizer turns the text `<|assistant|>` into the control token of that name, so a user's text
-could end its own turn or start another. The rule is the same for every format: a text that comes
-from a row may contain
+could end its own turn or start another. These are control tokens:
 
-- no special token of the tokenizer (bos, eos, pad, unk and all others marked as special), and
-- no marker that the chat template writes around messages, even if it is ordinary text to the
+- the special tokens of the tokenizer (bos, eos, pad, unk and all others marked as special), and
+- the markers that the chat template writes around messages, even if they are ordinary text to the
   tokenizer, such as `[INST]`.
+
+A special token in what the model reads (a system, user or tool message) is hidden from the
+template, and later encoded as plain text, if the tokenizer can do this (`split_special_tokens`).
+Any other control token is refused: a marker is the same as text, and an answer or a document that
+contains special tokens was probably rendered before.
 
 A tokenizer may normalise text before it looks for special tokens, so that full-width `＜|user|＞`
 becomes `<|user|>`. With such a tokenizer the token ids of the text are checked as well.
@@ -16,11 +20,18 @@ Added tokens that are not special, such as Qwen3's `<think>`, are text that a mo
 """
 
 import re
-from collections.abc import Collection, Iterable
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Sequence
+from itertools import accumulate
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora_lite.data.formats import RowError
+from qlora_lite.data.row_errors import RowError
+
+FIRST_HIDDEN = 0xF1000
+"""Hidden tokens are characters from here on, of a plane for private use: texts have none."""
+
+Span = tuple[int, int]
 
 _MARKER = re.compile(
     r"<[|｜][^<>{}\n]{1,60}[|｜]>|\[/?[A-Z][A-Z_]+\]|<</?[A-Z]+>>|<(?:start|end)_of_\w+>|</?s>"
@@ -49,6 +60,44 @@ class ControlTokens:
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._tokenizer = tokenizer
         self._normalised = _normalised(tokenizer, tokens)
+        self._hidden = {token: chr(FIRST_HIDDEN + i) for i, token in enumerate(sorted(tokens))}
+        self._shown = {char: token for token, char in self._hidden.items()}
+
+    def hide(self, text: str, where: str) -> str:
+        """A text in which special tokens are replaced by characters that `reveal` replaces back.
+
+        Raises:
+            RowError: if it has a control token that cannot be encoded as plain text.
+        """
+        if self.find(text) is None:
+            return text
+        hidden = self._pattern.sub(lambda m: self._hidden_token(m[0]), text)
+        self.require_none(hidden, where)
+        return hidden
+
+    def reveal(self, text: str, spans: Sequence[Span]) -> tuple[str, list[Span], list[Span]]:
+        """The text with its tokens back, `spans` of it moved accordingly, and the spans of the
+        tokens, which are plain text."""
+        places = [i for i, char in enumerate(text) if char in self._shown]
+        if not places:
+            return text, list(spans), []
+        tokens = [self._shown[text[i]] for i in places]
+        moved = [0, *accumulate(len(token) - 1 for token in tokens)]
+        plain = [(i + m, i + m + len(t)) for i, m, t in zip(places, moved, tokens, strict=False)]
+
+        def move(place: int) -> int:
+            return place + moved[bisect_left(places, place)]
+
+        revealed = "".join(self._shown.get(char, char) for char in text)
+        return revealed, [(move(start), move(end)) for start, end in spans], plain
+
+    def _hidden_token(self, token: str) -> str:
+        """The character for a token, or the token itself if it cannot be plain text."""
+        if token not in self._hidden:
+            return token
+        plain = self._tokenizer(token, add_special_tokens=False, split_special_tokens=True)
+        is_plain = self._tokenizer.convert_tokens_to_ids(token) not in plain.input_ids
+        return self._hidden[token] if is_plain else token
 
     def find(self, text: str) -> tuple[str, int] | None:
         """The first control token in a text and its position."""

@@ -1,9 +1,10 @@
 """Refuse rows with a field that changes the training elsewhere and that no format here reads.
 
-A row would otherwise be trained without its tools, its reasoning or its weight. The rule:
+A row would otherwise be trained without its documents, its images or its weight. The rule:
 
-- Every field of a message is read (`role`, `content`), or is metadata that cannot change the text
-  (`METADATA`), or has a neutral value.
+- Every field of a message is read (`messages.READ`), or is metadata that cannot change the text
+  (`METADATA`), or has a neutral value. What is read reaches the chat template; what the template
+  does not write is refused there (`data/written.py`).
 - `label: false` marks a bad answer in preference data.
 - A row may have any columns, as tables do. Only fields that the formats of chat data define
   (`MEANINGFUL`, and `TEXTS` where the text is composed from fields) must be read, or be neutral. A
@@ -16,7 +17,9 @@ mask false, end of turn true. A list is neutral if all its values are.
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_lite.data.formats import Format, RowError, fields_in
+from qlora_lite.data.formats import Format, fields_in
+from qlora_lite.data.messages import READ
+from qlora_lite.data.row_errors import RowError
 from qlora_lite.foundation.json_files import shown
 
 TRAINED = frozenset(
@@ -120,8 +123,8 @@ METADATA = frozenset(
 )
 """Fields of a message that cannot change its text."""
 
-ALLOWED = METADATA | {"role", "content"}
-"""Fields of a message that may have any value."""
+ALLOWED = METADATA | frozenset(READ)
+"""Fields of a message that may have any value here."""
 
 
 def refused_fields(
@@ -181,7 +184,7 @@ def _is_neutral(name: str, value: Any) -> bool:
 
 def _problem(name: str, value: Any) -> str:
     if name in TRAINED | MASKED:
-        effect = "the turn would be trained like any other. Split the conversation or remove the"
+        effect = "the row would be trained like any other. Remove the row, or remove the"
     elif name == "label":
         effect = "an answer that is marked as bad would be trained. Remove such rows, or the"
     elif name in ENDS:

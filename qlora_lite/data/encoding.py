@@ -2,7 +2,8 @@
 
 Text is tokenised without the special tokens that a tokenizer adds by itself. A conversation has
 those that its chat template writes: no BOS, one, or one per turn (SmolLM2), as
-`apply_chat_template` returns them. Plain text gets one BOS if the tokenizer adds one, and one EOS.
+`apply_chat_template` returns them. Its ids start with those of its first prompt (`data/pieces.py`).
+Plain text gets one BOS if the tokenizer adds one, and one EOS.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,9 @@ from dataclasses import dataclass
 
 from transformers import BatchEncoding
 
+from qlora_lite.data.control_tokens import Span
 from qlora_lite.data.formats import Document
+from qlora_lite.data.pieces import Pieces
 from qlora_lite.data.templates import ChatTemplate, Rendered
 
 
@@ -28,6 +31,7 @@ def encode(
     template: ChatTemplate, rendered: Sequence[Rendered], loss_on_all: bool = False
 ) -> list[Encoded]:
     """Tokenise conversations. A token that is partly inside a trained span is trained."""
+    pieces = Pieces(template.tokenizer)
     batch = template.tokenizer(
         [row.text for row in rendered],
         add_special_tokens=False,
@@ -37,14 +41,28 @@ def encode(
     )
     encoded = []
     for i, row in enumerate(rendered):
-        ids = batch["input_ids"][i]
-        mask = [loss_on_all and bool(row.spans)] * len(ids)
-        for start, end in row.spans:
-            first = _first_token(batch, i, start, end)
-            last = _last_token(batch, i, end)
-            mask[first : last + 1] = [True] * (last + 1 - first)
+        starts = [start for start, _ in row.spans if start]
+        borders = pieces.borders(row.text, starts, batch, i)
+        if borders or row.plain:
+            tokens = pieces.encode(row.text, borders, row.plain)
+            ids = tokens.ids
+            mask = [any(a < end and start < b for start, end in row.spans) for a, b in tokens.chars]
+        else:
+            ids = batch["input_ids"][i]
+            mask = _mask(batch, i, row.spans)
+        if loss_on_all and row.spans:
+            mask = [True] * len(ids)
         encoded.append(Encoded(ids, _without_first(mask), row.num_rewritten))
     return encoded
+
+
+def _mask(batch: BatchEncoding, row: int, spans: Sequence[Span]) -> list[bool]:
+    mask = [False] * len(batch["input_ids"][row])
+    for start, end in spans:
+        first = _first_token(batch, row, start, end)
+        last = _last_token(batch, row, end)
+        mask[first : last + 1] = [True] * (last + 1 - first)
+    return mask
 
 
 def encode_text(template: ChatTemplate, documents: Sequence[Document]) -> list[Encoded]:

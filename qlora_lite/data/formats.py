@@ -7,36 +7,19 @@ and one line there.
 import math
 import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any
 
+from qlora_lite.data.messages import (
+    Conversation,
+    Message,
+    read_message,
+    read_tools,
+    require_conversation,
+)
+from qlora_lite.data.row_errors import RowError, kind_of, require_utf8
 from qlora_lite.foundation.json_files import shown
-
-Role = Literal["system", "user", "assistant"]
-ROLES = get_args(Role)
-
-
-class RowError(Exception):
-    """Something wrong with a row. The caller, who knows file and line, raises a `DataError`."""
-
-    def __init__(self, field: str | None, problem: str) -> None:
-        super().__init__(f"field {field!r}: {problem}" if field else problem)
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn."""
-
-    role: Role
-    content: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages, of which the last one is from the assistant."""
-
-    messages: tuple[Message, ...]
 
 
 @dataclass(frozen=True)
@@ -74,10 +57,12 @@ class Fields:
         """A required field as text. Numbers, such as labels, are converted."""
         value = self.value(field)
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise RowError(self.name(field), f"got {_kind(value)}, text is needed: {shown(value)}")
+            raise RowError(
+                self.name(field), f"got {kind_of(value)}, text is needed: {shown(value)}"
+            )
         if isinstance(value, float) and not math.isfinite(value):
             raise RowError(self.name(field), f"got {value}, a finite number is needed")
-        return _utf8(str(value), self.name(field))
+        return require_utf8(str(value), self.name(field))
 
     def user_text(self) -> str:
         """The user message: the prompt field, or `data.prompt` filled with the row's fields."""
@@ -86,7 +71,7 @@ class Fields:
         for name in fields_in(self.prompt):
             self._require_text(name)
         try:
-            return _utf8(self.prompt.format_map(self.row), "data.prompt")
+            return require_utf8(self.prompt.format_map(self.row), "data.prompt")
         except (ValueError, TypeError, OverflowError, MemoryError) as error:
             raise RowError("data.prompt", f"cannot be filled from this row: {error}") from None
 
@@ -102,13 +87,16 @@ class Fields:
 
 
 def read_messages(fields: Fields) -> Conversation:
-    """`{"messages": [{"role": "user", "content": "..."}, ...]}`."""
+    """`{"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}`."""
     field = fields.name("messages")
     messages = fields.value("messages")
     if not isinstance(messages, list | tuple):
-        raise RowError(field, f"got {_kind(messages)}, a list of messages is needed")
-    return _conversation(
-        tuple(_message(message, f"{field}[{i}]") for i, message in enumerate(messages)), field
+        raise RowError(field, f"got {kind_of(messages)}, a list of messages is needed")
+    tools = fields.name("tools")
+    return require_conversation(
+        [read_message(message, f"{field}[{i}]") for i, message in enumerate(messages)],
+        field,
+        read_tools(fields.row.get(tools), tools),
     )
 
 
@@ -118,13 +106,13 @@ def read_alpaca(fields: Fields) -> Conversation:
     if fields.row.get(fields.name("input")) not in (None, ""):
         user = f"{user}\n\n{fields.text('input')}"
     turns = (Message("user", user), Message("assistant", fields.text("output")))
-    return _conversation(turns, fields.name("output"))
+    return require_conversation(turns, fields.name("output"))
 
 
 def read_completion(fields: Fields) -> Conversation:
     """`{"prompt": "...", "completion": "..."}`."""
     turns = (Message("user", fields.user_text()), Message("assistant", fields.text("completion")))
-    return _conversation(turns, fields.name("completion"))
+    return require_conversation(turns, fields.name("completion"))
 
 
 def read_text(fields: Fields) -> Document:
@@ -145,7 +133,7 @@ class Format:
 
 
 FORMATS = {
-    "messages": Format(("messages",), read_messages),
+    "messages": Format(("messages",), read_messages, optional=("tools",)),
     "alpaca": Format(("instruction", "output"), read_alpaca, optional=("input",)),
     "completion": Format(("prompt", "completion"), read_completion),
     "text": Format(("text",), read_text),
@@ -175,58 +163,6 @@ def fields_in(prompt: str) -> frozenset[str]:
 
 def with_system(conversation: Conversation, system: str | None) -> Conversation:
     """The conversation with the message `system` in front, unless it has a system message."""
-    if system is None or conversation.messages[0].role == "system":
+    if system is None or conversation.messages[0].role in ("system", "developer"):
         return conversation
-    return Conversation((Message("system", system), *conversation.messages))
-
-
-def _message(message: Any, field: str) -> Message:
-    if not isinstance(message, Mapping):
-        raise RowError(field, f'got {_kind(message)}, {{"role": ..., "content": ...}} is needed')
-    role, content = message.get("role"), message.get("content")
-    if role not in ("system", "user", "assistant"):
-        raise RowError(f"{field}.role", f"got {role!r}, one of {', '.join(ROLES)} is needed")
-    if not isinstance(content, str):
-        raise RowError(f"{field}.content", f"got {_kind(content)}, text is needed")
-    return Message(role, _utf8(content, f"{field}.content"))
-
-
-def _conversation(messages: tuple[Message, ...], field: str) -> Conversation:
-    """A conversation that can be trained.
-
-    Raises:
-        RowError: if it is empty, does not end with the assistant, or has an empty answer.
-    """
-    if not messages:
-        raise RowError(field, "has no messages")
-    for i, message in enumerate(messages):
-        if message.role == "system" and i > 0:
-            raise RowError(field, f"message {i} is a system message; only the first can be one")
-        if message.role == "assistant" and not message.content.strip():
-            raise RowError(field, f"message {i}: the assistant message is empty")
-    if messages[-1].role != "assistant":
-        raise RowError(
-            field, f"ends with the {messages[-1].role}; the last message must be the assistant's"
-        )
-    return Conversation(messages)
-
-
-def _utf8(text: str, field: str) -> str:
-    """The text itself, after a check: JSON escapes may encode half of a surrogate pair.
-
-    Raises:
-        RowError: with the position of such a half.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RowError(
-            field, f"character {error.start} is {text[error.start]!r}, half of a surrogate pair"
-        ) from None
-    return text
-
-
-def _kind(value: Any) -> str:
-    """The type of a value, by its JSON name."""
-    names = {dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
-    return names.get(type(value), f"a {type(value).__name__}")
+    return replace(conversation, messages=(Message("system", system), *conversation.messages))

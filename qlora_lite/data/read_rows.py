@@ -5,15 +5,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qlora_lite.data.dropped_fields import refused_fields, require_neutral
-from qlora_lite.data.formats import (
-    FORMATS,
-    Conversation,
-    Document,
-    Fields,
-    RowError,
-    find_format,
-    with_system,
-)
+from qlora_lite.data.formats import FORMATS, Document, Fields, find_format, with_system
+from qlora_lite.data.messages import Conversation
+from qlora_lite.data.row_errors import RowError
 from qlora_lite.data.settings import Data
 from qlora_lite.data.sources import Source
 from qlora_lite.foundation.errors import DataError

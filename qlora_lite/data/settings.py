@@ -11,9 +11,10 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from qlora_lite.foundation.settings import Settings
 
 TooLong = Literal["error", "drop", "split", "truncate"]
+Reasoning = Literal["train", "context", "drop"]
 LossOn = Literal["assistant", "all"]
 
-FIELDS = ("messages", "instruction", "input", "output", "prompt", "completion", "text")
+FIELDS = ("messages", "tools", "instruction", "input", "output", "prompt", "completion", "text")
 """Names of the fields of all formats."""
 
 
@@ -74,6 +75,10 @@ class Data(Settings):
 
     loss_on: LossOn = "assistant"
     """Compute the loss on the assistant messages only, or on all of the text."""
+
+    reasoning: Reasoning = "train"
+    """What to do with reasoning in answers: train it, give it as context without training it, or
+    drop it."""
 
     max_rows: int | None = Field(default=None, ge=2)
     """Read only the first rows of `train`, this many."""

@@ -8,9 +8,11 @@ from itertools import islice
 
 from qlora_lite.data.encoding import Encoded, encode, encode_text
 from qlora_lite.data.examples import Examples, ExamplesBuilder
-from qlora_lite.data.formats import Conversation, Document, RowError
+from qlora_lite.data.formats import Document
 from qlora_lite.data.lengths import fit, percentile
+from qlora_lite.data.messages import Conversation
 from qlora_lite.data.read_rows import Item, read_rows
+from qlora_lite.data.row_errors import RowError
 from qlora_lite.data.settings import Data, TooLong
 from qlora_lite.data.sources import Source, open_source
 from qlora_lite.data.templates import ChatTemplate
@@ -135,8 +137,10 @@ def _chunks(rows: Iterable[tuple[int, Item]]) -> Iterator[list[tuple[int, Item]]
     num_chars = 0
     for number, item in rows:
         chunk.append((number, item))
-        texts = [item.text] if isinstance(item, Document) else [m.content for m in item.messages]
-        num_chars += sum(map(len, texts))
+        if isinstance(item, Document):
+            num_chars += len(item.text)
+        else:
+            num_chars += sum(len(message.content or "") for message in item.messages)
         if len(chunk) >= CHUNK_ROWS or num_chars >= CHUNK_CHARS:
             yield chunk
             chunk, num_chars = [], 0
@@ -219,7 +223,7 @@ def _encode(
     for number, item in chunk:
         assert isinstance(item, Conversation)
         try:
-            rendered.append(template.render(item))
+            rendered.append(template.render(item, data.reasoning))
         except RowError as error:
             raise DataError(f"{source.where(number)}: {error}") from None
     return encode(template, rendered, data.loss_on == "all")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_lite.data.formats import Message, RowError
+from qlora_lite.data.messages import Message
+from qlora_lite.data.row_errors import RowError
 from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.evaluation.generation import stream
 from qlora_lite.foundation.errors import DataError

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from qlora_lite.adapters.files import read_native
 from qlora_lite.adapters.peft import read_peft
 from qlora_lite.adapters.warm_start import saved_state
-from qlora_lite.data.formats import Message
+from qlora_lite.data.messages import Message
 from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.export.card import licence_of
 from qlora_lite.foundation.errors import BaseModelError, QloraLiteError, RecipeError

@@ -6,7 +6,7 @@ import time
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from qlora_lite.data import templates
+from qlora_lite.data import jinja_templates
 from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.foundation.errors import BaseModelError, DataError
 from qlora_lite.model.config_sizes import require_possible_numbers
@@ -35,7 +35,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_without_end_is_refused(name, monkeypatch):
-    monkeypatch.setattr(templates, "RENDER_SECONDS", 0.5)
+    monkeypatch.setattr(jinja_templates, "RENDER_SECONDS", 0.5)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATES[name]
     start = time.monotonic()

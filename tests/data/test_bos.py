@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.data.encoding import encode, encode_text
-from qlora_lite.data.formats import Conversation, Document, Message
+from qlora_lite.data.formats import Document
+from qlora_lite.data.messages import Conversation, Message
 from qlora_lite.data.settings import Data
 from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.data.tokenise import tokenise

@@ -53,9 +53,25 @@ def chat(question: str, answer: str) -> dict:
     return {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]}
 
 
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+TRAINED = {name: ROWS[name] for name in ("assistant", "output", "completion", "text")}
+READ = {name: row for name, row in ROWS.items() if name not in TRAINED}
+
+
+@pytest.mark.parametrize("row", READ.values(), ids=READ)
 @pytest.mark.parametrize("token", [BOS, EOS, PAD, ROLE, UNKNOWN, OTHER])
-def test_a_special_token_in_the_text_of_a_row_is_refused(write, token, row):
+def test_a_special_token_in_what_the_model_reads_is_plain_text(write, token, row):
+    tokenizer = tokenizer_with_all_kinds()
+    special = tokenizer.convert_tokens_to_ids(sorted(special_tokens(tokenizer)))
+    plain, (example,) = (read(write, row(text)).examples for text in ("hi.evil", f"hi{token}evil"))
+    counts = [[ids.count(token) for token in special] for ids in (plain.ids.tolist(),)]
+    assert counts == [[example.ids.tolist().count(token) for token in special]]
+    assert f"hi{token}evil" in tokenizer.decode(example.ids)
+    assert tokenizer.decode(example.ids[example.loss_mask.bool()]) == f"hello{EOS}"
+
+
+@pytest.mark.parametrize("row", TRAINED.values(), ids=TRAINED)
+@pytest.mark.parametrize("token", [BOS, EOS, PAD, ROLE, UNKNOWN, OTHER])
+def test_a_special_token_in_what_the_model_writes_is_refused(write, token, row):
     with pytest.raises(DataError) as caught:
         read(write, row(f"hi{token}evil"))
     assert "a.jsonl, line 1: " in str(caught.value)
@@ -102,10 +118,10 @@ def test_the_line_of_a_token_in_a_text_file_is_named(write):
 
 def test_the_filled_prompt_and_the_system_message_are_checked(write):
     row = {"a": "<|", "b": "end|>", "completion": "hello"}
-    with pytest.raises(DataError, match=r"message 0 \(user\) contains .*'<\|end\|>'"):
-        read(write, row, prompt="{a}{b}")
-    with pytest.raises(DataError, match=r"message 0 \(system\) contains"):
-        read(write, chat("hi", "hello"), system=f"Be brief.{EOS}")
+    eos = tokenizer_with_all_kinds().eos_token_id
+    prompt = read(write, row, prompt="{a}{b}").examples.ids.tolist()
+    system = read(write, chat("hi", "hello"), system=f"Be brief.{EOS}").examples.ids.tolist()
+    assert (prompt.count(eos), system.count(eos)) == (2, 3)  # one for each turn
 
 
 BRACKETS = (

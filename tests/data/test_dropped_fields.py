@@ -27,17 +27,7 @@ def read(write, row: dict, **settings):
 
 
 IN_MESSAGES = {
-    "tool_calls": [CALL],
     "function_call": {"name": "length", "arguments": "{}"},
-    "tool_call_id": "c1",
-    "name": "Anna",
-    "reasoning_content": "Both are long.",
-    "reasoning": "Both are long.",
-    "thinking": "Both are long.",
-    "weight": 0,
-    "train": False,
-    "loss": False,
-    "mask": True,
     "images": ["river.png"],
     "audio": {"id": "a1"},
     "prefix": True,
@@ -60,7 +50,6 @@ def test_a_message_with_a_field_that_is_not_rendered_is_refused(write, name):
 
 
 IN_ROWS = {
-    "tools": [TOOL],
     "functions": [{"name": "length"}],
     "tool_calls": [CALL],
     "reasoning_content": "Both are long.",
@@ -97,6 +86,13 @@ def test_a_row_with_a_text_that_would_be_missing_is_refused(write, name, row):
     with pytest.raises(DataError, match=rf"field '{name}': got 'Be brief.'.*data\.prompt"):
         read(write, {**row, name: "Be brief."})
     assert read(write, {**TEXT, name: "Be brief."})
+
+
+@pytest.mark.parametrize("row", [PAIR, ALPACA, TEXT], ids=["pair", "alpaca", "text"])
+def test_tools_are_read_beside_messages_alone(write, row):
+    assert dict(read(write, {**chat(), "tools": [TOOL]}))[1].tools == (TOOL,)
+    with pytest.raises(DataError, match=r"line 1: field 'tools': got .*emove the field"):
+        read(write, {**row, "tools": [TOOL]})
 
 
 NEUTRAL = {
@@ -165,5 +161,5 @@ def test_the_input_of_an_alpaca_row_is_read_and_that_of_a_pair_is_refused(write)
 
 def test_a_long_value_is_shortened(write):
     with pytest.raises(DataError) as caught:
-        read(write, chat(reasoning_content="Both are long. " * 1000))
+        read(write, chat(prefix="Both are long. " * 1000))
     assert len(str(caught.value)) < 400

@@ -15,12 +15,22 @@ TEXT = "there are seven apples left 🍎 Zwölf"
 @pytest.mark.parametrize(
     "span", [(6, 9), (8, 17), (20, 23), (27, 30), (28, 29), (30, 33), (29, 35)]
 )
-def test_a_token_is_trained_if_any_of_its_characters_is_in_a_span(make, span):
+def test_the_trained_tokens_start_at_a_span_and_reach_its_end(make, span):
     tokenizer = make()
     (encoded,) = encode(ChatTemplate(tokenizer), [Rendered(TEXT, [span])])
-    offsets = tokenizer(TEXT, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-    expected = [start < span[1] and span[0] < end for start, end in offsets]
-    assert encoded.loss_mask == [False, *expected[1:]]
+    first = encoded.loss_mask.index(True)
+    end = first + sum(encoded.loss_mask)
+    assert encoded.loss_mask == [first <= i < end for i in range(len(encoded.ids))]
+    assert encoded.ids[:first] == tokenizer(TEXT[: span[0]], add_special_tokens=False).input_ids
+    assert tokenizer.decode(encoded.ids) == TEXT
+    assert tokenizer.decode(encoded.ids[:end]).startswith(TEXT[: span[1]])
+    assert not tokenizer.decode(encoded.ids[: end - 1]).startswith(TEXT[: span[1]])
+
+
+def test_a_text_that_is_not_split_has_the_tokens_of_the_whole():
+    tokenizer = tiny_tokenizer()
+    (encoded,) = encode(ChatTemplate(tokenizer), [Rendered(TEXT, [(5, 11)])])
+    assert encoded.ids == tokenizer(TEXT, add_special_tokens=False).input_ids
 
 
 def test_with_loss_on_all_every_token_but_the_first_is_trained():

@@ -2,16 +2,9 @@
 
 import pytest
 
-from qlora_lite.data.formats import (
-    FORMATS,
-    Conversation,
-    Document,
-    Fields,
-    Message,
-    RowError,
-    find_format,
-    with_system,
-)
+from qlora_lite.data.formats import FORMATS, Document, Fields, find_format, with_system
+from qlora_lite.data.messages import Conversation, Message
+from qlora_lite.data.row_errors import RowError
 
 ASK = Conversation((Message("user", "2 + 2?"), Message("assistant", "4")))
 

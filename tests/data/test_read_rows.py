@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from qlora_lite.data.formats import Conversation, Document, Message
+from qlora_lite.data.formats import Document
+from qlora_lite.data.messages import Conversation, Message
 from qlora_lite.data.read_rows import read_rows
 from qlora_lite.data.settings import Data
 from qlora_lite.data.sources import open_source
@@ -81,9 +82,25 @@ CONVERSATIONS = {
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}],
         "message 1: the assistant message is empty",
     ),
-    "late system": (
-        [{"role": r, "content": "a"} for r in ("user", "system", "assistant")],
-        "message 1 is a system message",
+    "calls of a user": (
+        [{"role": "user", "content": "a", "tool_calls": [{"function": {"name": "f"}}]}],
+        "is in a message of the user",
+    ),
+    "an image": (
+        [{"role": "user", "content": [{"type": "image", "url": "river.png"}]}],
+        r"content\[0\]'.*only text is supported",
+    ),
+    "half a weight": (
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.5}],
+        r"'messages\[1\].weight': got 0.5, 0 or 1 is needed",
+    ),
+    "flags that disagree": (
+        [{"role": "assistant", "content": "b", "weight": 1, "train": False}],
+        "train, weight disagree",
+    ),
+    "nothing trained": (
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}],
+        "no turn of the assistant is trained",
     ),
 }
 

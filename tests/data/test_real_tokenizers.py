@@ -6,8 +6,11 @@ from functools import cache
 import pytest
 
 from qlora_lite.data.encoding import Encoded, encode, encode_text
-from qlora_lite.data.formats import Conversation, Document, Message, RowError
-from qlora_lite.data.templates import FIXED_DATE, ChatTemplate
+from qlora_lite.data.formats import Document
+from qlora_lite.data.jinja_templates import FIXED_DATE
+from qlora_lite.data.messages import Conversation, Message
+from qlora_lite.data.row_errors import RowError
+from qlora_lite.data.templates import ChatTemplate
 from tests.data.real_tokenizers import original_template, real_tokenizer
 
 OWN, PLAIN = "own", "plain"

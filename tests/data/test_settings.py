@@ -34,7 +34,7 @@ def test_a_prompt_from_a_shell_has_line_breaks_and_tabs():
 
 def test_fields_are_those_that_the_formats_read():
     needed = {field for known in FORMATS.values() for field in known.needs}
-    assert set(FIELDS) == needed | {"input"}
+    assert set(FIELDS) == needed | {"input", "tools"}
 
 
 def test_rows_are_held_out_from_one_source():

@@ -6,8 +6,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.data.encoding import encode
-from qlora_lite.data.formats import Conversation, Message, RowError
-from qlora_lite.data.templates import ChatTemplate
+from qlora_lite.data.messages import Conversation, Message
+from qlora_lite.data.row_errors import RowError
+from qlora_lite.data.templates import ChatTemplate, Rendered
 from qlora_lite.foundation.errors import DataError
 from tests.data.metaspace import metaspace_tokenizer
 from tests.tiny import tiny_tokenizer
@@ -150,7 +151,11 @@ def test_the_trained_text_is_the_same_if_a_space_is_part_of_the_next_token(style
     assert encoded.ids.count(tokenizer.bos_token_id) == 1
 
 
-@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
+ONE_FORM = {name: style for name, style in STYLES.items() if style is not REASONING}
+"""Those that write an answer in the same form when other messages follow."""
+
+
+@pytest.mark.parametrize("style", ONE_FORM.values(), ids=ONE_FORM)
 def test_a_row_equals_apply_chat_template_up_to_the_last_end_of_turn(style):
     tokenizer = styled(style)
     template = ChatTemplate(tokenizer)
@@ -166,7 +171,7 @@ def test_a_row_equals_apply_chat_template_up_to_the_last_end_of_turn(style):
     assert template.end_of_turn_id not in expected[len(encoded.ids) :]
 
 
-@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
+@pytest.mark.parametrize("style", ONE_FORM.values(), ids=ONE_FORM)
 def test_the_prompt_is_a_prefix_of_the_row(style):
     template = ChatTemplate(styled(style))
     conversation = talk("One?", "One.", "Two?", "Two.")
@@ -197,16 +202,35 @@ def test_a_template_without_an_end_gets_eos_at_the_end_of_the_row():
         template.render(talk("One?", "Two.", "Three?", "Four."))
 
 
-def test_reasoning_that_the_template_drops_is_counted():
-    template = ChatTemplate(styled(REASONING))
-    rendered = template.render(
-        talk("One?", "<think>\nhm\n</think>\n\nOne.", "Two?", "<think>\noh\n</think>\n\nTwo.")
+def said(rendered: Rendered) -> list[str]:
+    return [rendered.text[start:end] for start, end in rendered.spans]
+
+
+def test_every_answer_has_the_form_of_the_last_one():
+    rendered = ChatTemplate(styled(REASONING)).render(talk("One?", "One.", "Two?", "Two."))
+    assert said(rendered) == [REASONING.trained.format("One."), REASONING.trained.format("Two.")]
+    assert rendered.text == (
+        "<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nOne."
+        "<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n"
+        "<think>\n\n</think>\n\nTwo.<|im_end|>"
     )
-    assert rendered.num_rewritten == 2
-    assert [rendered.text[a:b] for a, b in rendered.spans] == [
-        "One.<|im_end|>",
-        "<think>\n\n</think>\n\nTwo.<|im_end|>",
+
+
+def test_reasoning_that_the_template_drops_is_refused():
+    template = ChatTemplate(styled(REASONING))
+    row = talk("One?", "<think>\nhm\n</think>\n\nOne.", "Two?", "<think>\noh\n</think>\n\nTwo.")
+    with pytest.raises(RowError, match=r"message 1 .* reasoning, .*data\.reasoning=drop"):
+        template.render(row)
+    assert said(template.render(row, "drop")) == [
+        REASONING.trained.format("One."),
+        REASONING.trained.format("Two."),
     ]
+
+
+def test_an_answer_that_the_template_changes_is_counted():
+    brief = CHATML.template.replace("m.content", "m.content.replace('One', '1')")
+    template = ChatTemplate(styled(replace(CHATML, template=brief)))
+    assert template.render(talk("1?", "One.", "Two?", "Two.")).num_rewritten == 1
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused():

@@ -107,7 +107,7 @@ def test_a_row_without_a_trained_token_is_refused_with_its_tokens(jsonl):
         NothingTrained, match=r"line 2: no token of this row is trained.*<\|role"
     ) as e:
         read(name, tokenizer)
-    assert "".join(piece.text for piece in e.value.pieces).endswith("<|role|>assistant\n<|end|>\n")
+    assert "".join(piece.text for piece in e.value.pieces).endswith("<|role|>assistant\n<|end|>")
     assert not any(piece.is_trained for piece in e.value.pieces)
 
 

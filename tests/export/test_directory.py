@@ -8,7 +8,7 @@ import torch
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from qlora_lite.data.formats import Conversation, Message
+from qlora_lite.data.messages import Conversation, Message
 from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.export.directory import resumable_directory, save_tokenizer, write_companions
 from qlora_lite.foundation.errors import ExportError, RunError

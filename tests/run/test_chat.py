@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_lite.data.formats import Message
+from qlora_lite.data.messages import Message
 from qlora_lite.foundation.errors import DataError
 from qlora_lite.run.chat import ChatSession, drop_oldest, load, load_for_chat
 from tests.tiny import save_tiny

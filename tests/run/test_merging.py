@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import metadata_load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_lite.data.formats import Message
+from qlora_lite.data.messages import Message
 from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.errors import ExportError, RunError
