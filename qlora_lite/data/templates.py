@@ -94,23 +94,23 @@ class ChatTemplate:
             RowError: if the template raises an error or leaves something out, or the trained text
                 cannot be found.
         """
-        conversation = replace(
-            conversation,
-            messages=tuple(
-                self._checked(message, f"message {i} ({message.role})", reasoning)
-                for i, message in enumerate(conversation.messages)
-            ),
+        is_trained = [m.role == "assistant" and m.is_trained for m in conversation.messages]
+        read = conversation.messages[: len(is_trained) - is_trained[::-1].index(True)]
+        messages = tuple(
+            self._checked(message, f"message {i} ({message.role})", reasoning)
+            for i, message in enumerate(read)
         )
-        trained = [m for m in conversation.messages if m.role == "assistant" and m.is_trained]
+        conversation = replace(conversation, messages=messages)
+        trained = [m for m in messages if m.role == "assistant" and m.is_trained]
         if self._jinja.marks_answers:
             text, spans = self._marked(conversation)
         else:
             text, spans = self._turns.compose(conversation)
+        require_written(conversation, text)
         said = [text[start:end] for start, end in spans]
         if not any(turn.removesuffix(self._turns.ends.after_answer).strip() for turn in said):
             return Rendered(text, [])
         text = text[: spans[-1][1]]
-        require_written(conversation, text)
         if len(spans) == len(trained):
             for i, (message, span) in enumerate(zip(trained, spans, strict=True)):
                 if message.thought:
