@@ -130,14 +130,14 @@ def preview(
     from qlora_lite.cli.rows import show_preview
     from qlora_lite.data import preview as previewing
     from qlora_lite.data.load import load_data
-    from qlora_lite.model.tokenizer import load_tokenizer
     from qlora_lite.recipe_files import load_with_settings
+    from qlora_lite.run.tokenizers import tokenizer_to_train
 
     changed, notes = load_with_settings(recipe, settings or [])
     with Display() as display:
         for note in notes:
             display.note(note)
-        tokenizer = load_tokenizer(changed.base)
+        tokenizer = tokenizer_to_train(changed)
         data = load_data(changed.data, tokenizer, changed.seed, display.reading)
     show_preview(console, previewing.preview(data, rows))
 

@@ -51,10 +51,7 @@ def show_preview(console: Console, preview: "Preview") -> None:
         f"{preview.train_tokens:,} tokens, {preview.trained_tokens:,} trained "
         f"({preview.trained_tokens / preview.train_tokens:.0%})"
     )
-    template = (
-        "the tokenizer's chat template" if preview.has_chat_template else "the plain template"
-    )
-    print_line(f"{template}; end of turn {preview.end_of_turn!r}")
+    print_line(f"{preview.template}; end of turn {preview.end_of_turn!r}")
     for name, stats in (("train", preview.stats), ("held out", preview.heldout_stats)):
         if stats is not None:
             print_line(_lengths_line(name, stats))

@@ -28,6 +28,8 @@ class PreparedData:
     heldout: Examples
     """Empty if nothing is held out."""
     template: ChatTemplate
+    template_name: str | None
+    """`data.template`"""
     stats: Stats
     """Of the training source, before rows were held out."""
     heldout_stats: Stats | None
@@ -73,6 +75,7 @@ def load_data(
         train=train.examples.select(kept) if num_excluded else train.examples,
         heldout=heldout.examples.select([i for i, k in enumerate(heldout.keys) if k in scored]),
         template=template,
+        template_name=data.template,
         stats=train.stats,
         heldout_stats=None if heldout is train else heldout.stats,
         num_repeated=0 if heldout is train else num_excluded,

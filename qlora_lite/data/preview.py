@@ -43,7 +43,8 @@ class Preview:
     num_repeated: int
     """Training rows that were left out because the held-out file contains them."""
     end_of_turn: str
-    has_chat_template: bool
+    template: str
+    """Which chat template it is."""
     stats: Stats
     heldout_stats: Stats | None
     too_long: list[str]
@@ -65,12 +66,18 @@ def preview(prepared: PreparedData, num_rows: int = 3) -> Preview:
         trained_tokens=train.num_targets,
         num_repeated=prepared.num_repeated,
         end_of_turn=template.end_of_turn,
-        has_chat_template=not template.is_plain,
+        template=_template(prepared),
         stats=prepared.stats,
         heldout_stats=prepared.heldout_stats,
         too_long=[prepared.train_source.where(number) for number in prepared.stats.too_long],
         lengths=length_bars(train),
     )
+
+
+def _template(prepared: PreparedData) -> str:
+    if prepared.template_name is not None:
+        return f"the chat template {prepared.template_name}"
+    return "the plain template" if prepared.template.is_plain else "the tokenizer's chat template"
 
 
 def preview_row(example: Example, source: Source, tokenizer: PreTrainedTokenizerBase) -> PreviewRow:

@@ -61,6 +61,10 @@ class Data(Settings):
     system: str | None = None
     """System message for rows that have none."""
 
+    template: str | None = None
+    """The chat template: chatml, llama3, gemma, mistral, alpaca, plain, or a jinja file. Default:
+    that of the tokenizer. Every output has it."""
+
     max_tokens: int = Field(default=1024, ge=2)
     """The largest number of tokens in a row, and in a packed bin."""
 

@@ -66,7 +66,7 @@ class ChatTemplate:
         if tokenizer.eos_token is None:
             raise DataError("the tokenizer has no eos token; set eos_token in its configuration")
         self.tokenizer = tokenizer
-        self.adds_bos = _adds_bos(tokenizer)
+        self.adds_bos = adds_bos(tokenizer)
         self.is_plain = tokenizer.chat_template is None
         self.source = self._plain() if self.is_plain else tokenizer.get_chat_template()
         self._jinja = JinjaTemplate(self.source, tokenizer.special_tokens_map)
@@ -184,7 +184,7 @@ def _after_thought(text: str, span: Span, thought: str) -> int:
     return end.end()
 
 
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer puts BOS in front of a text.
 
     The ids alone do not say: without an entry for a word, some tokenizers return BOS for it.

@@ -28,6 +28,7 @@ from qlora_lite.recipe import Recipe
 from qlora_lite.run.computing import rule_of_run, slow_bf16, with_fast_products
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.setup import RunSetup, set_up
+from qlora_lite.run.tokenizers import trained_tokenizer
 from qlora_lite.shards.gguf.header import find_gguf
 
 
@@ -81,7 +82,7 @@ def load_run(
     for note in slow_bf16(rule):
         watcher.note(note)
     setup = set_up(recipe, rule, facts=facts)
-    tokenizer = load_tokenizer(recipe.base, folder.base_files)
+    tokenizer = trained_tokenizer(recipe, folder)
     loaded = load_adapted(setup, tokenizer, watcher, saved, files)
     assert loaded.attached is not None
     loaded.attached.load_state(saved)

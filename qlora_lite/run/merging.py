@@ -38,13 +38,13 @@ from qlora_lite.foundation.sealed import digest_of
 from qlora_lite.foundation.units import parse_bytes
 from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.model.facts import read_facts
-from qlora_lite.model.tokenizer import load_tokenizer
 from qlora_lite.recipe import Recipe
 from qlora_lite.report import page as reports
 from qlora_lite.report.contents import MergeRow, Report
 from qlora_lite.run.computing import rule_of_run
 from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.merge_check import MergeCheck
+from qlora_lite.run.tokenizers import trained_tokenizer
 from qlora_lite.training import metrics
 
 PATH_SETTINGS = ("model", "train", "heldout", "start", "output")
@@ -152,7 +152,7 @@ def _prepare(
     source = merge_source(folder, recipe, rule, every_byte=True)
     if not folder.read_sidecar()["base"].get("sha256"):
         watcher.note("the run recorded no full hash of its base: it was compared by samples")
-    tokenizer = load_tokenizer(recipe.base, folder.base_files)
+    tokenizer = trained_tokenizer(recipe, folder)
     return MergeCheck(folder, recipe, source, rule, tokenizer, watcher)
 
 

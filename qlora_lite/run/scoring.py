@@ -10,6 +10,7 @@ from qlora_lite.data.batches import evaluation_batches
 from qlora_lite.data.collate import Batch
 from qlora_lite.data.load import load_data
 from qlora_lite.data.settings import Data
+from qlora_lite.data.template_shelf import use_template
 from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.data.tokenise import tokenise
 from qlora_lite.evaluation.perplexity import Score, score
@@ -139,6 +140,8 @@ def _of_file(
         values.pop("max_rows", None)
     changed, _ = apply_overrides({"data": values | {"train": file}}, assignments, _Rows)
     data = validate(_Rows, changed).data
+    if data.template is not None and data.template != values.get("template"):
+        use_template(loaded.tokenizer, data.template)
     template = ChatTemplate(loaded.tokenizer)
     rows = tokenise(data, data.train, template, data.max_rows, watcher.reading)
     return evaluation_batches(

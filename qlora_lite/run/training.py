@@ -19,7 +19,6 @@ from qlora_lite.memory.allocator import give_back_freed_memory
 from qlora_lite.memory.measure import reset_peak
 from qlora_lite.memory.plan import Plan, require_fit, with_rows
 from qlora_lite.model.base_files import locate, open_checkpoint
-from qlora_lite.model.tokenizer import load_tokenizer
 from qlora_lite.recipe import Recipe
 from qlora_lite.recipe_files import with_absolute_paths
 from qlora_lite.report.page import Sample
@@ -36,6 +35,7 @@ from qlora_lite.run.job import (
 from qlora_lite.run.loading import LoadedModel, load_adapted
 from qlora_lite.run.planning import NO_BUDGET, check_settings, not_packed, plan_memory, plan_recipe
 from qlora_lite.run.setup import RunSetup, set_up
+from qlora_lite.run.tokenizers import tokenizer_to_train
 from qlora_lite.run.tracking import require_trackers, tracking
 from qlora_lite.training import checkpoint, metrics
 from qlora_lite.training.interruption import stop_on_signals
@@ -110,7 +110,7 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock) -> R
     _require_budget(recipe, plan, watcher)
     for note in check_settings(setup):
         watcher.note(note)
-    tokenizer = load_tokenizer(recipe.base, folder.base_files)
+    tokenizer = tokenizer_to_train(recipe, folder)
     data = load_data(recipe.data, tokenizer, recipe.seed, watcher.reading)
     require_known_tokens(data, setup)
     plan = _plan_with_rows(plan, data, setup, watcher)

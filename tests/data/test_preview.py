@@ -34,7 +34,7 @@ def test_the_counts_are_those_of_the_data(tmp_path):
     assert shown.num_train == len(data.train) == 200 - data.stats.dropped_rows
     assert shown.trained_tokens == data.train.num_targets
     assert shown.end_of_turn == "<|end|>"
-    assert shown.has_chat_template
+    assert shown.template == "the tokenizer's chat template"
     first = 201 - data.stats.dropped_rows
     assert [place.rpartition(" ")[2] for place in shown.too_long] == [
         str(first + i) for i in range(5)
