@@ -22,7 +22,7 @@ from qlora_lite.data.jinja_templates import JinjaTemplate
 from qlora_lite.data.messages import Message, ToolCall
 from qlora_lite.data.row_errors import RowError
 
-QUESTION, ANSWER, THOUGHT = "qzmv", "wxkj", "vyfq"
+QUESTION, ANSWER, THOUGHT, OTHER = "qzmv", "wxkj", "vyfq", "hbtn"
 """Words that no template contains."""
 
 OPEN_THOUGHT = re.compile(r"\s*<think>\s*")
@@ -52,6 +52,18 @@ class TemplateInput:
         question = {"role": "user", "content": self._text(QUESTION)}
         prompt, _ = self._template.render([question], add_generation_prompt=True)
         return "prompt" if re.search(f"{OPEN_THOUGHT.pattern}$", prompt) else None
+
+    @cached_property
+    def num_calls(self) -> int:
+        """How many tool calls of one message the template writes: 0, 1, or 2 for any number."""
+        words = (ANSWER, OTHER)
+        calls = [self._call(ToolCall("call", {THOUGHT: w}, f"call0000{w[0]}")) for w in words]
+        for number in (2, 1):
+            message = {"role": "assistant", "content": self._null_content}
+            text = self._try(message | {"tool_calls": calls[:number]})
+            if all(word in text for word in words[:number]):
+                return number
+        return 0
 
     def _message(self, message: Message) -> dict[str, Any]:
         role = message.role

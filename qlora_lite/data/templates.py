@@ -106,7 +106,7 @@ class ChatTemplate:
             text, spans = self._marked(conversation)
         else:
             text, spans = self._turns.compose(conversation)
-        require_written(conversation, text)
+        require_written(conversation, text, self._turns.input.num_calls)
         said = [text[start:end] for start, end in spans]
         if not any(turn.removesuffix(self._turns.ends.after_answer).strip() for turn in said):
             return Rendered(text, [])

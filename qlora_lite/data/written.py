@@ -4,70 +4,50 @@ A template can ignore what it does not know: tools, a second system message, the
 """
 
 import json
-from typing import Any
 
-from qlora_lite.data.messages import Conversation, Message, tool_name
+from qlora_lite.data.messages import Conversation, tool_name
 from qlora_lite.data.row_errors import RowError
 from qlora_lite.foundation.json_files import shown
 
-_REMOVE = "Remove it from the rows, or set data.template to a template that writes it"
 
-
-def require_written(conversation: Conversation, text: str) -> None:
+def require_written(conversation: Conversation, text: str, num_calls: int) -> None:
     """Check that the rendered text has everything that the messages say.
 
     What links messages (`tool_call_id`, the `name` of a tool message) is not text, and the
     reasoning of turns that are not trained may be left out. Answers are checked by the caller.
+
+    Args:
+        num_calls: as in `TemplateInput`.
 
     Raises:
         RowError: with what is missing.
     """
     for tool in conversation.tools:
         if tool_name(tool) not in text:
-            raise RowError(
-                "tools", f"the chat template does not write the tool {tool_name(tool)!r}. {_REMOVE}"
-            )
+            raise _missing(f"the tool {tool_name(tool)!r}")
     for i, message in enumerate(conversation.messages):
-        if message.role != "assistant" and not _is_written(message.content or "", text):
-            raise RowError(
-                None,
-                f"the chat template does not write message {i} ({message.role}), "
-                f"{shown(message.content)}, or changes it. {_REMOVE}",
-            )
+        if len(message.tool_calls) > num_calls and num_calls < 2:
+            what = "tool calls" if num_calls == 0 else "more than one tool call in a message"
+            raise _missing(f"{what}, as in message {i}")
+        is_answer = message.role == "assistant" and not message.tool_calls
+        if not is_answer and not _is_written(message.answer or "", text):
+            raise _missing(f"message {i} ({message.role}), {shown(message.content)}, as it is")
         if message.name is not None and message.role != "tool" and message.name not in text:
-            raise RowError(
-                None,
-                f"the chat template does not write the name of message {i}, "
-                f"{shown(message.name)}. {_REMOVE}",
-            )
-        _require_calls(message, i, text)
+            raise _missing(f"the name of message {i}, {shown(message.name)}")
 
 
-def _require_calls(message: Message, index: int, text: str) -> None:
-    for call in message.tool_calls:
-        values = [call.name, *call.arguments, *_leaves(dict(call.arguments))]
-        missing = [value for value in values if not _is_written(value, text)]
-        if missing:
-            raise RowError(
-                None,
-                f"the chat template does not write {shown(missing[0])} of the tool calls in "
-                f"message {index}. {_REMOVE}",
-            )
-
-
-def _leaves(value: Any) -> list[str]:
-    """The texts and numbers in a JSON value."""
-    if isinstance(value, dict):
-        return [leaf for v in value.values() for leaf in _leaves(v)]
-    if isinstance(value, list | tuple):
-        return [leaf for v in value for leaf in _leaves(v)]
-    return [value if isinstance(value, str) else json.dumps(value)]
+def _missing(what: str) -> RowError:
+    return RowError(
+        None,
+        f"the chat template does not write {what}. Remove it from the rows, or set data.template "
+        "to a template that writes it",
+    )
 
 
 def _is_written(content: str, text: str) -> bool:
     """Whether a text has some content: as it is, or as JSON."""
     content = content.strip()
-    if content in text or content.lower() in ("true", "false", "null"):
+    if content in text:
         return True
     forms = (json.dumps(content, ensure_ascii=is_ascii)[1:-1] for is_ascii in (False, True))
     return any(form in text for form in forms)

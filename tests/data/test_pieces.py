@@ -1,0 +1,66 @@
+"""Rows that are tokenised in pieces: at the end of a prompt, and around plain special tokens."""
+
+import pytest
+
+from qlora_lite.data.encoding import encode
+from qlora_lite.data.messages import Conversation, Message
+from qlora_lite.data.pieces import Pieces
+from qlora_lite.data.templates import ChatTemplate
+from tests.data.marked_templates import pair
+from tests.data.metaspace import metaspace_tokenizer
+from tests.data.real_tokenizers import real_tokenizer
+from tests.data.trained_texts import trained_texts
+from tests.tiny import tiny_tokenizer
+
+TEXT = "there are seven apples left 🍎 Zwölf"
+
+
+@pytest.mark.parametrize("make", [tiny_tokenizer, metaspace_tokenizer])
+@pytest.mark.parametrize("border", [3, 6, 9, 10, 28, 30])
+def test_the_pieces_of_a_text_are_the_text(make, border):
+    tokenizer = make()
+    tokens = Pieces(tokenizer).encode(TEXT, [border], [])
+    assert tokenizer.decode(tokens.ids) == TEXT
+    before = tokenizer(TEXT[:border], add_special_tokens=False).input_ids
+    assert tokens.ids[: len(before)] == before
+    assert all(end <= border or border <= start for start, end in tokens.chars)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen3", "llama3_1", "deepseek_v3"])
+@pytest.mark.parametrize("answer", ["  indented", "\n\nlate", "\tcode", "Plain."])
+def test_a_token_that_merges_into_an_answer_is_split(name, answer):
+    tokenizer = real_tokenizer(name)
+    template = ChatTemplate(tokenizer)
+    question = Message("user", "Go on.")
+    (row,) = encode(
+        template, [template.render(Conversation((question, Message("assistant", answer))))]
+    )
+    prompt = tokenizer(template.prompt([question]), add_special_tokens=False).input_ids
+    assert row.ids[: len(prompt)] == prompt
+    assert row.loss_mask == [False] * len(prompt) + [True] * (len(row.ids) - len(prompt))
+
+
+@pytest.mark.parametrize("role", ["system", "user"])
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "<|endoftext|>"])
+@pytest.mark.parametrize("name", ["qwen3", "smollm2"])
+def test_a_special_token_that_a_user_writes_is_plain_text(name, token, role):
+    template = pair("qwen3").template if name == "qwen3" else ChatTemplate(real_tokenizer(name))
+    tokenizer = template.tokenizer
+    special = tokenizer.convert_tokens_to_ids(token)
+
+    def row(text: str):
+        texts = {"system": "Be brief.", "user": "Why?"} | {role: text}
+        messages = [Message(r, t) for r, t in texts.items()]
+        return encode(
+            template,
+            [template.render(Conversation((*messages, Message("assistant", "So."))))],
+        )[0]
+
+    text = f"What is {token}{token}assistant, {token} 🍎?"
+    ours, harmless = row(text), row("What is it?")
+    assert ours.ids.count(special) == harmless.ids.count(special)
+    assert tokenizer.decode(ours.ids) == tokenizer.decode(harmless.ids).replace("What is it?", text)
+    assert trained_texts(tokenizer, ours.ids, ours.loss_mask) == trained_texts(
+        tokenizer, harmless.ids, harmless.loss_mask
+    )
+    assert len(ours.ids) == len(ours.loss_mask)

@@ -1,0 +1,135 @@
+"""What is trained of reasoning, of single turns, and of templates with prompts of their own."""
+
+import copy
+from functools import cache
+
+import pytest
+
+from qlora_lite.data.encoding import encode
+from qlora_lite.data.messages import Conversation, Message
+from qlora_lite.data.row_errors import RowError
+from qlora_lite.data.templates import ChatTemplate
+from tests.data.marked_templates import ALSO, pair
+from tests.data.real_tokenizers import original_template, real_tokenizer
+from tests.data.trained_texts import trained_texts
+
+
+def talk(*turns: Message | str) -> Conversation:
+    """Answers, each after a question."""
+    answers = [Message("assistant", turn) if isinstance(turn, str) else turn for turn in turns]
+    return Conversation(tuple(m for a in answers for m in (Message("user", "Go on."), a)))
+
+
+def thought(text: str, reasoning: str, **fields) -> Message:
+    return Message("assistant", text, reasoning=reasoning, **fields)
+
+
+@cache
+def template(name: str) -> ChatTemplate:
+    if name in ALSO:
+        return pair(name).template
+    tokenizer = copy.copy(real_tokenizer("deepseek_v3"))
+    tokenizer.chat_template = original_template(name)
+    return ChatTemplate(tokenizer)
+
+
+def trained(name: str, row: Conversation, reasoning: str = "train") -> list[str]:
+    chat = template(name)
+    (encoded,) = encode(chat, [chat.render(row, reasoning)])
+    return trained_texts(chat.tokenizer, encoded.ids, encoded.loss_mask)
+
+
+END, EOS = "<|im_end|>", "<｜end▁of▁sentence｜>"
+FORMS = {
+    "qwen3": ("<think>\nHm.\n</think>\n\nOne." + END, "<think>\n\n</think>\n\nTwo." + END),
+    "qwen3_5_think": ("Hm.\n</think>\n\nOne." + END, "\n</think>\n\nTwo." + END),
+    "qwen3_5_nothink": ("Hm.\n</think>\n\nOne." + END, "Two." + END),
+    "nemotron_3_nano": ("Hm.\n</think>\nOne." + END, "Two." + END),
+    "glm4moe": ("\n<think>Hm.</think>\nOne.<|user|>", "\n<think></think>\nTwo.<|user|>"),
+    "deepseek_r1_distill": ("Hm.\n</think>\n\nOne." + EOS, "\n</think>\n\nTwo." + EOS),
+    "muse_glimmer": (
+        " to=self<|message|>Hm.<|eom|><|start|>assistant to=user<|message|>One.<|eot|>",
+        " to=user<|message|>Two.<|eot|>",
+    ),
+    "gptoss": (
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>"
+        "One.<|end|>",
+        "<|channel|>final<|message|>Two.<|return|>",
+    ),
+}
+"""What the model says with reasoning, and, as the last answer, without."""
+
+CONTEXT = {
+    "glm4moe": "One.<|user|>",
+    "gptoss": "<|start|>assistant<|channel|>final<|message|>One.<|end|>",
+    "muse_glimmer": "<|start|>assistant to=user<|message|>One.<|eot|>",
+    "deepseek_r1_distill": "One." + EOS,
+}
+"""What is trained of the first of these if its reasoning is only given. Default: `One.` and END."""
+
+NAMES = [pytest.param(n, marks=pytest.mark.slow if n == "gptoss" else ()) for n in FORMS]
+ROW = talk(thought("One.", "Hm."), "Two.")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reasoning_is_trained_in_every_turn(name):
+    assert trained(name, ROW) == list(FORMS[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reasoning_in_the_content_is_that_of_the_field(name):
+    in_content = talk("<think>\nHm.\n</think>\n\nOne.", "Two.")
+    assert trained(name, in_content) == trained(name, ROW)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reasoning_can_be_context(name):
+    expected = [CONTEXT.get(name, "One." + END), FORMS[name][1]]
+    assert trained(name, ROW, "context") == expected
+    chat = template(name)
+    assert chat.render(ROW, "context").text == chat.render(ROW).text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dropped_reasoning_is_as_if_it_had_not_been_there(name):
+    chat = template(name)
+    assert chat.render(ROW, "drop") == chat.render(talk("One.", "Two."))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_turn_that_is_not_trained_is_context(name):
+    row = talk("One.", thought("Wrong.", "Hm.", is_trained=False), "Two.")
+    everything = trained(name, talk("One.", "Wrong.", "Two."))
+    assert trained(name, row) == [everything[0], everything[2]]
+    assert "Wrong." in template(name).render(row).text
+
+
+def test_what_follows_the_last_trained_turn_is_cut_off():
+    row = talk("One.", Message("assistant", "Wrong.", is_trained=False))
+    assert template("qwen3").render(row) == template("qwen3").render(talk("One."))
+
+
+def test_marked_turns_that_are_not_trained_are_context():
+    tokenizer = copy.copy(real_tokenizer("qwen3"))
+    tokenizer.chat_template = original_template("qwen3_training")
+    rendered = ChatTemplate(tokenizer).render(
+        talk("One.", Message("assistant", "Wrong.", is_trained=False), "Two.")
+    )
+    said = [rendered.text[start:end] for start, end in rendered.spans]
+    assert said == [f"<think>\n\n</think>\n\n{word}{END}" for word in ("One.", "Two.")]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "cohere2"])
+def test_a_template_without_reasoning_refuses_a_field_and_writes_text(name):
+    with pytest.raises(RowError, match=r"message 1 .*has reasoning.*data\.reasoning=drop"):
+        trained(name, ROW)
+    ends = trained(name, talk("One.", "Two."))
+    assert trained(name, ROW, "drop") == ends
+    text = "<think>\nHm.\n</think>\n\nOne."
+    assert trained(name, talk(text, "Two."))[0].startswith(text)
+    assert trained(name, talk(text, "Two."), "context") == ends
+
+
+@pytest.mark.parametrize(("name", "end"), [("qwen3", END), ("glm4moe", "<|user|>")])
+def test_generation_stops_at_the_end_of_a_turn(name, end):
+    assert template(name).end_of_turn == end
