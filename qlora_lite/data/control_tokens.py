@@ -28,8 +28,8 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_lite.data.row_errors import RowError
 
-FIRST_HIDDEN = 0xF1000
-"""Hidden tokens are characters from here on, of a plane for private use: texts have none."""
+FIRST_HIDDEN, LAST_HIDDEN = 0xF1000, 0xFFFFD
+"""Hidden tokens are characters of a plane for private use. Texts have none."""
 
 Span = tuple[int, int]
 
@@ -62,6 +62,7 @@ class ControlTokens:
         self._normalised = _normalised(tokenizer, tokens)
         self._hidden = {token: chr(FIRST_HIDDEN + i) for i, token in enumerate(sorted(tokens))}
         self._shown = {char: token for token, char in self._hidden.items()}
+        self._hidden_pattern = re.compile(f"[{chr(FIRST_HIDDEN)}-{chr(LAST_HIDDEN)}]")
 
     def hide(self, text: str, where: str) -> str:
         """A text in which special tokens are replaced by characters that `reveal` replaces back.
@@ -69,6 +70,7 @@ class ControlTokens:
         Raises:
             RowError: if it has a control token that cannot be encoded as plain text.
         """
+        self._require_no_hidden(text, where)
         if self.find(text) is None:
             return text
         hidden = self._pattern.sub(lambda m: self._hidden_token(m[0]), text)
@@ -78,7 +80,7 @@ class ControlTokens:
     def reveal(self, text: str, spans: Sequence[Span]) -> tuple[str, list[Span], list[Span]]:
         """The text with its tokens back, `spans` of it moved accordingly, and the spans of the
         tokens, which are plain text."""
-        places = [i for i, char in enumerate(text) if char in self._shown]
+        places = [match.start() for match in self._hidden_pattern.finditer(text)]
         if not places:
             return text, list(spans), []
         tokens = [self._shown[text[i]] for i in places]
@@ -88,8 +90,25 @@ class ControlTokens:
         def move(place: int) -> int:
             return place + moved[bisect_left(places, place)]
 
-        revealed = "".join(self._shown.get(char, char) for char in text)
+        revealed = self._hidden_pattern.sub(lambda match: self._shown[match[0]], text)
         return revealed, [(move(start), move(end)) for start, end in spans], plain
+
+    def require_plain_answer(self, text: str, where: str) -> None:
+        """Raise if what the model says contains a control token, or what could be a hidden one.
+
+        Raises:
+            RowError: with the token.
+        """
+        self._require_no_hidden(text, where)
+        self.require_none(text, where)
+
+    def _require_no_hidden(self, text: str, where: str) -> None:
+        if match := self._hidden_pattern.search(text):
+            raise RowError(
+                None,
+                f"{where} contains the character U+{ord(match[0]):X}, which is used here for "
+                "special tokens in texts. Remove it from the text",
+            )
 
     def _hidden_token(self, token: str) -> str:
         """The character for a token, or the token itself if it cannot be plain text."""

@@ -82,9 +82,10 @@ class Message(_Sparse):
 
     @cached_property
     def _split(self) -> tuple[str, str | None]:
-        if self.role != "assistant" or self.reasoning is not None or self.content is None:
+        content = self.content or ""
+        if self.role != "assistant" or self.reasoning is not None or "</think>" not in content:
             return (self.reasoning or "").strip("\n"), self.content
-        match = _THOUGHT.fullmatch(self.content)
+        match = _THOUGHT.fullmatch(content)
         return (match[1].strip("\n"), match[2]) if match else ("", self.content)
 
 

@@ -7,6 +7,7 @@
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -50,8 +51,9 @@ class Pieces:
             batch: has the whole text as its row `row`.
         """
         found = []
+        special = [0, *(match.start() for match in self._special.finditer(text))]
         for start in starts:
-            tail = max((m.start() for m in self._special.finditer(text, 0, start)), default=0)
+            tail = special[bisect_left(special, start, lo=1) - 1]
             first = batch.char_to_token(row, tail)
             last = batch.char_to_token(row, start)
             whole = batch["input_ids"][row][first:last]

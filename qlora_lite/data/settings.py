@@ -111,6 +111,16 @@ class Data(Settings):
             )
         return share
 
+    @field_validator("reasoning")
+    @classmethod
+    def _is_not_all_trained(cls, reasoning: Reasoning, info: ValidationInfo) -> Reasoning:
+        if reasoning == "context" and info.data.get("loss_on") == "all":
+            raise ValueError(
+                "data.loss_on=all trains all of the text, so reasoning cannot be context. Set "
+                "data.loss_on=assistant"
+            )
+        return reasoning
+
     @field_validator("fields")
     @classmethod
     def _check_field_names(cls, fields: dict[str, str] | None) -> dict[str, str] | None:

@@ -101,6 +101,8 @@ class ChatTemplate:
             for i, message in enumerate(read)
         )
         conversation = replace(conversation, messages=messages)
+        if conversation.tools:
+            self.control_tokens.require_plain_answer(repr(conversation.tools), "the tools")
         trained = [m for m in messages if m.role == "assistant" and m.is_trained]
         if self._jinja.marks_answers:
             text, spans = self._marked(conversation)
@@ -124,8 +126,9 @@ class ChatTemplate:
     def _checked(self, message: Message, where: str, reasoning: Reasoning) -> Message:
         """A message with what `data.reasoning` leaves of it, without control tokens."""
         if message.role != "assistant":
+            self.control_tokens.require_none(message.name or "", where)
             content = self.control_tokens.hide(message.content or "", where)
-            return replace(message, content=content)
+            return message if content == message.content else replace(message, content=content)
         place = self._turns.input.place_of_thoughts
         can_write = place is not None and (place != "content" or message.reasoning is None)
         if reasoning == "drop":
@@ -136,9 +139,9 @@ class ChatTemplate:
                 f"{where} has reasoning, which the chat template does not write. Set "
                 "data.reasoning=drop, or data.template to a template that writes it",
             )
-        texts = [message.content or "", message.reasoning or "", repr(message.tool_calls)]
-        for text in texts:
-            self.control_tokens.require_none(text, where)
+        calls = repr(message.tool_calls) if message.tool_calls else ""
+        for text in (message.content, message.reasoning, calls, message.name):
+            self.control_tokens.require_plain_answer(text or "", where)
         return message
 
     def _marked(self, conversation: Conversation) -> tuple[str, list[Span]]:

@@ -223,10 +223,21 @@ def _encode(
     for number, item in chunk:
         assert isinstance(item, Conversation)
         try:
+            if data.loss_on == "all":
+                _require_all_trained(item)
             rendered.append(template.render(item, data.reasoning))
         except RowError as error:
             raise DataError(f"{source.where(number)}: {error}") from None
     return encode(template, rendered, data.loss_on == "all")
+
+
+def _require_all_trained(conversation: Conversation) -> None:
+    if not all(message.is_trained for message in conversation.messages):
+        raise RowError(
+            "messages",
+            "has a turn that is not trained, and data.loss_on=all trains all of the text. Set "
+            "data.loss_on=assistant",
+        )
 
 
 def _require_no_control_token(

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedTokenizerFast
 
-from qlora_lite.data.template_shelf import use_template
+from qlora_lite.data.template_shelf import SHELF, use_template
 from qlora_lite.model.tokenizer import load_tokenizer
 from qlora_lite.recipe import Recipe
 from qlora_lite.run.folder import RunFolder
@@ -17,10 +17,12 @@ def tokenizer_to_train(recipe: Recipe, folder: RunFolder | None = None) -> PreTr
 
 
 def trained_tokenizer(recipe: Recipe, folder: RunFolder) -> PreTrainedTokenizerFast:
-    """The tokenizer of a run with an adapter. `data.template` is the one that was trained, as the
-    adapter has it: the file of the recipe may have changed."""
+    """The tokenizer of a run with an adapter. A file of `data.template` is read from the adapter,
+    which has a copy: the file may have changed since."""
     tokenizer = load_tokenizer(recipe.base, folder.base_files)
-    if recipe.data.template is not None:
+    template = recipe.data.template
+    if template is not None:
+        is_file = template not in SHELF
         saved = folder.adapter / "chat_template.jinja"
-        use_template(tokenizer, str(saved) if saved.is_file() else recipe.data.template)
+        use_template(tokenizer, str(saved) if is_file else template)
     return tokenizer

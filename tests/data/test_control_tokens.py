@@ -160,3 +160,24 @@ def test_an_ordinary_word_or_mark_that_pads_is_text(write):
         tokenizer = tokenizer_with_all_kinds()
         tokenizer.pad_token = word
         assert len(read(write, chat("pad!", "hello!"), tokenizer).examples) == 1
+
+
+def test_special_tokens_in_calls_tools_and_names_are_refused(write):
+    template = tokenizer_with_all_kinds().chat_template
+    call = {"function": {"name": "f", "arguments": {"a": f"b{EOS}"}}}
+    tool = {"function": {"name": "f", "description": f"b{EOS}"}}
+    asked, answered = chat("hi", "hello")["messages"]
+    rows = {
+        r"message 1 \(assistant\)": {"messages": [asked, answered | {"tool_calls": [call]}]},
+        "the tools": {"messages": [asked, answered], "tools": [tool]},
+        r"message 0 \(user\)": {"messages": [asked | {"name": f"b{EOS}"}, answered]},
+    }
+    for where, row in rows.items():
+        with pytest.raises(DataError, match=rf"{where} contains the control token '<\|end\|>'"):
+            read(write, row, tokenizer_with_all_kinds(template))
+
+
+@pytest.mark.parametrize("row", READ.values(), ids=READ)
+def test_the_characters_that_hide_tokens_are_refused(write, row):
+    with pytest.raises(DataError, match=r"contains the character U\+F1000"):
+        read(write, row("hi \U000f1000"))

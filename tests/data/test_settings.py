@@ -37,6 +37,11 @@ def test_fields_are_those_that_the_formats_read():
     assert set(FIELDS) == needed | {"input", "tools"}
 
 
+def test_reasoning_is_no_context_if_all_of_the_text_is_trained():
+    with pytest.raises(ValidationError, match=r"data\.loss_on=all trains all of the text"):
+        Data(train="a.jsonl", loss_on="all", reasoning="context")
+
+
 def test_rows_are_held_out_from_one_source():
     with pytest.raises(ValueError, match=r"data\.heldout='b\.jsonl' is given too"):
         Data(train="a.jsonl", heldout="b.jsonl", heldout_share=0.1)

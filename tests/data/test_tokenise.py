@@ -125,3 +125,15 @@ def test_trained_tokens_are_counted_as_in_the_loss(jsonl):
     expected = sum(int(e.loss_mask[1:].sum()) for e in result.examples)
     assert result.stats.trained_tokens == expected
     assert result.stats.tokens == sum(result.examples.lengths)
+
+
+def test_a_turn_that_is_not_trained_needs_a_loss_on_answers(jsonl):
+    row = {
+        "messages": [
+            *({"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}),
+            *({"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}),
+        ]
+    }
+    assert read(jsonl([row])).examples.num_targets > 0
+    with pytest.raises(DataError, match=r"line 1: .*not trained, and data\.loss_on=all"):
+        read(jsonl([row]), loss_on="all")
