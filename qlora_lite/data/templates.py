@@ -21,7 +21,7 @@ from qlora_lite.data.jinja_templates import JinjaTemplate, Span
 from qlora_lite.data.messages import Conversation, Message
 from qlora_lite.data.row_errors import RowError
 from qlora_lite.data.settings import Reasoning
-from qlora_lite.data.turns import Turns
+from qlora_lite.data.turns import Tools, Turns
 from qlora_lite.data.written import require_written
 from qlora_lite.foundation.errors import DataError
 
@@ -83,9 +83,9 @@ class ChatTemplate:
         """The id of `end_of_turn`."""
         return self.tokenizer.convert_tokens_to_ids(self.end_of_turn)
 
-    def prompt(self, messages: Sequence[Message]) -> str:
+    def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> str:
         """The messages and the generation prompt: the text that the model continues."""
-        return self._turns.text(messages, prompt=True)
+        return self._turns.text(messages, tools, prompt=True)
 
     def render(self, conversation: Conversation, reasoning: Reasoning = "train") -> Rendered:
         """The text of a conversation up to the end of its last answer, and its trained spans.

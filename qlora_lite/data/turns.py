@@ -14,9 +14,12 @@ The text between an answer and the next prompt is the common end of renderings i
 is replaced by unlike words, so neither a literal prefix nor a known end token is needed.
 
 If the prompt is not a prefix of the answer's rendering, another prompt of the template is tried:
-with enable_thinking, as the answer has reasoning or not. Otherwise the prompt must end in <think>,
-as that of DeepSeek-R1: then the thought is put there, or an empty one, because the model has to
-close it before it can answer.
+with enable_thinking, as the answer has reasoning or not. Otherwise there are two cases:
+
+- The prompt ends in <think>, as that of DeepSeek-R1. The thought is put there, or an empty one,
+  because the model has to close it before it can answer.
+- The template writes earlier messages in another form once there is an answer: gpt-oss leaves out
+  the reasoning before a tool call. The row has the form of the prompt.
 """
 
 import re
@@ -135,21 +138,32 @@ class Turns:
             switches = {"enable_thinking": bool(message.thought)}
             other = self.text(before, tools, prompt=True, **switches)
             if not whole.startswith(other):
-                return self._turn_in_open_thought(before, message, tools, whole, prompt)
+                return self._turn_of_another_text(before, message, tools, whole, prompt)
             prompt = other
         return _Turn(index, prompt, self._closed(whole[len(prompt) :], message, index), switches)
 
-    def _turn_in_open_thought(
+    def _turn_of_another_text(
         self, before: Sequence[Message], message: Message, tools: Tools, whole: str, prompt: str
     ) -> "_Turn":
-        """An answer to a prompt that ends in <think>, by a template that does not write it."""
+        """An answer whose rendering does not start with the prompt.
+
+        Either the prompt ends in <think>, and the template does not write it; or the template
+        writes the messages before in another form, but the same start of the answer.
+        """
         plain = [self.text([*before, Message("assistant", word)], tools) for word in UNLIKE]
-        shared = len(_common_start([prompt, *plain]))
-        if not OPEN_THOUGHT.fullmatch(prompt[shared:]) or not whole.startswith(prompt[:shared]):
-            raise RowError(None, _not_a_prefix(prompt, whole, len(before)))
-        answer = whole[shared:].lstrip("\n")
-        said = f"{message.thought}\n</think>\n\n{answer}"
-        return _Turn(len(before), prompt, self._closed(said, message, len(before)))
+        index, shared = len(before), len(_common_start([prompt, *plain]))
+        if OPEN_THOUGHT.fullmatch(prompt[shared:]) and whole.startswith(prompt[:shared]):
+            answer = whole[shared:].lstrip("\n")
+            said = f"{message.thought}\n</think>\n\n{answer}"
+            return _Turn(index, prompt, self._closed(said, message, index))
+        starts = [match.start() for match in re.finditer(self._special, prompt)]
+        header = prompt[starts[-1] :] if starts else prompt
+        answer_start = len(_common_start([whole, *plain]))
+        header_end = whole.rfind(header, 0, answer_start) + len(header)
+        is_found = header in whole[:answer_start]
+        if not is_found or not self._opening.startswith(whole[header_end:answer_start]):
+            raise RowError(None, _not_a_prefix(prompt, whole, index))
+        return _Turn(index, prompt, self._closed(whole[header_end:], message, index))
 
     def _closed(self, said: str, message: Message, index: int) -> str:
         """What the model says, up to its end."""
@@ -194,13 +208,15 @@ class Turns:
             raise DataError(
                 f"the tokenizer's chat template fails on a question and an answer: {error}"
             ) from None
-        _, found, tail = text.rpartition(ANSWER)
+        asked, found, tail = text.rpartition(ANSWER)
         if not found:
             raise DataError(
                 "the tokenizer's chat template leaves out the assistant's message: it renders a "
                 f"question and an answer as {text!r}. Give the tokenizer a chat template for "
                 "conversations"
             )
+        prompt = self.text([question], prompt=True)
+        self._opening = asked.removeprefix(prompt) if asked.startswith(prompt) else ""
         # a template that always writes the generation prompt writes it after the answer, too
         is_always_prompt = text == self.text([question, answer], prompt=True)
         run = re.search(f"(?:{self._special})" + ("" if is_always_prompt else "+"), tail)

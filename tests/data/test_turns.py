@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 
 from qlora_lite.data.encoding import encode
-from qlora_lite.data.messages import Conversation, Message
+from qlora_lite.data.messages import Conversation, Message, ToolCall
 from qlora_lite.data.row_errors import RowError
 from qlora_lite.data.templates import ChatTemplate
 from tests.data.marked_templates import ALSO, pair
@@ -128,6 +128,42 @@ def test_a_template_without_reasoning_refuses_a_field_and_writes_text(name):
     text = "<think>\nHm.\n</think>\n\nOne."
     assert trained(name, talk(text, "Two."))[0].startswith(text)
     assert trained(name, talk(text, "Two."), "context") == ends
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{"reasoning": "Hm."}, {"content": "Hm."}])
+def test_reasoning_before_a_call_is_in_the_prompt_of_the_answer(fields):
+    """gpt-oss writes it there only until there is an answer."""
+    call = ToolCall("length", {"river": "Elbe"}, "c1")
+    tool = {"type": "function", "function": {"name": "length", "description": "", "parameters": {}}}
+    row = Conversation(
+        (
+            Message("user", "How long is the Elbe?"),
+            Message("assistant", **({"content": None} | fields), tool_calls=(call,)),
+            Message("tool", "1094", tool_call_id="c1", name="length"),
+            *(
+                Message("assistant", "1094 km."),
+                Message("user", "Thanks."),
+                Message("assistant", "Yes."),
+            ),
+        ),
+        (tool,),
+    )
+    said = (
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant to=functions.length"
+        '<|channel|>commentary json<|message|>{"river": "Elbe"}<|call|>'
+    )
+    assert trained("gptoss", row) == [
+        said,
+        "<|channel|>final<|message|>1094 km.<|end|>",
+        "<|channel|>final<|message|>Yes.<|return|>",
+    ]
+    chat = template("gptoss")
+    text = chat.render(row).text
+    assert f"{said}<|start|>functions.length to=assistant" in text
+    assert chat.render(Conversation(row.messages[:4], row.tools)).text.startswith(
+        chat.prompt(row.messages[:3], row.tools)
+    )
 
 
 @pytest.mark.parametrize(("name", "end"), [("qwen3", END), ("glm4moe", "<|user|>")])
