@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from qlora_lite.data.template_shelf import SHELF
 from qlora_lite.foundation.errors import RecipeError
 from qlora_lite.foundation.files import parse_json
 from qlora_lite.foundation.json_files import shown
@@ -175,6 +176,8 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         return str(Path(name).resolve()) if name and Path(name).exists() else name
 
     data = {name: absolute(getattr(recipe.data, name)) for name in ("train", "heldout")}
+    if recipe.data.template not in SHELF:
+        data["template"] = absolute(recipe.data.template)
     return recipe.model_copy(
         update={
             "base": recipe.base.model_copy(update={"model": absolute(recipe.base.model)}),

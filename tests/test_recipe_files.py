@@ -91,7 +91,7 @@ def test_a_model_or_an_adapter_is_not_a_recipe(tmp_path):
 
 
 def test_existing_paths_become_absolute_and_hub_ids_stay(tmp_path, monkeypatch):
-    names = ("base.model", "data.train", "data.heldout", "adapter.start")
+    names = ("base.model", "data.train", "data.heldout", "data.template", "adapter.start")
     (tmp_path / "here").mkdir()
     for name in names:
         (tmp_path / "here" / name).touch()
@@ -100,3 +100,6 @@ def test_existing_paths_become_absolute_and_hub_ids_stay(tmp_path, monkeypatch):
     assert local == RECIPE.but(*(f"{name}={tmp_path / 'here' / name}" for name in names))
     hub = RECIPE.but(*(f"{name}=owner/{name}" for name in names))
     assert with_absolute_paths(hub) == hub
+    (tmp_path / "chatml").write_text("")
+    named = RECIPE.but("data.template=chatml")
+    assert with_absolute_paths(named).data.template == "chatml"

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lite.data.batches import evaluation_batches
+from qlora_lite.data.chosen_template import use_template
 from qlora_lite.data.collate import Batch
 from qlora_lite.data.load import load_data
 from qlora_lite.data.settings import Data
-from qlora_lite.data.template_shelf import use_template
 from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.data.tokenise import tokenise
 from qlora_lite.evaluation.perplexity import Score, score

@@ -2,7 +2,8 @@
 
 from transformers import PreTrainedTokenizerFast
 
-from qlora_lite.data.template_shelf import SHELF, use_template
+from qlora_lite.data.chosen_template import use_template
+from qlora_lite.data.template_shelf import SHELF
 from qlora_lite.model.tokenizer import load_tokenizer
 from qlora_lite.recipe import Recipe
 from qlora_lite.run.folder import RunFolder

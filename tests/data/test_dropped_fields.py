@@ -34,7 +34,6 @@ IN_MESSAGES = {
     "refusal": "No.",
     "end_turn": False,
     "weights": [0, 1],
-    "train_on_turn": False,
     "a_field_of_tomorrow": "text",
 }
 

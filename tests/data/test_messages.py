@@ -78,6 +78,7 @@ def test_reasoning_in_a_field_and_in_the_content_is_the_same(fields, thought, te
         ({"weight": 0}, False),
         ({"weight": "0.0"}, False),
         ({"train": False}, False),
+        ({"train_on_turn": False}, False),
         ({"loss": False, "train": 0}, False),
         ({"mask": True}, False),
         ({"weight": 1.0, "train": "true", "masked": 0}, True),

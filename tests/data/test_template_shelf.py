@@ -2,11 +2,11 @@
 
 import pytest
 
+from qlora_lite.data.chosen_template import use_template
 from qlora_lite.data.encoding import encode
 from qlora_lite.data.messages import Conversation, Message
-from qlora_lite.data.template_shelf import SHELF, use_template
+from qlora_lite.data.template_shelf import SHELF
 from qlora_lite.data.templates import ChatTemplate
-from qlora_lite.foundation.errors import DataError
 from tests.data.real_tokenizers import original_template, real_tokenizer
 from tests.data.trained_texts import trained_texts
 from tests.tiny import tiny_tokenizer
@@ -93,24 +93,6 @@ def test_the_template_of_a_family_renders_as_its_original(name, tokenizer, origi
             for t in (SHELF[name].source, theirs)
         )
         assert mine == other
-
-
-def test_a_template_whose_tokens_are_missing_is_refused():
-    with pytest.raises(DataError, match=r"<\|im_start\|>, which .* work: mistral, alpaca, plain"):
-        use_template(tiny_tokenizer(), "chatml")
-
-
-def test_a_file_is_a_template(tmp_path):
-    file = tmp_path / "mine.jinja"
-    file.write_text(
-        "{% for m in messages %}{{ m.role }}> {{ m.content }}{{ eos_token }}{% endfor %}"
-    )
-    tokenizer = tiny_tokenizer()
-    use_template(tokenizer, str(file))
-    rendered = ChatTemplate(tokenizer).render(ROW)
-    assert rendered.text.startswith("system> Be brief.<|end|>user> One?<|end|>assistant> The first")
-    with pytest.raises(DataError, match=r"chatlm cannot be read.*Did you mean 'chatml'\?"):
-        use_template(tokenizer, "chatlm")
 
 
 def test_without_a_system_message_alpaca_has_its_own():

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_lite.data.formats import Message
+from qlora_lite.data.messages import Message
 from qlora_lite.data.settings import Data
 from qlora_lite.evaluation.generation import answer
 from qlora_lite.foundation.errors import DataError, RunError

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qlora_lite.data.formats import Conversation, Message
+from qlora_lite.data.messages import Conversation, Message
 from qlora_lite.data.read_rows import read_rows
 from qlora_lite.data.settings import Data
 from qlora_lite.data.sources import open_source
@@ -32,7 +32,7 @@ class Question:
 
     @property
     def text(self) -> str:
-        return self.prompt[-1].content
+        return self.prompt[-1].content or ""
 
 
 def choose_questions(data: Data, heldout: str, num: int, seed: int = SEED) -> list[Question]:
@@ -45,7 +45,7 @@ def choose_questions(data: Data, heldout: str, num: int, seed: int = SEED) -> li
     references: dict[tuple[Message, ...], list[str]] = {}
     for row in _rows(data, heldout):
         if row.messages[:-1] not in trained:
-            references.setdefault(row.messages[:-1], []).append(row.messages[-1].content)
+            references.setdefault(row.messages[:-1], []).append(row.messages[-1].content or "")
     if len(references) < num:
         raise DataError(
             f"{heldout} has {len(references)} questions that are not in {data.train}, and {num} "
