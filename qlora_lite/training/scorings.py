@@ -13,8 +13,8 @@ from qlora_lite.training.settings import Evaluation
 MAX_SHARE = 0.1
 """Of the run's arithmetic that goes into scoring."""
 
-MOST = 11
-"""Scorings of a run: at the start, and after every tenth."""
+FEWEST, MOST = 2, 11
+"""Scorings of a run: before and after it, or at its start and after every tenth."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,26 @@ def choose_scorings(
     every = evaluation.every
     forwards = steps * tokens_per_step * (3 if checkpointing else 2)
     budget = forwards * MAX_SHARE / (1 - MAX_SHARE)  # tokens that may be scored
-    total = max(sum(lengths), 1)
-    times = min(max(int(budget / total), 2), MOST, steps + 1)
     if num_rows is None:
-        is_asked_for = every is not None
-        share = 1.0 if is_asked_for else min(budget / (times * total), 1.0)
-        num_rows = evaluation.rows or max(int(share * len(lengths)), 1)
-    num_rows = min(num_rows, len(lengths))
-    rows = [i * len(lengths) // num_rows for i in range(num_rows)]
+        num_rows = evaluation.rows or (len(lengths) if every is not None else None)
+    if num_rows is None:
+        rows = _within(lengths, budget / FEWEST)
+    else:
+        rows = _spread(len(lengths), num_rows)
+    total = max(sum(lengths[i] for i in rows), 1)
+    times = min(max(int(budget / total), FEWEST), MOST, steps + 1)
     return Scorings(every or math.ceil(steps / (times - 1)), rows)
+
+
+def _spread(num: int, chosen: int) -> list[int]:
+    """`chosen` of `num` positions, evenly spread; all if there are fewer."""
+    chosen = min(chosen, num)
+    return [(2 * i + 1) * num // (2 * chosen) for i in range(chosen)]
+
+
+def _within(lengths: Sequence[int], max_tokens: float) -> list[int]:
+    """About as many rows as have at most so many tokens; at least one."""
+    rows = _spread(len(lengths), len(lengths))
+    while len(rows) > 1 and sum(lengths[i] for i in rows) > max_tokens:
+        rows = _spread(len(lengths), len(rows) * 19 // 20)
+    return rows

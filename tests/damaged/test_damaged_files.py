@@ -367,7 +367,7 @@ def written(directory: Path, stops: bool = False) -> torch.Tensor:
     return SafetensorsCheckpoint.open(directory).read("a")
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "rwkv", "falcon_mamba", "gemma4_text"])
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "rwkv", "falcon_mamba"])
 def test_an_architecture_without_uniform_attention_is_refused(family):
     with pytest.raises(BaseModelError, match=f"the architecture {family} is not supported yet"):
         facts_of(CONFIG_MAPPING[family](num_hidden_layers=2))

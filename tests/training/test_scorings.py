@@ -57,8 +57,20 @@ def test_more_rows_are_first_scored_less_often_then_fewer_of_them():
 def test_rows_are_spread_over_all_held_out_rows():
     rows = list(chosen([100] * 1000).rows)
     assert rows == sorted(set(rows))
-    assert rows[0] == 0
+    assert rows[0] <= 50
     assert rows[-1] >= 950
+
+
+def test_uneven_rows_are_counted_by_their_tokens():
+    lengths = [2000] + [10] * 470
+    found = chosen(lengths, steps=10)
+    assert share(found, lengths, 10, checkpointing=True) <= MAX_SHARE
+
+
+def test_fewer_rows_are_scored_as_often_as_they_allow():
+    found = chosen([100] * 1000, Evaluation(rows=50), steps=100)
+    assert len(found.rows) == 50
+    assert times(found, 100) > 5
 
 
 def test_what_is_asked_for_is_done():
