@@ -145,6 +145,7 @@ def test_a_closed_terminal_saves_the_state_and_ends_with_130(recipe, tmp_path):
     command = [sys.executable, "-m", "qlora_lite", "train", str(recipe), *rarely]
     child, terminal = pty.fork()
     if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup around pytest would be inherited
         os.execve(sys.executable, command, os.environ | {"OMP_NUM_THREADS": "1"})
     metrics = tmp_path / "run" / "metrics.jsonl"
     os.set_blocking(terminal, False)

@@ -68,6 +68,7 @@ def check_a_merge_on_the_original(run: RunFolder, out: Path) -> None:
     assert tokenizer.chat_template
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_smollm2_from_its_gguf_file(real_base, tmp_path):
     run = trained(real_base, tmp_path)

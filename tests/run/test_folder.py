@@ -303,6 +303,8 @@ OTHER_VALUES = {
     "data.system": "Be brief.",
     "data.too_long": "drop",
     "data.loss_on": "all",
+    "data.template": "chatml",
+    "data.reasoning": "drop",
     "data.max_rows": 9,
     "optim.schedule": "constant",
     "optim.rounding": "stochastic",

@@ -10,6 +10,16 @@ from qlora_lite.foundation.errors import Interrupted
 from qlora_lite.training.interruption import SIGNALS, StopRequest, stop_on_signals
 
 
+@pytest.fixture(autouse=True)
+def _usual_handlers():
+    """As in a terminal, also if these tests run in the background or under nohup."""
+    usual = dict.fromkeys(SIGNALS, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_the_first_signal_is_a_request_and_handlers_are_restored(name):
     number = getattr(signal, name)
