@@ -5,7 +5,14 @@ from threading import Thread
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TextIteratorStreamer,
+)
+
+from qlora_lite.foundation.errors import CheckError
 
 
 def answer(
@@ -37,6 +44,9 @@ def answers(
         prompts: token ids, of any lengths.
         end_ids: tokens at which an answer ends.
         batch_rows: prompts per batch.
+
+    Raises:
+        CheckError: if the logits are not finite.
     """
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     found = [""] * len(prompts)
@@ -87,7 +97,11 @@ def stream(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
 ) -> Iterator[str]:
-    """Yield the answer in pieces as they are generated."""
+    """Yield the answer in pieces as they are generated.
+
+    Raises:
+        CheckError: if the logits are not finite.
+    """
     ids = torch.tensor([prompt_ids], device=model.device)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     settings = _settings(tokenizer, end_ids, max_new_tokens, temperature)
@@ -121,6 +135,22 @@ def _settings(
         "pad_token_id": tokenizer.pad_token_id
         if tokenizer.pad_token_id is not None
         else end_ids[0],
+        "logits_processor": LogitsProcessorList([_RequireFinite()]),
         "do_sample": False,
         **sampling,
     }
+
+
+class _RequireFinite(LogitsProcessor):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Check the most likely token of every row; others may be masked with -inf.
+
+        Raises:
+            CheckError: if its logit is not finite.
+        """
+        if not scores.amax(-1).isfinite().all():
+            raise CheckError(
+                "the logits of the model are not finite. Its weights are damaged, or its "
+                "activations overflow. Check the files, or compute in fp32 with --device cpu"
+            )
+        return scores

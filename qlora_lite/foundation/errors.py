@@ -47,7 +47,7 @@ class ExportError(QloraLiteError):
 
 
 class CheckError(Exception):
-    """What was made failed its check and was not put in place. The command exits with status 1."""
+    """A result failed its check, and is neither put in place nor printed. Exits with status 1."""
 
 
 class Interrupted(BaseException):

@@ -169,8 +169,8 @@ def complete_directory(target: Path) -> Iterator[Path]:
     """Yield a temporary directory to fill; when the block succeeds it becomes `target`, atomically.
 
     An error removes the temporary directory. A kill leaves it as a hidden `.name.writing`, which
-    the next attempt removes. An existing `target` is replaced; a kill between the two renames
-    leaves it as `.name.old`, which the next attempt restores.
+    the next attempt removes. An existing `target`, also a file, is replaced; a kill between the two
+    renames leaves it as `.name.old`, which the next attempt restores.
 
     Raises:
         DiskFull: if the disk is full.
@@ -179,24 +179,32 @@ def complete_directory(target: Path) -> Iterator[Path]:
     old = target.with_name(f".{target.name}.old")
     if old.exists() and not target.exists():
         os.replace(old, target)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
     temporary = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
+    _remove(temporary)
     try:
         with reporting_full_disk(target):
             make_folder(temporary)
             yield temporary
             sync_tree(temporary)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         raise
     if target.exists():
         os.replace(target, old)
         os.replace(temporary, target)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     else:
         os.replace(temporary, target)
     sync_directory(target.parent)
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory or a file, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        path.unlink()
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,9 @@ from qlora_lite.shards.gguf.header import GgufHeader, find_gguf, read_header
 from qlora_lite.shards.reader import SafetensorsCheckpoint
 
 _RECORD = "converted.json"
+_VERSION = 1
+"""Of our conversion: raise it when other files are written from the same GGUF file."""
+
 _LICENCE_KEYS = {
     "license": "license",
     "license_name": "license.name",
@@ -74,10 +77,30 @@ def locate(base: Base, kept: Path | None = None) -> BaseFiles:
         BaseModelError: if there is no such model, it cannot be downloaded, or it is a GGUF file
             that cannot be converted.
     """
+    return files_of(find_weights(base), kept)
+
+
+def files_of(weights: Path, kept: Path | None = None) -> BaseFiles:
+    """What `locate` returns for the result of `find_weights`.
+
+    Raises:
+        BaseModelError: if it is a GGUF file that cannot be converted.
+    """
+    if is_directory(weights):
+        return BaseFiles.of(weights)
+    return BaseFiles(_converted(weights, kept), weights)
+
+
+def find_weights(base: Base) -> Path:
+    """The directory or GGUF file of a base, downloaded if need be. Converts nothing.
+
+    Raises:
+        BaseModelError: if there is no such model, or it cannot be downloaded.
+    """
     if (gguf := find_gguf(Path(base.model))) is not None:
-        return BaseFiles(_converted(gguf, kept), gguf)
+        return gguf
     if is_directory(Path(base.model)):
-        return BaseFiles.of(Path(base.model))
+        return Path(base.model)
     require_hub_id(base.model)
     code = ["*.py"] if base.trust_remote_code else []
     try:
@@ -89,7 +112,18 @@ def locate(base: Base, kept: Path | None = None) -> BaseFiles:
         )
     except OSError as error:
         raise BaseModelError(unreachable(base.model, base.revision, error)) from error
-    return BaseFiles.of(Path(directory))
+    return Path(directory)
+
+
+def open_weights(weights: Path) -> Checkpoint:
+    """A directory or GGUF file, for its hashes: the tensors of a GGUF file have no names.
+
+    Raises:
+        BaseModelError: if a file is missing or damaged.
+    """
+    if is_directory(weights):
+        return SafetensorsCheckpoint.open(weights)
+    return GgufCheckpoint(read_header(weights), {})
 
 
 def open_checkpoint(files: BaseFiles, facts: BaseFacts | None = None) -> Checkpoint:
@@ -102,11 +136,9 @@ def open_checkpoint(files: BaseFiles, facts: BaseFacts | None = None) -> Checkpo
     Raises:
         BaseModelError: if a file is missing or damaged, or has other tensors than the model.
     """
-    if not files.is_gguf:
-        return SafetensorsCheckpoint.open(files.weights)
+    if facts is None or not files.is_gguf:
+        return open_weights(files.weights)
     header = read_header(files.weights)
-    if facts is None:
-        return GgufCheckpoint(header, {})
     shapes = {parameter.name: parameter.shape for parameter in facts.shape.parameters}
     return GgufCheckpoint(header, tensor_sources(header, facts.config, shapes))
 
@@ -117,7 +149,11 @@ def _converted(gguf: Path, kept: Path | None) -> Path:
     fingerprint = GgufCheckpoint(header, {}).fingerprint
     if kept is None:
         kept = Path(_temporary(fingerprint).name) / "base"
-    made_by = {"fingerprint": fingerprint, "transformers": transformers.__version__}
+    made_by = {
+        "fingerprint": fingerprint,
+        "transformers": transformers.__version__,
+        "version": _VERSION,
+    }
     if not _is_intact(kept, made_by):
         _convert(header, kept, made_by)
     return kept
@@ -147,7 +183,8 @@ def _convert(header: GgufHeader, directory: Path, made_by: Mapping[str, Any]) ->
         found = {name: getattr(config, name, None) for name in names} | {
             "eos_token_id": stop_ids(header)
         }
-        write_json(temporary / "generation_config.json", {k: v for k, v in found.items() if v})
+        settings = {name: ids for name, ids in found.items() if ids not in (None, [])}
+        write_json(temporary / "generation_config.json", settings)
         if licence := _licence(header):
             write_text(temporary / "README.md", licence)
         written = sorted(path.name for path in temporary.iterdir())

@@ -35,7 +35,7 @@ def read_config(
     trust_remote_code: bool = False,
     known: Mapping[str, Any] | None = None,
 ) -> PretrainedConfig:
-    """The config of a model directory or a hub id. Never downloads weights.
+    """The config of a model directory, a GGUF file or a hub id. Never downloads weights.
 
     Searched in this order: a local directory, the hub's cache, `known`, the hub.
 
@@ -47,6 +47,11 @@ def read_config(
             transformers does not know its architecture.
     """
     if model and "\0" not in model and (gguf := find_gguf(Path(model))) is not None:
+        if revision is not None:
+            raise BaseModelError(
+                f"got base.revision={revision} for the GGUF file {gguf}: only models from the hub "
+                "have revisions. Leave it out"
+            )
         config = config_from_gguf(read_header(gguf))
         config.name_or_path = model
         with reading_config(model):
@@ -62,7 +67,7 @@ def read_config(
         if not file.is_file():
             raise BaseModelError(
                 f"base.model={model}: this directory has no config.json. Give a directory that "
-                "`save_pretrained` wrote, or a hub id such as Qwen/Qwen3-0.6B"
+                "`save_pretrained` wrote, a GGUF file, or a hub id such as Qwen/Qwen3-0.6B"
             )
     else:
         cached = try_to_load_from_cache(require_hub_id(model), "config.json", revision=revision)
@@ -167,12 +172,17 @@ def require_hub_id(model: str) -> str:
     """Check that `model` has the form of a hub id, and return it.
 
     Raises:
-        BaseModelError: if it is an address, or a path that does not exist.
+        BaseModelError: if it is an address, a GGUF file, or a path that does not exist.
     """
     if _is_local_name(model):
         raise BaseModelError(
             f"base.model={model}: there is no such run or model here. Give the folder of a run or "
-            "of a model, or a hub id such as Qwen/Qwen3-0.6B"
+            "of a model, a GGUF file, or a hub id such as Qwen/Qwen3-0.6B"
+        )
+    if model.lower().endswith(".gguf"):
+        raise BaseModelError(
+            f"base.model={model}: there is no such file. Give the path of a GGUF file on this "
+            "machine, or the hub id of a model with safetensors"
         )
     try:
         validate_repo_id(model)
@@ -184,7 +194,7 @@ def require_hub_id(model: str) -> str:
             ) from error
         raise BaseModelError(
             f"base.model={model}: there is no such directory. Give the directory of a model with "
-            "its config.json, or a hub id such as Qwen/Qwen3-0.6B"
+            "its config.json, a GGUF file, or a hub id such as Qwen/Qwen3-0.6B"
         ) from error
     return model
 

@@ -20,7 +20,7 @@ from qlora_lite.foundation.files import make_folder, read_object
 from qlora_lite.foundation.json_files import check_as
 from qlora_lite.foundation.overrides import validate
 from qlora_lite.foundation.sealed import is_unchanged, read_sealed, require_files, write_sealed
-from qlora_lite.model.base_files import BaseFiles, locate, open_checkpoint
+from qlora_lite.model.base_files import BaseFiles, files_of, find_weights, open_weights
 from qlora_lite.model.settings import Base
 from qlora_lite.recipe import Recipe, differences
 from qlora_lite.recipe_files import CHANGED, load_recipe
@@ -153,8 +153,8 @@ class RunFolder:
         Raises:
             RunError: if its files changed since then.
         """
-        files, recorded = locate(base, self.base_files), self.read_sidecar()["base"]
-        checkpoint = open_checkpoint(files)
+        weights, recorded = find_weights(base), self.read_sidecar()["base"]
+        checkpoint = open_weights(weights)
         is_same = checkpoint.fingerprint == recorded["fingerprint"]
         if is_same and every_byte and recorded.get("sha256"):
             is_same = checkpoint.full_hash == recorded["sha256"]
@@ -163,7 +163,7 @@ class RunFolder:
                 f"the base {base.model} is not the one that {self.path} was trained on: its files "
                 "changed. Restore them: an adapter only works with the base that it was trained on"
             )
-        return files
+        return files_of(weights, self.base_files)
 
     def is_finished(self, recipe: Recipe) -> bool:
         """Whether the adapter exists and was trained to the end with this recipe."""

@@ -1,6 +1,7 @@
 """Score runs and models on rows: for a run, with the adapter and without it."""
 
 import gc
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from qlora_lite.data.settings import Data
 from qlora_lite.data.templates import ChatTemplate
 from qlora_lite.data.tokenise import tokenise
 from qlora_lite.evaluation.perplexity import Score, score
-from qlora_lite.foundation.errors import DataError
+from qlora_lite.foundation.errors import CheckError, DataError
 from qlora_lite.foundation.overrides import apply_overrides, validate
 from qlora_lite.foundation.settings import Settings
 from qlora_lite.foundation.watcher import Watcher
@@ -60,6 +61,7 @@ def score_targets(
 
     Raises:
         QloraLiteError: if a target or the data cannot be used.
+        CheckError: if a loss is not finite.
     """
     watcher = watcher or Watcher()
     _check_arguments(targets, data, assignments)
@@ -106,13 +108,27 @@ def _score(
     else:
         batches = list(_of_file(loaded, data, assignments, watcher))
     if loaded.attached is None:
-        return [ScoreRow(target, "model", score(loaded.causal, batches))]
-    adapter = ScoreRow(target, "adapter", score(loaded.causal, batches))
+        return [_finite(target, "model", score(loaded.causal, batches))]
+    adapter = _finite(target, "adapter", score(loaded.causal, batches))
     if not loaded.attached.is_base_unchanged:
         return [adapter]
     with loaded.attached.disabled():
-        base = ScoreRow(target, "bare base", score(loaded.causal, batches))
+        base = _finite(target, "bare base", score(loaded.causal, batches))
     return [base, adapter]
+
+
+def _finite(target: str, what: str, score: Score) -> ScoreRow:
+    """A row of the result.
+
+    Raises:
+        CheckError: if the loss is not finite.
+    """
+    if not math.isfinite(score.loss):
+        raise CheckError(
+            f"{target} ({what}): the loss is {score.loss}. Its weights are damaged, or its "
+            "activations overflow. Check the files, or compute in fp32 with --device cpu"
+        )
+    return ScoreRow(target, what, score)
 
 
 def _held_out(target: str, loaded: LoadedModel, watcher: Watcher) -> Iterator[Batch]:

@@ -1,10 +1,14 @@
 """Answers: one, a batch, and one streamed."""
 
+import copy
+import math
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_lite.evaluation.generation import answer, answers, stream
+from qlora_lite.foundation.errors import CheckError
 from tests.families import tiny_of
 from tests.tiny import VOCABULARY, tiny_tokenizer
 
@@ -89,3 +93,29 @@ def test_an_error_in_the_generating_thread_reaches_the_caller(loaded):
     model, tokenizer = loaded
     with pytest.raises(ValueError, match="max_new_tokens"):
         list(stream(model, tokenizer, [5, 6], [1], max_new_tokens=-1))
+
+
+def test_logits_that_are_not_finite_are_a_failed_check(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        model.model.norm.weight[3] = math.nan
+    prompt = tokenizer("Sea")["input_ids"]
+    for temperature in (0.0, 0.7):
+        with pytest.raises(CheckError, match="logits of the model are not finite"):
+            list(stream(model, tokenizer, prompt, [1], temperature=temperature))
+    with pytest.raises(CheckError, match="logits of the model are not finite"):
+        answers(model, tokenizer, [prompt], [1])
+
+
+def test_a_batch_is_padded_with_the_pad_token_even_if_its_id_is_0(loaded):
+    model, tokenizer = loaded[0], copy.deepcopy(loaded[1])
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    assert tokenizer.pad_token_id == 0
+    seen = []
+    keep = model.register_forward_pre_hook(
+        lambda _, args, values: seen.append(values["input_ids"]), with_kwargs=True
+    )
+    answers(model, tokenizer, [[5, 6, 7], [5]], [1], max_new_tokens=1)
+    keep.remove()
+    assert seen[0].tolist() == [[5, 6, 7], [0, 0, 5]]

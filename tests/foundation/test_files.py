@@ -108,6 +108,16 @@ def test_what_a_kill_after_the_renames_left_is_removed(tmp_path):
     assert os.listdir(tmp_path) == ["step"]
 
 
+@pytest.mark.parametrize("name", [".step.old", ".step.writing", "step"])
+def test_a_file_in_place_of_the_directory_is_replaced(tmp_path, name):
+    (tmp_path / name).write_text("")
+    for _ in range(2):
+        with complete_directory(tmp_path / "step") as temporary:
+            (temporary / "1").write_text("1")
+        assert os.listdir(tmp_path) == ["step"]
+        assert os.listdir(tmp_path / "step") == ["1"]
+
+
 def _hold(path, locked, release):
     with lock(path):
         locked.set()

@@ -9,6 +9,7 @@ import torch
 from qlora_lite.export.card import licence_of
 from qlora_lite.foundation.device import choose
 from qlora_lite.foundation.errors import BaseModelError
+from qlora_lite.foundation.sealed import write_sealed
 from qlora_lite.model import base_files
 from qlora_lite.model.base_files import BaseFiles, locate, open_checkpoint
 from qlora_lite.model.facts import read_facts
@@ -65,12 +66,12 @@ def test_what_was_converted_is_kept_and_used_again(gguf, tmp_path, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("damage", ["bit", "missing", "record", "version"])
+@pytest.mark.parametrize("damage", ["bit", "missing", "record", "transformers", "version"])
 def test_what_is_damaged_or_of_another_version_is_converted_again(gguf, tmp_path, damage):
     kept = tmp_path / "base"
     base = Base(model=str(gguf))
     locate(base, kept)
-    config = (kept / "config.json").read_bytes()
+    config, sealed = ((kept / name).read_bytes() for name in ("config.json", "converted.json"))
     if damage == "bit":
         (kept / "config.json").write_bytes(config.replace(b'"hidden_size"', b'"hidden_sizf"'))
     elif damage == "missing":
@@ -79,9 +80,10 @@ def test_what_is_damaged_or_of_another_version_is_converted_again(gguf, tmp_path
         (kept / "converted.json").write_text("{")
     else:
         record = json.loads((kept / "converted.json").read_text())
-        (kept / "converted.json").write_text(json.dumps(record | {"transformers": "1.0"}))
+        write_sealed(kept / "converted.json", record | {damage: "0.1"}, record["files"])
     locate(base, kept)
     assert (kept / "config.json").read_bytes() == config
+    assert (kept / "converted.json").read_bytes() == sealed
     assert (kept / "tokenizer.json").is_file()
 
 
@@ -125,3 +127,28 @@ def test_a_file_that_is_no_gguf_is_one_error(content, tmp_path):
     path.write_bytes(content)
     with pytest.raises(BaseModelError, match=r"model\.gguf"):
         read_facts(Base(model=str(path)))
+
+
+def test_a_token_id_of_0_is_kept(model, tmp_path):
+    def pad(writer):
+        writer.add_pad_token_id(0)
+
+    path = write_model_gguf(
+        tmp_path / "model.gguf", tiny_gguf_model("llama", pad_token_id=None), keys=pad
+    )
+    files = locate(Base(model=str(path)), tmp_path / "base")
+    settings = json.loads((files.directory / "generation_config.json").read_text())
+    assert settings["pad_token_id"] == 0
+
+
+def test_a_file_in_place_of_the_converted_directory_is_replaced(gguf, tmp_path):
+    kept = tmp_path / "base"
+    kept.write_text("")
+    files = locate(Base(model=str(gguf)), kept)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    assert (files.directory / "tokenizer.json").is_file()
+
+
+def test_a_revision_of_a_file_is_refused(gguf):
+    with pytest.raises(BaseModelError, match=r"base\.revision=main .* only models from the hub"):
+        read_facts(Base(model=str(gguf), revision="main"))

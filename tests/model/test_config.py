@@ -54,6 +54,13 @@ def test_a_path_that_does_not_exist_is_not_a_hub_id(model):
         read_config(model)
 
 
+@pytest.mark.parametrize("model", ["models/nope.gguf", "nope.GGUF"])
+def test_a_gguf_file_that_does_not_exist_is_refused_without_asking_the_hub(hub, model):
+    with pytest.raises(BaseModelError, match=r"no such file\. Give the path of a GGUF file"):
+        read_config(model)
+    assert hub.requests == []
+
+
 @pytest.mark.parametrize(
     ("status", "code", "message"),
     [

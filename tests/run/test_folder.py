@@ -29,6 +29,7 @@ from qlora_lite.training import checkpoint, metrics
 from tests.damage import flip_bit
 from tests.end_to_end.small_run import Killed, Killer, recipe_in, result_of, small_recipe
 from tests.tiny import save_tiny
+from tests.workbench_gguf import tiny_gguf_model, write_model_gguf
 
 
 @pytest.fixture(scope="module")
@@ -452,3 +453,16 @@ def test_a_folder_deleted_while_a_checkpoint_is_written_is_one_error(folder, mon
     with pytest.raises(RunError, match="moved or deleted while this process was using it"):
         run_recipe(recipe_in(folder, run.name))
     assert not run.exists()
+
+
+def test_a_refused_gguf_base_leaves_the_converted_files_of_the_run(folder):
+    path = write_model_gguf(folder / "model.gguf", tiny_gguf_model("llama"))
+    recipe = small_recipe(path, folder / "train.jsonl", folder / "of_gguf", "optim.steps=1")
+    run_recipe(recipe)
+    run = RunFolder(folder / "of_gguf")
+    before = hashes_of(run.base_files, [path.name for path in run.base_files.iterdir()])
+    assert run.require_base(recipe.base).directory == run.base_files
+    write_model_gguf(path, tiny_gguf_model("llama_biased"))
+    with pytest.raises(RunError, match="is not the one"):
+        run.require_base(recipe.base)
+    assert hashes_of(run.base_files, list(before)) == before

@@ -1,13 +1,16 @@
 """Scores of runs and models."""
 
 import json
+import math
+import shutil
 
 import pytest
+import safetensors.torch
 import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_lite.foundation.errors import DataError, RecipeError
+from qlora_lite.foundation.errors import CheckError, DataError, RecipeError
 from qlora_lite.run.scoring import score_targets
 from tests.tiny import save_tiny
 
@@ -78,3 +81,13 @@ def test_settings_for_held_out_rows_are_refused_with_a_file(folder):
 def test_a_model_without_rows_is_an_error_before_it_is_loaded(folder):
     with pytest.raises(DataError, match="--data"):
         score_targets([str(folder / "nothing")])
+
+
+def test_a_loss_that_is_not_finite_is_a_failed_check(folder, tmp_path):
+    shutil.copytree(folder / "base", tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    tensors["model.norm.weight"][3] = math.nan
+    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(CheckError, match=r"damaged \(model\): the loss is nan"):
+        score_targets([str(weights.parent)], str(folder / "rows.jsonl"), [FIELDS], "cpu")

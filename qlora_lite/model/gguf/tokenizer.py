@@ -64,6 +64,7 @@ def tokenizer_from_gguf(header: GgufHeader) -> PreTrainedTokenizerFast:
             f"{header.files[0]} has no vocabulary (tokenizer.ggml.tokens). Use a GGUF file that "
             "llama.cpp can chat with, or the original model directory"
         )
+    _require_ids_in_range(header)
     split = _split(header, kind)
     parts = _parts(header, kind)
     try:
@@ -83,6 +84,21 @@ def stop_ids(header: GgufHeader) -> list[int]:
     keys = ("eos_token_id", "eot_token_id", "eom_token_id")
     found = [header.metadata.get(f"tokenizer.ggml.{key}") for key in keys]
     return list(dict.fromkeys(value for value in found if isinstance(value, int)))
+
+
+def _require_ids_in_range(header: GgufHeader) -> None:
+    """Check that special tokens are in the vocabulary.
+
+    Raises:
+        BaseModelError: naming the key and its id.
+    """
+    count = header.array_lengths["tokenizer.ggml.tokens"]
+    for key in (*_ID_KEYS.values(), "eot_token_id", "eom_token_id"):
+        index = header.metadata.get(f"tokenizer.ggml.{key}")
+        if isinstance(index, int) and not 0 <= index < count:
+            raise BaseModelError(
+                _damaged(header, f"tokenizer.ggml.{key} is {index}, and it has {count} tokens")
+            )
 
 
 def _split(header: GgufHeader, kind: str) -> str:

@@ -26,7 +26,9 @@ from qlora_lite.shards.gguf.file import (
 )
 from qlora_lite.shards.reader import INDEX, SINGLE
 
-_SPLIT = re.compile(r"(?P<model>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+_SPLIT = re.compile(
+    r"(?P<model>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.(?i:gguf))", re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,7 @@ def find_gguf(path: Path) -> Path | None:
         return path if path.suffix.lower() == ".gguf" or _starts_with_magic(path) else None
     if not is_directory(path) or _is_safetensors(path):
         return None
-    found = path.glob("[!.]*.gguf")
-    files = sorted(file for file in found if file.is_file() and "mmproj" not in file.name)
+    files = sorted(file for file in path.glob("*") if _is_model(file.name) and file.is_file())
     models: dict[str, Path] = {}
     for file in files:
         models.setdefault(_model_of(file), file)
@@ -129,6 +130,11 @@ def read_header(path: Path) -> GgufHeader:
     )
 
 
+def _is_model(name: str) -> bool:
+    name = name.lower()
+    return name.endswith(".gguf") and not name.startswith(".") and "mmproj" not in name
+
+
 def _starts_with_magic(path: Path) -> bool:
     try:
         with open(path, "rb") as file:
@@ -158,7 +164,7 @@ def _parts(file: Path) -> list[Path]:
     if split is None or not 1 <= int(split["part"]) <= int(split["count"]):
         return [file]
     names = [
-        f"{split['model']}-{part:05d}-of-{split['count']}.gguf"
+        f"{split['model']}-{part:05d}-of-{split['count']}{split['suffix']}"
         for part in range(1, int(split["count"]) + 1)
     ]
     missing = [name for name in names if not is_file(file.with_name(name))]

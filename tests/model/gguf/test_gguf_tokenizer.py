@@ -9,6 +9,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.foundation.errors import BaseModelError
@@ -67,6 +68,15 @@ def _merges(backend):
 def _type_of(value):
     kinds = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32}
     return kinds.get(type(value), gguf.GGUFValueType.STRING)
+
+
+def bytes_only() -> Tokenizer:
+    """Every byte is a token, and there are no others."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +185,9 @@ def test_every_end_of_a_turn_stops_an_answer(tmp_path, qwen):
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("bos_token_id", 10**6, "vocabulary cannot be used"),
+        ("bos_token_id", 10**6, r"tokenizer\.ggml\.bos_token_id is 1000000, and it has \d+ tokens"),
+        ("eos_token_id", 10**6, r"tokenizer\.ggml\.eos_token_id is 1000000"),
+        ("eot_token_id", 10**6, r"tokenizer\.ggml\.eot_token_id is 1000000"),
         ("eos_token_id", "x", "vocabulary cannot be used"),
         ("model", "bert", "vocabulary cannot be used"),
     ],
@@ -197,3 +209,10 @@ def test_a_file_without_a_vocabulary_is_named(tmp_path, qwen):
 
 def test_known_splits_are_all_used():
     assert {"gpt-2", "smollm", "qwen2", "llama-bpe", "tekken", "bloom", "falcon"} <= KNOWN_SPLITS
+
+
+def test_tokens_that_transformers_adds_and_the_file_lacks_are_removed(tmp_path):
+    plain = PreTrainedTokenizerFast(tokenizer_object=bytes_only(), eos_token="Ā")
+    tokenizer = tokenizer_from_gguf(header_of(plain, tmp_path, "qwen2"))
+    assert len(tokenizer) == len(plain) == 256
+    assert tokenizer("ab").input_ids == plain("ab").input_ids

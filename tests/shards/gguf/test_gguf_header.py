@@ -140,6 +140,16 @@ def test_several_models_in_a_folder_are_named(tmp_path):
         find_gguf(tmp_path)
 
 
+def test_upper_case_names_are_the_same_files(tmp_path):
+    write_gguf(tmp_path / "m.gguf", tensors(), split_max_tensors=1)
+    for path in list(tmp_path.iterdir()):
+        path.rename(path.with_suffix(".GGUF"))
+    (tmp_path / "MMPROJ-m.gguf").write_bytes(b"")
+    first = tmp_path / "m-00001-of-00003.GGUF"
+    assert find_gguf(tmp_path) == first
+    assert set(read_header(first).tensors) == set(tensors())
+
+
 def test_an_array_that_is_not_there_is_named(tmp_path):
     header = read_header(write_gguf(tmp_path / "m.gguf", tensors()))
     with pytest.raises(BaseModelError, match=r"no array 'tokenizer\.ggml\.tokens'"):
