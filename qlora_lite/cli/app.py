@@ -65,7 +65,9 @@ def options(
 
 @app.command()
 def init(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or a hub id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model directory, a GGUF file or a hub id.")
+    ],
     trust: TrustOnly = None,
     output: Annotated[Path | None, typer.Option(help="The file to write.")] = None,
     list_recipes: Annotated[
@@ -214,8 +216,8 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="RUN|MODEL...",
-            help="Runs, model directories or hub ids; data.KEY=VALUE sets how --data is read, "
-            "base.trust_remote_code=true lets a base run its own code.",
+            help="Runs, model directories, GGUF files or hub ids; data.KEY=VALUE sets how --data "
+            "is read, base.trust_remote_code=true lets a base run its own code.",
         ),
     ],
     data: Annotated[
@@ -239,7 +241,12 @@ def evaluate(
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, a model or a hub id.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL", help="A run, a model directory, a GGUF file or a hub id."
+        ),
+    ],
     trust: TrustOnly = None,
     prompt: Annotated[str | None, typer.Option(help="Answer this one prompt and exit.")] = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,

@@ -39,7 +39,9 @@ def inspect(
     ],
     base: Annotated[
         str | None,
-        typer.Option(help="The base of adapters that are not runs: a directory or a hub id."),
+        typer.Option(
+            help="The base of adapters that are not runs: a directory, a GGUF file or a hub id."
+        ),
     ] = None,
     alpha: Annotated[
         float | None,

@@ -1,4 +1,4 @@
-"""Which arithmetic is fast on this processor, measured in a few milliseconds.
+"""Which arithmetic is fast on this processor, measured in tens of milliseconds.
 
 The flags of a processor do not say it: some list bf16 and emulate it, and libraries differ. Each
 question is answered once per process, so that one process has one answer.

@@ -125,7 +125,7 @@ class BaseFacts:
 
 
 def read_facts(base: Base, known: Mapping[str, Any] | None = None) -> BaseFacts:
-    """The facts of a model directory or a hub id.
+    """The facts of a model directory, a GGUF file or a hub id.
 
     Args:
         known: a partial config, used if the hub's is not on this machine.

@@ -1,4 +1,4 @@
-"""Load a directory or hub id as a frozen model, tensor by tensor.
+"""Load a directory, GGUF file or hub id as a frozen model, tensor by tensor.
 
     loaded = load_base(Base(model="Qwen/Qwen3-8B"), device.choose())
     loaded.model(input_ids)

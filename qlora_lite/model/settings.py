@@ -12,7 +12,7 @@ class Base(Settings):
     """The frozen base model."""
 
     model: str
-    """A directory, or a hub id such as `Qwen/Qwen3-8B`."""
+    """A directory, a GGUF file, or a hub id such as `Qwen/Qwen3-8B`."""
 
     revision: str | None = None
     """Branch, tag or commit on the hub."""

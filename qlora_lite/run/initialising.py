@@ -64,7 +64,7 @@ if __name__ == "__main__":
 def write_recipe(
     model: str, output: Path | None = None, *, trust_remote_code: bool = False
 ) -> tuple[Path, Plan]:
-    """Write a recipe for a model directory or a hub id; only `config.json` is read.
+    """Write a recipe for a model directory, a GGUF file or a hub id; reads no weights.
 
     Args:
         output: the file; `name_of_the_model.py` in this folder unless given.

@@ -129,7 +129,9 @@ def load_model(
     *,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load any model directory or hub id, frozen, in its own precision unless `quant` is given.
+    """Load any model directory, GGUF file or hub id, frozen.
+
+    It keeps its own precision unless `quant` is given.
 
     A checkpoint quantised by bitsandbytes stays quantised, fp32 stays fp32, any other becomes bf16.
     On a CPU it computes in fp32, whatever the processor: there is no setting to choose it.
@@ -150,7 +152,7 @@ def load(
     *,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load a run's folder, a model directory or a hub id.
+    """Load a run's folder, a model directory, a GGUF file or a hub id.
 
     Args:
         trust_remote_code: let the base run its own Python code.
@@ -165,8 +167,8 @@ def load(
     is_model = (path / "config.json").is_file() or find_gguf(path) is not None
     if path.is_dir() and not is_model:
         raise BaseModelError(
-            f"{path} is neither a run (no recipe.json) nor a model (no config.json). "
-            "Give a run's folder, a model directory or a hub id"
+            f"{path} is neither a run (no recipe.json) nor a model (no config.json, no GGUF "
+            "file). Give a run's folder, a model directory, a GGUF file or a hub id"
         )
     return load_model(
         str(target), device=device, watcher=watcher, trust_remote_code=trust_remote_code

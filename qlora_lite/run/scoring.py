@@ -53,7 +53,7 @@ def score_targets(
     """Score runs and models; one is in memory at a time.
 
     Args:
-        targets: run folders, model directories or hub ids.
+        targets: run folders, model directories, GGUF files or hub ids.
         data: a file; all its rows are scored. Without it, the held-out rows of each run.
         assignments: how the rows of `data` are read, such as `data.fields=...`; they override the
             run's data settings.

@@ -101,7 +101,8 @@ def _longrope(keys: ArchitectureKeys, rotated: int, context: int) -> dict[str, A
         raise keys.wrong("rope.scaling.type", "longrope", f"the tensor {LONG}")
     original = keys.integer("rope.scaling.original_context_length", context)
     factor = context / original
-    derived = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 < original else 1.0
+    is_longer = factor > 1 and original > 1
+    derived = math.sqrt(1 + math.log(factor) / math.log(original)) if is_longer else 1.0
     attention = keys.positive("rope.scaling.attn_factor", derived)
     scaling = {
         "rope_type": "longrope",

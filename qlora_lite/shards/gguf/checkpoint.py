@@ -151,7 +151,7 @@ class GgufCheckpoint:
         """The tensor as it is returned.
 
         Raises:
-            BaseModelError: if the file has not what it is made of, or the shapes disagree.
+            BaseModelError: if the file lacks the stored tensor, or the shapes disagree.
         """
         source = self._sources[name]
         if source.stored not in self._header.tensors:

@@ -71,9 +71,9 @@ def _type_of(value):
 
 
 def bytes_only() -> Tokenizer:
-    """Every byte is a token, and there are no others."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    """Every byte is a token, and one pair; there are no others."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [("a", "b")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return backend
@@ -214,5 +214,5 @@ def test_known_splits_are_all_used():
 def test_tokens_that_transformers_adds_and_the_file_lacks_are_removed(tmp_path):
     plain = PreTrainedTokenizerFast(tokenizer_object=bytes_only(), eos_token="Ā")
     tokenizer = tokenizer_from_gguf(header_of(plain, tmp_path, "qwen2"))
-    assert len(tokenizer) == len(plain) == 256
-    assert tokenizer("ab").input_ids == plain("ab").input_ids
+    assert len(tokenizer) == len(plain) == 257
+    assert tokenizer("abc").input_ids == plain("abc").input_ids
