@@ -159,6 +159,35 @@ def test_a_run_of_an_earlier_version_computed_in_fp32_unless_set(folder, tmp_pat
     assert (found.compute, found.products) == (dtype, "torch")
 
 
+def record_of(recipe, folder, **values):
+    """The record of a run that has started."""
+    record = {
+        "recipe": recipe.to_dict(),
+        "fingerprints": {},
+        "micro_batch_tokens": 128,
+        "device": "one line",
+        "computing": values,
+    }
+    (folder / "recipe.json").write_text(json.dumps(record))
+    return RunFolder(folder)
+
+
+def test_a_run_that_started_on_a_gpu_computes_on_a_cpu_as_a_new_one(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(computing, "bf16_speedup", lambda: 0.0)
+    recipe = recipe_in(folder, "of-a-gpu", "base.compute=auto")
+    run = record_of(recipe, tmp_path, device="cuda", compute="bf16", products="torch")
+    assert rule_of_run(recipe, run) == new_rule(recipe)
+    assert rule_of_run(recipe, run).compute == torch.float32
+
+
+@pytest.mark.parametrize(("has_onednn", "products"), [(True, "onednn"), (False, "torch")])
+def test_recorded_products_need_their_library(folder, tmp_path, monkeypatch, has_onednn, products):
+    monkeypatch.setattr(computing, "has_onednn", lambda: has_onednn)
+    recipe = recipe_in(folder, "without-onednn")
+    run = record_of(recipe, tmp_path, device="cpu", compute="fp32", products="onednn")
+    assert rule_of_run(recipe, run).products == products
+
+
 @pytest.mark.skipif(not has_bf16_units(), reason="bf16 would be slow on this processor")
 def test_an_older_processor_computes_as_recorded_and_says_that_it_is_slow(in_bf16):
     run, _ = in_bf16

@@ -169,7 +169,7 @@ def _share(rotated: int, head_dim: int) -> float:
     return share if int(share * head_dim) == rotated else math.nextafter(share, 1)
 
 
-def _gemma2(keys: ArchitectureKeys, fields: Fields) -> Fields:
+def _gemma2(_: ArchitectureKeys, fields: Fields) -> Fields:
     # only the 27B model scales by the hidden size per head; the file does not say so
     return {"query_pre_attn_scalar": _query_scale(fields, wide_at_layers=46)}
 

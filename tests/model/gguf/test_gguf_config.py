@@ -212,6 +212,12 @@ REFUSED = {
         {},
         "an even number",
     ),
+    "values of another width than keys": (
+        "llama",
+        lambda w: (w.add_key_length(16), w.add_value_length(8)),
+        {},
+        "attention.value_length is 8, and 16",
+    ),
     "a flag that is a number": (
         "stablelm",
         lambda w: w.add_uint32("stablelm.use_parallel_residual", 1),

@@ -131,6 +131,8 @@ def test_a_folder_with_safetensors_is_another_base(tmp_path):
     assert find_gguf(tmp_path) == path
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert find_gguf(tmp_path) is None
+    (tmp_path / "config.json").unlink()
+    assert find_gguf(tmp_path) == path
 
 
 def test_several_models_in_a_folder_are_named(tmp_path):
@@ -216,6 +218,10 @@ DAMAGES = {
         raw([ARCHITECTURE, key(b"general.alignment", 4, bytes(4))]),
         "general.alignment is 0",
     ),
+    "alignment of 12": (
+        raw([ARCHITECTURE, key(b"general.alignment", 4, struct.pack("<I", 12))]),
+        "general.alignment is 12",
+    ),
     "alignment that is text": (
         raw([ARCHITECTURE, key(b"general.alignment", 8, text(b"32"))]),
         "general.alignment is '32'",
@@ -238,6 +244,17 @@ DAMAGES = {
     "a huge tensor": (raw(entries=[tensor(shape=(2**62, 2**62))]), "a ends at byte"),
     "a huge offset": (raw(entries=[tensor(offset=2**63)]), "a ends at byte"),
 }
+
+
+def test_a_header_of_more_than_256_mib_is_refused(tmp_path):
+    path, length = tmp_path / "m.gguf", 2**28
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 1)
+    head += text(b"x") + struct.pack("<IIQ", 9, 0, length)
+    path.write_bytes(head)
+    with open(path, "ab") as file:
+        file.truncate(2 * length)  # sparse: the array of bytes is all there
+    with pytest.raises(BaseModelError, match="ends inside"):
+        read_header(path)
 
 
 @pytest.mark.parametrize("name", DAMAGES)
