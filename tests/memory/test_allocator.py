@@ -90,3 +90,19 @@ def test_memory_below_a_block_in_use_is_returned_when_the_layers_left_enough():
 
 def test_the_largest_threshold_of_glibc_is_kept():
     run(LARGE)
+
+
+def test_products_of_many_shapes_leave_no_memory_behind():
+    """oneDNN would keep the code of every shape: 0.2 MiB for each."""
+    script = (
+        "import qlora_lite, torch, resource\n"
+        "def products(start, stop):\n"
+        "    for rows in range(start, stop):\n"
+        "        torch.ones(rows, 64, dtype=torch.bfloat16) @ torch.ones(64, 64).bfloat16()\n"
+        "products(1, 20)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "products(20, 420)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    grown_kib = int(subprocess.check_output([sys.executable, "-c", script], text=True))
+    assert grown_kib < 16 * 1024
