@@ -130,7 +130,8 @@ def _check_attention(setup: RunSetup) -> None:
 
 
 def _check_files(setup: RunSetup) -> None:
-    """Check the names, dtypes and quantisation of a checkpoint that is here, as loading does.
+    """Check the names, dtypes and quantisation of a checkpoint that is here, as loading does; for
+    one that is not, the layout that transformers writes.
 
     Raises:
         BaseModelError: if training would refuse it.
@@ -145,6 +146,8 @@ def _check_files(setup: RunSetup) -> None:
         setup.facts.places(checkpoint)
         require_readable_dtypes(checkpoint)
         checkpoint.close()
+    else:
+        setup.facts.conversion.require_supported()
 
 
 def tokens_of_a_step(recipe: Recipe) -> int:

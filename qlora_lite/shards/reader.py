@@ -19,8 +19,8 @@ from torch import Tensor
 
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.foundation.files import read_object
-from qlora_lite.shards.checkpoint import TensorInfo
-from qlora_lite.shards.fingerprint import hash_of_all, sampled_hash
+from qlora_lite.shards.checkpoint import Checkpoint, TensorInfo
+from qlora_lite.shards.fingerprint import sampled_hash
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -41,14 +41,13 @@ DTYPES = {
 }
 
 
-class SafetensorsCheckpoint:
+class SafetensorsCheckpoint(Checkpoint):
     """The tensors of a directory with `model.safetensors` or an index of shards."""
 
     def __init__(self, directory: Path, files: list[Path]) -> None:
         self.directory = directory
-        self.files = files
         self._open: dict[Path, Any] = {}
-        self._infos = {info.name: info for file in files for info in self._header(file)}
+        super().__init__(files, (info for file in files for info in self._header(file)))
         if len(files) > 1 or files[0].name != SINGLE:
             self._require_index_matches()
 
@@ -64,28 +63,6 @@ class SafetensorsCheckpoint:
         if not checkpoint.names:
             raise BaseModelError(f"{directory} has no tensors. Download it again")
         return checkpoint
-
-    @property
-    def names(self) -> list[str]:
-        """All tensor names, shard by shard, in the order of their bytes."""
-        return list(self._infos)
-
-    @property
-    def num_bytes(self) -> int:
-        """The bytes of all tensors."""
-        return sum(info.num_bytes for info in self._infos.values())
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._infos
-
-    def info(self, name: str) -> TensorInfo:
-        """Raises BaseModelError if there is no such tensor."""
-        if name not in self._infos:
-            raise BaseModelError(
-                f"{self.directory} has no tensor {name!r}. The checkpoint is incomplete, or its "
-                "config.json belongs to another architecture: download it again"
-            )
-        return self._infos[name]
 
     def read(self, name: str) -> Tensor:
         """A whole tensor."""
@@ -111,11 +88,6 @@ class SafetensorsCheckpoint:
             with open(file, "rb") as handle:
                 headers.append((file, 8, 8 + int.from_bytes(handle.read(8), "little")))
         return sampled_hash(headers)
-
-    @functools.cached_property
-    def full_hash(self) -> str:
-        """SHA-256 of names and all bytes: about a second per GB."""
-        return hash_of_all(self.files)
 
     def _require_index_matches(self) -> None:
         """Check that each file has the tensors that the index expects there.

@@ -1,5 +1,6 @@
-"""Real GGUF files as bases: killed, continued, merged, and loaded by transformers and peft."""
+"""GGUF files as bases: killed, continued, merged, and loaded by transformers and peft."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from qlora_lite.run.loading import load_run
 from qlora_lite.run.merging import merge
 from qlora_lite.run.training import run_recipe
 from tests.end_to_end.small_run import Killed, small_recipe, write_rows
+from tests.workbench_gguf import tiny_gguf_model, write_model_gguf
 
 STEPS = 3
 IDS = torch.arange(100, 124)[None]
@@ -54,14 +56,17 @@ def native(run: RunFolder) -> bytes:
     return (run.adapter / "native.safetensors").read_bytes()
 
 
-def check_a_merge_on_the_original(run: RunFolder, out: Path) -> None:
-    """The files are the adapter on the dequantised weights, in bf16, and load anywhere."""
+def check_the_files_of_a_merge(run: RunFolder, out: Path) -> None:
     result = merge(run.path, out, base="original")
     assert result.dtype == torch.bfloat16
     assert any("dequantised" in note for note in result.notes)
     assert "dequantised" in (out / "README.md").read_text()
-    merged = AutoModelForCausalLM.from_pretrained(out)
-    assert merged.dtype == torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+
+
+def check_a_merge_on_the_original(run: RunFolder, out: Path) -> None:
+    """The files are the adapter on the dequantised weights, in bf16, and load anywhere."""
+    check_the_files_of_a_merge(run, out)
     ours = load_run(run.path)
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer("a 12 b").input_ids == ours.tokenizer("a 12 b").input_ids
@@ -97,3 +102,14 @@ def test_peft_puts_the_adapter_on_what_transformers_reads_from_the_file(real_bas
 @pytest.mark.slow
 def test_gemma_3_from_its_gguf_file(gemma_gguf, tmp_path):
     check_a_merge_on_the_original(trained(gemma_gguf, tmp_path), tmp_path / "merged")
+
+
+def test_a_tiny_file_is_trained_and_merged_in_bf16_unless_told_otherwise(tmp_path):
+    base = write_model_gguf(tmp_path / "base.gguf", tiny_gguf_model("llama"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": "tok to " * n}) for n in range(3, 40)))
+    recipe = small_recipe(base, rows, tmp_path / "run", "optim.steps=2", "data.format=text")
+    run_recipe(recipe)
+    check_the_files_of_a_merge(RunFolder(tmp_path / "run"), tmp_path / "merged")
+    result = merge(tmp_path / "run", tmp_path / "fp32", base="original", dtype="fp32")
+    assert result.dtype == torch.float32

@@ -24,6 +24,7 @@ from qlora_lite.model.targets import select
 from qlora_lite.run.planning import check_settings, plan_recipe, tokens_of_a_step
 from qlora_lite.run.setup import set_up
 from tests.end_to_end.small_run import recipe_in, small_recipe
+from tests.families import tiny_config
 from tests.tiny import save_tiny
 
 CPU = device.choose("cpu")
@@ -174,3 +175,13 @@ def test_falcons_linear_layer_computes_what_nn_linear_does():
     theirs, plain, x = FalconLinear(5, 3), torch.nn.Linear(5, 3), torch.randn(2, 5)
     plain.load_state_dict(theirs.state_dict())
     torch.testing.assert_close(theirs(x), plain(x))
+
+
+def test_a_layout_that_training_refuses_is_refused_before_it_is_downloaded(folder):
+    setup = set_up(
+        recipe_in(folder, "run", "base.model=someone/model"),
+        CPU,
+        facts=facts_of(tiny_config("hrm_text")),
+    )
+    with pytest.raises(BaseModelError, match=r"another layout .*not supported"):
+        check_settings(setup)

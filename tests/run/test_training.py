@@ -3,6 +3,7 @@
 import json
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from qlora_lite.foundation.errors import AdapterError, BudgetError, RecipeError,
 from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.recipe_files import load_recipe
 from qlora_lite.report.page import read as read_report
-from qlora_lite.run import planning
+from qlora_lite.run import job, planning
+from qlora_lite.run.folder import RunFolder
 from qlora_lite.run.loading import load_run
 from qlora_lite.run.training import run_recipe
 from qlora_lite.training import metrics
@@ -248,3 +250,20 @@ def test_a_run_can_be_repeated_from_its_record(folder, plain):
     again = load_recipe(plain.directory).but(f"output={folder / 'again'}")
     run_recipe(again)
     assert losses_of(folder, "again") == losses_of(folder, "plain")
+
+
+def test_an_extended_run_scores_the_rows_that_it_scored_before(folder, monkeypatch):
+    scored = []
+
+    def count(model, batches):
+        scored.append(sum(batch.num_targets for batch in batches))
+        return SimpleNamespace(loss=1.0, accuracy=0.5, perplexity=2.0)
+
+    monkeypatch.setattr(job, "score", count)
+    changes = ("data.heldout_share=0.4", "evaluation.every=null")
+    run_recipe(recipe_in(folder, "longer", *changes, "optim.steps=3"))
+    first = RunFolder(folder / "longer").scored_rows
+    run_recipe(recipe_in(folder, "longer", *changes, "optim.steps=40"), extend=True)
+    assert RunFolder(folder / "longer").scored_rows == first
+    assert first < 40  # of about 48 held-out rows: 3 steps allow fewer, and 40 would allow all
+    assert len(set(scored)) == 1

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from qlora_lite.foundation.errors import BaseModelError
-from qlora_lite.shards.checkpoint import TensorInfo
-from qlora_lite.shards.fingerprint import hash_of_all, sampled_hash
+from qlora_lite.shards.checkpoint import Checkpoint, TensorInfo
+from qlora_lite.shards.fingerprint import sampled_hash
 from qlora_lite.shards.gguf.file import StoredTensor, map_file
 from qlora_lite.shards.gguf.header import GgufHeader
 from qlora_lite.shards.gguf.types import FLOATS, block_size, dequantise
@@ -55,7 +55,7 @@ class TensorSource:
         assert self.row_order is None or not self.transposed, f"{self.stored}: not both"
 
 
-class GgufCheckpoint:
+class GgufCheckpoint(Checkpoint):
     """The tensors of a model in GGUF.
 
     Args:
@@ -67,35 +67,13 @@ class GgufCheckpoint:
     """
 
     def __init__(self, header: GgufHeader, sources: Mapping[str, TensorSource]) -> None:
-        self.directory = header.files[0].parent
-        self.files = list(header.files)
         self._header = header
         self._sources = dict(sources)
         self._maps: dict[Path, mmap.mmap] = {}
         infos = {name: self._describe(name) for name in sources}
-        self._infos = {name: infos[name] for name in sorted(infos, key=self._position)}
-
-    @property
-    def names(self) -> list[str]:
-        """All names in transformers, file by file, in the order of their bytes."""
-        return list(self._infos)
-
-    @property
-    def num_bytes(self) -> int:
-        """The bytes of all tensors as they are returned."""
-        return sum(info.num_bytes for info in self._infos.values())
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._infos
-
-    def info(self, name: str) -> TensorInfo:
-        """The tensor as `read` returns it. Raises BaseModelError if there is no such tensor."""
-        if name not in self._infos:
-            raise BaseModelError(
-                f"{self.files[0]} has no tensor for {name!r}. The file is incomplete, or its "
-                "architecture differs from its metadata: use another file of this model"
-            )
-        return self._infos[name]
+        super().__init__(
+            list(header.files), (infos[name] for name in sorted(infos, key=self._position))
+        )
 
     def read(self, name: str) -> Tensor:
         """A whole tensor."""
@@ -135,17 +113,12 @@ class GgufCheckpoint:
         starts = self._header.data_starts
         return sampled_hash((file, 0, stop) for file, stop in zip(self.files, starts, strict=True))
 
-    @functools.cached_property
-    def full_hash(self) -> str:
-        """SHA-256 of names and all bytes: about a second per GB."""
-        return hash_of_all(self.files)
-
     def _stored(self, name: str) -> StoredTensor:
         return self._header.tensors[self._sources[name].stored]
 
     def _position(self, name: str) -> tuple[int, int]:
         stored = self._stored(name)
-        return self.files.index(stored.file), stored.offset
+        return self._header.files.index(stored.file), stored.offset
 
     def _describe(self, name: str) -> TensorInfo:
         """The tensor as it is returned.
@@ -156,8 +129,8 @@ class GgufCheckpoint:
         source = self._sources[name]
         if source.stored not in self._header.tensors:
             raise BaseModelError(
-                f"{self.files[0]} has no tensor {source.stored!r}, which is needed for {name}. "
-                "The file is incomplete: use another file of this model"
+                f"{self._header.files[0]} has no tensor {source.stored!r}, which is needed for "
+                f"{name}. The file is incomplete: use another file of this model"
             )
         stored = self._stored(name)
         made = stored.shape[::-1] if source.transposed else stored.shape

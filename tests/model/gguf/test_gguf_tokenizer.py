@@ -216,3 +216,28 @@ def test_tokens_that_transformers_adds_and_the_file_lacks_are_removed(tmp_path):
     tokenizer = tokenizer_from_gguf(header_of(plain, tmp_path, "qwen2"))
     assert len(tokenizer) == len(plain) == 257
     assert tokenizer("abc").input_ids == plain("abc").input_ids
+
+
+@pytest.mark.parametrize(("adds_space", "pieces"), [(True, ["▁ab", "▁a"]), (False, ["ab", "▁a"])])
+def test_a_sentencepiece_vocabulary_starts_a_text_with_a_space_unless_it_says_no(
+    adds_space, pieces, tmp_path
+):
+    tokens = ["<unk>", "<s>", "</s>", "▁", "a", "b", "ab", "▁a", "▁ab"]
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(i) for i in range(len(tokens))])
+    writer.add_token_types([2, CONTROL, CONTROL, *[NORMAL] * 6])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(adds_space)
+    writer.add_tensor("token_embd.weight", np.zeros((2, 32), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tokenizer = tokenizer_from_gguf(read_header(tmp_path / "model.gguf"))
+    assert tokenizer.tokenize("ab a") == pieces
+    assert tokenizer.decode(tokenizer("ab a").input_ids) == "ab a"
