@@ -159,7 +159,7 @@ def test_an_unknown_tensor_is_named(tmp_path):
     assert "w" in checkpoint
     assert "nowhere" not in checkpoint
     for read in (checkpoint.info, checkpoint.read, lambda name: checkpoint.rows(name, 0, 1)):
-        with pytest.raises(BaseModelError, match="no tensor for 'nowhere'"):
+        with pytest.raises(BaseModelError, match="no tensor 'nowhere'"):
             read("nowhere")
 
 
