@@ -18,10 +18,14 @@ from qlora_lite.foundation.units import parse_bytes
 from qlora_lite.methods.catalogue import Adapter
 from qlora_lite.methods.lora import LoRA
 from qlora_lite.model.settings import Base
+from qlora_lite.offload.settings import NoOffload, Offload, with_kind
 from qlora_lite.training.settings import Checkpoints, Evaluation, Optim
 
-CHANGEABLE_SETTINGS = ("output", "budget", "tracking", "checkpoints", "evaluation.samples")
-"""Settings that do not affect a run's numbers, so they may differ when it is continued."""
+CHANGEABLE_SETTINGS = (
+    *("output", "budget", "tracking", "checkpoints", "evaluation.samples", "offload"),
+)
+"""Settings that change a run's numbers by rounding at most, so they may differ when it is
+continued."""
 
 
 class Recipe(Settings):
@@ -44,6 +48,9 @@ class Recipe(Settings):
 
     checkpoints: Checkpoints = Checkpoints()
     """Saved states to continue from."""
+
+    offload: Annotated[Offload, BeforeValidator(with_kind)] = NoOffload()
+    """DeepSpeed ZeRO: what is divided among processes, or kept in host memory."""
 
     budget: str | None = None
     """Memory that may be used, such as "22GiB"; by default the device's free memory."""

@@ -14,6 +14,7 @@ FLOORS = {
     "model": 2,
     "adapters": 3,
     "data": 3,
+    "offload": 3,
     "methods": 4,
     "memory": 5,
     "export": 5,

@@ -20,6 +20,7 @@ from qlora_lite.adapters.plan import AdapterPlan
 from qlora_lite.adapters.ranks import scale_of
 from qlora_lite.adapters.split_state import SplitState, by_layer
 from qlora_lite.foundation.errors import AdapterError
+from qlora_lite.foundation.partitioned import whole
 from qlora_lite.foundation.seeds import generator
 from qlora_lite.model.frozen import FrozenEmbedding, FrozenLinear
 from qlora_lite.model.targets import LinearSpec
@@ -241,7 +242,8 @@ def _attach_full_modules(model: nn.Module, attached: AttachedAdapter, paths: Seq
     for path in paths:
         module = model.get_submodule(path)
         attached.frozen_modules[path] = module
-        attached.full_modules[path] = _trainable_copy(module).requires_grad_(True)
+        with whole(module.parameters()):
+            attached.full_modules[path] = _trainable_copy(module).requires_grad_(True)
         replace(model, path, attached.full_modules[path])
 
 

@@ -129,6 +129,8 @@ class StepInfo:
     lr: float
     generator: torch.Generator
     """Seeded by run and step: the same draws after a resume and in every process."""
+    seed: int = 0
+    """Of the run."""
     skipped: bool = False
     """No parameter changed, because a scaled gradient overflowed."""
 

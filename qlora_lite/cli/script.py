@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlora_lite.cli.display import Display
+from qlora_lite.cli.several import one_of_several, without_local_rank
 from qlora_lite.cli.status import status_of
 from qlora_lite.foundation.errors import RecipeError
 from qlora_lite.foundation.interrupts import interruptible
 from qlora_lite.foundation.peer_names import own_name
+from qlora_lite.foundation.processes import current, end_process
 
 if TYPE_CHECKING:
     from qlora_lite.recipe import Recipe
@@ -39,10 +41,12 @@ def main(recipe: "Recipe") -> None:
         train_recipe(*vary(recipe, settings or []), extend)
 
     def run() -> None:
+        sys.argv[1:] = without_local_rank(sys.argv[1:])
         refuse_options_as_settings(["train", *sys.argv[1:]])
-        typer.run(train)
+        with one_of_several():
+            typer.run(train)
 
-    sys.exit(interruptible(lambda: status_of(run)))
+    end_process(interruptible(lambda: status_of(run)))
 
 
 def refuse_options_as_settings(arguments: Sequence[str]) -> None:
@@ -68,6 +72,9 @@ def train_recipe(recipe: "Recipe", notes: list[str], extend: bool) -> None:
     """Train, and print the notes and the progress."""
     from qlora_lite.run.training import run_recipe
 
+    if not current().is_main:
+        run_recipe(recipe, extend=extend)
+        return
     with Display() as display:
         for note in notes:
             display.note(note)

@@ -18,6 +18,7 @@ from qlora_lite.cli.terminal import prepare_process
 from qlora_lite.foundation.console import errors, visible
 from qlora_lite.foundation.errors import CheckError, DataError, Interrupted, QloraLiteError
 from qlora_lite.foundation.interrupts import INTERRUPTED, is_ending, report
+from qlora_lite.foundation.processes import PeerError, current
 
 DONE, FAILED, BUG, MISTAKE = 0, 1, 1, 2
 
@@ -46,6 +47,8 @@ def status_of(command: Callable[[], object]) -> int:
 
 def _explain(error: BaseException) -> int:
     match error:
+        case PeerError():
+            return FAILED if not current().is_main else _failed_peer(error)
         case QloraLiteError():
             status, kind, message = MISTAKE, "error", str(error)
         case CheckError():
@@ -78,6 +81,17 @@ def _show_sample(error: DataError) -> None:
         errors.print(row_text(error.pieces, has_colour=errors.color_system is not None))
 
 
+def _failed_peer(error: PeerError) -> int:
+    """The main process reports a lost process too: one that was killed could not."""
+    _say(f"{error}. The same command continues the run", "error")
+    return FAILED
+
+
 def _say(message: str, kind: str) -> None:
-    errors.print(f"[bold red]{kind}:[/]", end=" ")
+    """Print an error; of several processes with the same one, only one prints it."""
+    processes = current()
+    if not processes.publish(message):
+        return
+    where = "" if processes.is_main else f" in process {processes.rank}"
+    errors.print(f"[bold red]{kind}{where}:[/]", end=" ")
     errors.print(message, markup=False, soft_wrap=True)

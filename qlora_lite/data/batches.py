@@ -7,6 +7,7 @@
 A resumed run asks for the next number: there is no iterator state to save.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -14,10 +15,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from qlora_lite.data.collate import Batch, make_batch, make_bin
+from qlora_lite.data.collate import Batch, filler, make_batch, make_bin
 from qlora_lite.data.examples import Examples
 from qlora_lite.data.packing import WINDOW, pack_in_windows
 from qlora_lite.foundation.errors import DataError
+from qlora_lite.foundation.processes import Processes
 from qlora_lite.foundation.seeds import generator
 
 
@@ -94,8 +96,8 @@ class Batches:
         bins = self._bins(i)
         lengths = [self._length(members) for members in bins]
         return [
-            self._batch([bins[k] for k in group])
-            for group in split_micro_batches(lengths, self.micro_batch_tokens)
+            dataclasses.replace(self._batch([bins[k] for k in group]), number=number)
+            for number, group in enumerate(split_micro_batches(lengths, self.micro_batch_tokens))
         ]
 
     def epoch(self, i: int) -> float:
@@ -169,6 +171,13 @@ def evaluation_batches(
     sizes = [sum(lengths[i] for i in members) for members in bins]
     for group in split_micro_batches(sizes, micro_batch_tokens):
         yield make_batch([make_bin([examples[i] for i in bins[k]]) for k in group])
+
+
+def share_of(batches: Sequence[Batch], processes: Processes) -> list[Batch]:
+    """The batches of one process, filled up so that every process has the same number."""
+    mine = list(processes.share(batches))
+    longest = -(-len(batches) // processes.world)
+    return mine + [filler() for _ in range(longest - len(mine))]
 
 
 def _shuffled(values: Tensor, rng: torch.Generator) -> Tensor:

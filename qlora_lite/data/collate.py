@@ -49,6 +49,13 @@ class Batch:
     """Number of tokens that are not padding."""
     rows: list[int]
     """Numbers of the rows in their source."""
+    number: int = 0
+    """Position among the batches of its step."""
+
+    @property
+    def is_filler(self) -> bool:
+        """Whether it has no rows, and only keeps a process in step with the others."""
+        return not self.rows
 
     def to(self, device: torch.device | str) -> "Batch":
         return dataclasses.replace(
@@ -93,4 +100,13 @@ def make_batch(bins: Sequence[Bin]) -> Batch:
         num_targets=int((targets != IGNORE_INDEX).sum()),
         num_tokens=sum(len(b.ids) for b in bins),
         rows=[row for b in bins for row in b.rows],
+    )
+
+
+def filler() -> Batch:
+    """The smallest batch without a target, for a process that has fewer batches than another:
+    under ZeRO all processes run the same number of forwards."""
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    return Batch(
+        ids, torch.full_like(ids, IGNORE_INDEX), torch.tensor([[0, 1]]), 0, num_tokens=0, rows=[]
     )

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from qlora_lite.foundation.device import ProductLibrary
+from qlora_lite.foundation.partitioned import whole
 from qlora_lite.kernels.dequantise import dequantise
 from qlora_lite.kernels.product import product
 from qlora_lite.model.quant import NESTED_BLOCK_SIZE, FourBit, Int8, Quant
@@ -124,7 +125,8 @@ class FrozenLinear(nn.Module):
     def dense(self) -> Tensor:
         """A copy of W (d_out, d_in) in the compute dtype: exactly the values that forward uses."""
         out = torch.empty(self.d_out, self.d_in, dtype=self.compute, device=self.weight.device)
-        self._dequantise(0, self.d_out, self._fp32_scales(), out)
+        with whole([self.weight]):
+            self._dequantise(0, self.d_out, self._fp32_scales(), out)
         return out
 
     def original(self) -> Tensor | None:
@@ -178,6 +180,7 @@ class FrozenLinear(nn.Module):
 
     def _dequantise(self, start: int, stop: int, scales: Tensor | None, out: Tensor) -> None:
         weight, block = self.weight.data, self._block_size
+        assert weight.numel(), "the weight is divided among processes: use it inside the engine"
         if isinstance(self.quant, FourBit):
             assert scales is not None
             first, last = start * self.d_in, stop * self.d_in
@@ -263,7 +266,8 @@ class FrozenEmbedding(nn.Module):
 
     def dense(self) -> Tensor:
         """A copy of the table (tokens, hidden) in the compute dtype, without `scale`."""
-        return self.weight.detach().to(self.compute, copy=True)
+        with whole([self.weight]):
+            return self.weight.detach().to(self.compute, copy=True)
 
     def original(self) -> Tensor | None:
         """The table as in the checkpoint."""

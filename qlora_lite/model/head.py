@@ -8,10 +8,13 @@ logits need not be computed for all tokens at once.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from qlora_lite.foundation.partitioned import is_partitioned, whole
 
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 """Cohere, Falcon-H1."""
@@ -41,9 +44,18 @@ class Head:
         """The parameters of the head."""
         return self.module.parameters()
 
+    def gathered(self) -> AbstractContextManager[Any]:
+        """Inside, `logits` may be called any number of times. Collective if ZeRO divides the head
+        among processes: these may have different numbers of trained tokens."""
+        return whole(self.parameters())
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., hidden) -> (..., vocabulary)"""
-        logits: Tensor = self.module(hidden)
+        module = self.module
+        # DeepSpeed would gather and release the weight in every call of a module; `gathered` does
+        # that once
+        is_divided = any(is_partitioned(p) for p in module.parameters())
+        logits: Tensor = module.forward(hidden) if is_divided else module(hidden)
         if self.multiplier is not None:
             logits = logits * self.multiplier
         if self.divisor is not None:

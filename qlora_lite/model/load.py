@@ -74,6 +74,7 @@ def load_base(
     files: BaseFiles | None = None,
     split: SplitOf | None = None,
     progress: Progress | None = None,
+    installed: Callable[[nn.Module], None] | None = None,
 ) -> LoadedBase:
     """Read, quantise and install every weight.
 
@@ -82,6 +83,8 @@ def load_base(
         files: of this base; located here unless given.
         split: for methods that start from the quantisation error: what to quantise instead of a
             layer's weight. It gets each weight as one fp32 tensor.
+        installed: called with every module whose weights are in place, so that they can be moved
+            before the next ones are read.
 
     Raises:
         BaseModelError: if the model cannot be found, read, or loaded with these settings.
@@ -93,7 +96,8 @@ def load_base(
     require_generation_settings(files.directory)
     require_readable_dtypes(checkpoint)
     model = build_empty(facts.config, base)
-    _Loading(model, checkpoint, facts, base, rule, split, stored is not None).run(progress)
+    loading = _Loading(model, checkpoint, facts, base, rule, split, stored is not None)
+    loading.run(progress, installed)
     if (files.directory / "generation_config.json").exists():
         with reading_config(base.model):
             model.generation_config = GenerationConfig.from_pretrained(files.directory)
@@ -168,11 +172,15 @@ class _Loading:
         self.places = self._match()
         self.stored_names = {p.name: name for name, p in self.places.items() if p.part is None}
 
-    def run(self, progress: Progress | None) -> None:
+    def run(self, progress: Progress | None, installed: Callable[[nn.Module], None] | None) -> None:
         total, done, trimmed = self.checkpoint.num_bytes, 0, 0
         for name in self.checkpoint.names:
             if name in self.places:
-                self._install(name, self.places[name])
+                place = self.places[name]
+                self._install(name, place)
+                module = self.model.get_submodule(place.name.rpartition(".")[0])
+                if installed is not None and not any(p.is_meta for p in module.parameters()):
+                    installed(module)
             done += self.checkpoint.info(name).num_bytes
             if done - trimmed > TRIM_EVERY_BYTES:
                 _trim_free_memory()

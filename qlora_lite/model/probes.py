@@ -114,12 +114,14 @@ def _require_own_logits(
     tolerance: float,
 ) -> None:
     """Compare logits, with the input of the head scaled so that the largest one is `LOUD`."""
-    factor = LOUD / (model.logits(hidden).float().abs().max().item() or LOUD)
+    with model.head.gathered():
+        factor = LOUD / (model.logits(hidden).float().abs().max().item() or LOUD)
+    with model.head.gathered():
+        ours = model.logits(factor * hidden).float()
     scaling = model.head.module.register_forward_pre_hook(
         lambda head, inputs: (factor * inputs[0], *inputs[1:])
     )
     try:
-        ours = model.logits(hidden).float()
         own = model.module(input_ids=row, position_ids=positions, use_cache=False).logits.float()
     finally:
         scaling.remove()

@@ -5,6 +5,8 @@ The adapter's directory is written last and atomically: a run with an `adapter/`
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from qlora_lite.adapters.attach import AttachedAdapter
@@ -26,6 +28,7 @@ from qlora_lite.run.folder import RunFolder, git_revision
 from qlora_lite.run.loading import LoadedModel
 from qlora_lite.shards.checkpoint import Checkpoint
 from qlora_lite.training import metrics
+from qlora_lite.training.engine import Engine
 from qlora_lite.training.loop import Progress
 
 SAMPLE_TOKENS = 48
@@ -46,6 +49,7 @@ class FinishedTraining:
     """Early stopping is on."""
     require_folder: Callable[[], None]
     """Raises RunError if the run's folder was taken away."""
+    engine: Engine
 
     @property
     def saved_step(self) -> int:
@@ -64,12 +68,18 @@ class RunOutcome:
 
 
 def finish(finished: FinishedTraining) -> RunOutcome:
-    """Write `report.html`, then `adapter/`."""
+    """Write `report.html`, then `adapter/`. Every process computes, and the main one writes."""
+    processes = finished.engine.processes
     finished.attached.train(False)
     logged = [event.get("peak_bytes", 0) for event in metrics.read(finished.folder.metrics)]
     peak = max([peak_bytes(finished.loaded.causal.device), *logged])  # of every process of the run
     shown = list(finished.data.heldout)[: finished.recipe.evaluation.samples]
-    outcome = RunOutcome(_scores(finished), _samples(finished, shown), peak)
+    samples = finished.engine.forward(lambda: _samples(finished, shown))
+    outcome = RunOutcome(_scores(finished), samples, peak)
+    if not processes.is_main:
+        with TemporaryDirectory() as unused:  # layers whose base is divided are read by all
+            save_adapter(Path(unused), finished.attached, base="", revision=None, sidecar={})
+        return outcome
     sidecar = _sidecar(finished, outcome)
     finished.require_folder()
     write_report(finished.folder.report, _report(finished, outcome))

@@ -6,7 +6,7 @@ from typing import Any
 
 from qlora_lite.adapters.attach import AttachedAdapter
 from qlora_lite.adapters.warm_start import describe_warm_start, warm_start
-from qlora_lite.data.batches import Batches, evaluation_batches
+from qlora_lite.data.batches import Batches, evaluation_batches, share_of
 from qlora_lite.data.collate import Batch
 from qlora_lite.data.examples import Examples
 from qlora_lite.data.load import PreparedData
@@ -14,15 +14,19 @@ from qlora_lite.data.preview import preview_row
 from qlora_lite.data.token_display import bracketed
 from qlora_lite.evaluation.perplexity import score
 from qlora_lite.foundation.errors import BaseModelError, RecipeError
+from qlora_lite.foundation.processes import Processes, current
 from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.memory import formulas
 from qlora_lite.memory.allocator import reuse_freed_memory, trimmer
 from qlora_lite.model.checkpointing import before_each_layer, enable_checkpointing
+from qlora_lite.model.probes import probe
+from qlora_lite.offload.settings import NoOffload
+from qlora_lite.offload.zero import configuration
 from qlora_lite.recipe import Recipe
 from qlora_lite.run.loading import LoadedModel
 from qlora_lite.run.setup import RunSetup
 from qlora_lite.run.tracking import Track
-from qlora_lite.training.engine import TorchEngine
+from qlora_lite.training.engine import Engine, TorchEngine
 from qlora_lite.training.interruption import StopRequest
 from qlora_lite.training.loop import TrainingJob
 from qlora_lite.training.optimizer import AdamW
@@ -33,16 +37,21 @@ ROWS_SHOWN = 3
 
 
 def training_batches(
-    recipe: Recipe, data: PreparedData, micro_batch_tokens: int, packs: bool
+    recipe: Recipe, data: PreparedData, micro_batch_tokens: int, packs: bool, world: int = 1
 ) -> Batches:
-    """The batches of every step.
+    """The batches of every step, of all processes.
 
     Args:
         packs: rows that share a bin do not see each other in this model.
+        world: number of processes. The rows of a step do not depend on it.
 
     Raises:
         RecipeError: if the warm-up is longer than the run.
     """
+    if world > 1:  # every process has a batch
+        bins = round(recipe.optim.tokens_per_step / recipe.data.max_tokens)
+        largest = max(1, bins // world) * recipe.data.max_tokens
+        micro_batch_tokens = min(micro_batch_tokens, largest)
     batches = Batches(
         data.train,
         max_tokens=recipe.data.max_tokens,
@@ -131,9 +140,14 @@ def make_job(
     model = loaded.causal
     scored = data.heldout.select(scorings.rows)
 
+    processes = current()
+    engine = make_engine(setup, loaded, processes)
+
     def score_heldout() -> dict[str, float]:
         attached.train(False)
-        result = score(model, held_out_batches(recipe, scored, loaded.packs))
+        all_batches = list(held_out_batches(recipe, scored, loaded.packs))
+        mine = share_of(all_batches, processes)
+        result = engine.forward(lambda: score(model, mine, processes.sum))
         attached.train()
         return {"loss": result.loss, "accuracy": result.accuracy, "perplexity": result.perplexity}
 
@@ -146,7 +160,7 @@ def make_job(
     return TrainingJob(
         model=model,
         attached=attached,
-        engine=TorchEngine(_optimizer(setup, attached), setup.rule.compute),
+        engine=engine,
         batches=batches,
         optim=recipe.optim,
         seed=recipe.seed,
@@ -164,6 +178,34 @@ def make_job(
         track=track,
         require_folder=require_folder,
     )
+
+
+def make_engine(setup: RunSetup, loaded: LoadedModel, processes: Processes) -> Engine:
+    """The engine that `offload` asks for.
+
+    Raises:
+        BaseModelError: if a base that is divided among processes fails the probes of `probes.py`.
+    """
+    recipe, attached = setup.recipe, loaded.attached
+    assert attached is not None
+    if isinstance(recipe.offload, NoOffload):
+        return TorchEngine(_optimizer(setup, attached), setup.rule.compute, processes)
+    from qlora_lite.training.zero_engine import ZeroEngine
+
+    config = configuration(recipe.offload, recipe.optim.max_grad_norm, setup.rule.device)
+    model = loaded.base.model
+    engine = ZeroEngine(model, attached, recipe.optim, config, processes)
+    if recipe.offload.stage == 3:
+        behaviour = engine.forward(
+            lambda: probe(
+                loaded.causal, setup.facts.vocabulary, recipe.base.model, setup.rule.compute
+            )
+        )
+        if loaded.packs and not behaviour.packs:
+            raise BaseModelError(
+                f"packed rows of {recipe.base.model} see each other. Set data.packing=false"
+            )
+    return engine
 
 
 def _reuse_activations(loaded: LoadedModel, setup: RunSetup, batches: Batches) -> None:

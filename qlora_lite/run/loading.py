@@ -1,6 +1,6 @@
 """Load a run, or any model directory."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +95,7 @@ def load_adapted(
     watcher: Watcher,
     saved: Mapping[str, Tensor] | None = None,
     files: BaseFiles | None = None,
+    partition: Callable[[torch.nn.Module], None] | None = None,
 ) -> LoadedModel:
     """Load a recipe's base and attach its adapter, untrained.
 
@@ -102,6 +103,8 @@ def load_adapted(
         saved: the adapter's state that the caller will load. The results of `Method.split` are
             taken from it, so that the base is quantised as it was in training.
         files: of the base; located here unless given.
+        partition: divides the weights of a module among processes. The base cannot be probed then;
+            `packs` is what is known of its architecture.
     """
     recipe = setup.recipe
     split_state = SplitState(setup.method, setup.adapter, recipe.seed, saved)
@@ -112,8 +115,9 @@ def load_adapted(
         files=files,
         split=split_state.split,
         progress=watcher.loading,
+        installed=partition,
     )
-    packs = _packs(base, setup.facts, recipe.base.model)
+    packs = setup.facts.packs if partition else _packs(base, setup.facts, recipe.base.model)
     attached = attach(
         base.model, setup.method, setup.adapter, recipe.seed, setup.adapter_dtype, split_state
     )

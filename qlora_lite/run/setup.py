@@ -33,7 +33,10 @@ class RunSetup:
 
     @property
     def adapter_dtype(self) -> torch.dtype:
-        """Storage dtype of the trained parameters."""
+        """Storage dtype of the trained parameters. ZeRO keeps masters of others by itself, and
+        refuses groups of several dtypes."""
+        if self.recipe.offload.kind != "none":
+            return torch.float32
         return devices.DTYPES.get(self.recipe.adapter.dtype, self.rule.adapters)
 
 

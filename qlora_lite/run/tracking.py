@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from qlora_lite.foundation.errors import RecipeError
+from qlora_lite.foundation.processes import Processes
 from qlora_lite.recipe import Recipe
 
 Track = Callable[[dict[str, Any], int], None]
@@ -30,9 +31,10 @@ def require_trackers(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def tracking(recipe: Recipe, directory: Path) -> Iterator[Track]:
-    """A function that sends metrics to the recipe's trackers while the block runs."""
-    if not recipe.tracking:
+def tracking(recipe: Recipe, directory: Path, processes: Processes) -> Iterator[Track]:
+    """A function that sends metrics to the recipe's trackers while the block runs; only that of the
+    main process sends."""
+    if not recipe.tracking or not processes.is_main:
         yield lambda values, step: None
         return
     accelerator = Accelerator(

@@ -13,6 +13,7 @@ from qlora_lite.adapters.warm_start import saved_state
 from qlora_lite.data.load import PreparedData, load_data
 from qlora_lite.foundation.errors import BudgetError
 from qlora_lite.foundation.files import Lock, lock
+from qlora_lite.foundation.processes import current
 from qlora_lite.foundation.units import format_bytes
 from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.memory.allocator import give_back_freed_memory
@@ -33,6 +34,7 @@ from qlora_lite.run.job import (
     training_batches,
 )
 from qlora_lite.run.loading import LoadedModel, load_adapted
+from qlora_lite.run.offloading import start_offload
 from qlora_lite.run.planning import NO_BUDGET, check_settings, not_packed, plan_memory, plan_recipe
 from qlora_lite.run.setup import RunSetup, set_up
 from qlora_lite.run.tokenizers import tokenizer_to_train
@@ -71,65 +73,80 @@ def run_recipe(
     watcher = watcher or Watcher()
     recipe = with_absolute_paths(recipe)
     folder = RunFolder(Path(recipe.output))
+    if not current().is_main:
+        return _run_claimed(recipe, folder, watcher, extend, held=None)
     folder.require_usable(recipe, extend)
     require_trackers(recipe.tracking)
     is_new = not folder.path.exists()
     folder.make()
     with lock(folder.path) as held:
         try:
-            return _run_locked(recipe, folder, extend, watcher, held)
+            return _run_claimed(recipe, folder, watcher, extend, held)
         finally:
             if is_new:
                 folder.remove_if_unused()
 
 
-def _run_locked(
-    recipe: Recipe, folder: RunFolder, extend: bool, watcher: Watcher, held: Lock
+def _run_claimed(
+    recipe: Recipe, folder: RunFolder, watcher: Watcher, extend: bool, held: Lock | None
 ) -> RunResult:
-    folder.require_usable(recipe, extend)  # again: it may have changed before we had the lock
-    folder.discard_unused_record(recipe)
-    if folder.is_finished(recipe):
-        folder.require_intact()
-        return _result_of_finished(folder)
-    checkpoint.clean(folder.checkpoints)
+    """Train in a folder that the main process has locked; `held` is None in the others."""
+
+    def finished_before() -> RunResult | None:
+        folder.require_usable(recipe, extend)  # again: it may have changed before we had the lock
+        folder.discard_unused_record(recipe)
+        if folder.is_finished(recipe):
+            folder.require_intact()
+            return _result_of_finished(folder)
+        checkpoint.clean(folder.checkpoints)
+        return None
+
+    result = current().from_main(finished_before)
+    if result is not None:
+        return result
     try:
         return _train(recipe, folder, watcher, held)
     except Exception:
-        held.require()  # if the folder was taken away, that is the cause
+        if held is not None:
+            held.require()  # if the folder was taken away, that is the cause
         raise
 
 
-def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock) -> RunResult:
-    rule = rule_of_run(recipe, folder)
+def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock | None) -> RunResult:
+    processes = current()
+    rule = processes.from_main(lambda: rule_of_run(recipe, folder))
     for note in [rule.summary_with_reason, *slow_bf16(rule)]:
         watcher.note(note)
     give_back_freed_memory()
     setup = set_up(recipe, rule)
-    plan = plan_memory(setup, folder.micro_batch_tokens)
+    partition = start_offload(setup)
+    plan = processes.from_main(lambda: plan_memory(setup, folder.micro_batch_tokens))
     watcher.planned(plan)
     _require_budget(recipe, plan, watcher)
     for note in check_settings(setup):
         watcher.note(note)
-    tokenizer = tokenizer_to_train(recipe, folder)
+    tokenizer = processes.first_on_main(lambda: tokenizer_to_train(recipe, folder))
     data = load_data(recipe.data, tokenizer, recipe.seed, watcher.reading)
     require_known_tokens(data, setup)
     plan = _plan_with_rows(plan, data, setup, watcher)
     watcher.prepared(data)
 
     try:
-        resume_from = checkpoint.find_newest(folder.checkpoints, watcher.note)
-        files = locate(recipe.base, folder.base_files)
+        resume_from = processes.from_main(
+            lambda: checkpoint.find_newest(folder.checkpoints, watcher.note)
+        )
+        files = processes.first_on_main(lambda: locate(recipe.base, folder.base_files))
         origin = origin_of(recipe, folder.started_with(data.fingerprint, open_checkpoint(files)))
         if resume_from is not None:
             checkpoint.require_origin(resume_from, origin)
             for note in metrics.problems(folder.metrics, checkpoint.step_of(resume_from)):
                 watcher.note(note)
         saved = _saved_adapter(recipe, resume_from)
-        loaded = load_adapted(setup, tokenizer, watcher, saved, files)
+        loaded = load_adapted(setup, tokenizer, watcher, saved, files, partition)
         if setup.facts.packs and not loaded.packs:
             watcher.note(not_packed(recipe))
         micro_batch_tokens = recipe.optim.micro_batch_tokens or plan.micro_batch_tokens
-        batches = training_batches(recipe, data, micro_batch_tokens, loaded.packs)
+        batches = training_batches(recipe, data, micro_batch_tokens, loaded.packs, processes.world)
         folder.require_not_shorter(batches.steps)
         scorings = scorings_of(recipe, data, batches.steps, folder.scored_rows)
         if len(scorings.rows) < len(data.heldout):
@@ -138,13 +155,15 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock) -> R
                 "scoring takes at most a tenth of the run. Set evaluation.rows for more; "
                 f"`qlora-lite eval {folder.path}` scores all of them"
             )
-        fingerprints = folder.fingerprints(data.fingerprint, loaded.base.checkpoint)
+        fingerprints = processes.from_main(
+            lambda: folder.fingerprints(data.fingerprint, loaded.base.checkpoint)
+        )
         if "base_sha256" not in fingerprints:
             watcher.note(
                 "the base is large: samples of its files were compared now, every byte is hashed "
                 "when the run ends and compared by `merge`"
             )
-        with tracking(recipe, folder.path) as track, stop_on_signals() as stop_request:
+        with tracking(recipe, folder.path, processes) as track, stop_on_signals() as stop_request:
             job = make_job(
                 setup,
                 loaded,
@@ -157,21 +176,25 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock) -> R
                 stop_request=stop_request,
                 watcher=watcher,
                 track=track,
-                require_folder=held.require,
+                require_folder=held.require if held is not None else lambda: None,
             )
-            held.require()
-            for warning in folder.record(
-                recipe,
-                fingerprints,
-                rule.summary,
-                computing_of(rule),
-                micro_batch_tokens,
-                len(scorings.rows),
-            ):
+            job.require_folder()
+            warnings = processes.from_main(
+                lambda: folder.record(
+                    recipe,
+                    fingerprints,
+                    rule.summary,
+                    computing_of(rule),
+                    micro_batch_tokens,
+                    len(scorings.rows),
+                )
+            )
+            for warning in warnings:
                 watcher.note(warning)
             reset_peak(rule.device)
             progress = train(job)
-            stop_request.raise_if_requested("after the last step, with its state saved")
+            if stop_request.agreed(processes):
+                stop_request.raise_if_requested("after the last step, with its state saved")
             give_back_freed_memory()
     except torch.OutOfMemoryError as error:
         raise BudgetError(_out_of_memory(setup, plan)) from error
@@ -203,6 +226,7 @@ def _finish(
         progress=progress,
         keeps_best=job.keeps_best,
         require_folder=job.require_folder,
+        engine=job.engine,
     )
     outcome = finish(finished)
     return RunResult(

@@ -8,6 +8,7 @@ from types import FrameType
 
 from qlora_lite.foundation.errors import Interrupted
 from qlora_lite.foundation.interrupts import first_is_a_request
+from qlora_lite.foundation.processes import Processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -16,6 +17,16 @@ class StopRequest:
     """Whether the run should stop, and because of which signal."""
 
     signal_name: str | None = None
+
+    def agreed(self, processes: Processes) -> bool:
+        """Whether the run should stop: a signal reached one of its processes, or the launcher of
+        one is gone. Collective."""
+        if self.signal_name is None and processes.is_orphan:
+            self.signal_name = "the end of its launcher"
+        should_stop = processes.any(self.signal_name is not None)
+        if should_stop and self.signal_name is None:
+            self.signal_name = "a signal to another process"
+        return should_stop
 
     def raise_if_requested(self, when: str) -> None:
         """Raise if the run should stop. Call it where nothing would be lost.

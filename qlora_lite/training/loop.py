@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qlora_lite.adapters.attach import AttachedAdapter
+from qlora_lite.data.batches import share_of
 from qlora_lite.data.collate import Batch
+from qlora_lite.foundation.processes import Processes
 from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.memory.measure import peak_bytes
 from qlora_lite.model.causal import CausalModel
@@ -93,13 +95,18 @@ class TrainingJob:
         return self.batches.steps
 
     @property
+    def processes(self) -> Processes:
+        """Those that train together. Only the main one writes."""
+        return self.engine.processes
+
+    @property
     def keeps_best(self) -> bool:
         """Whether the best adapter is the result (early stopping), not the last."""
         return self.evaluation.patience is not None and self.score is not None
 
     @property
     def log(self) -> MetricsLog:
-        return MetricsLog(self.directory / "metrics.jsonl")
+        return MetricsLog(self.directory / "metrics.jsonl", writes=self.processes.is_main)
 
     @property
     def checkpoint_directory(self) -> Path:
@@ -124,10 +131,10 @@ def train(job: TrainingJob) -> Progress:
         if _is_due(progress.step, job.score_every, job.total) and job.score:
             _evaluate(job, progress)
         done = progress.step == job.total or progress.stopped_early
-        should_stop = job.stop_request.signal_name is not None
+        should_stop = job.stop_request.agreed(job.processes)
         if done or should_stop or _is_due(progress.step, job.checkpoints.every, job.total):
             _save(job, progress)
-        if not done:
+        if not done and should_stop:
             job.stop_request.raise_if_requested(f"after step {progress.step}, with its state saved")
     return progress
 
@@ -135,15 +142,15 @@ def train(job: TrainingJob) -> Progress:
 def _memory_dry_run(job: TrainingJob) -> None:
     """Forward and backward on the largest micro-batch: if it does not fit, fail now."""
     batch = job.batches.largest_batch()
-    loss = summed_loss(job.model, batch, job.attached).total / batch.num_targets
-    job.engine.backward(loss, last=False)
+    loss = job.engine.forward(lambda: summed_loss(job.model, batch, job.attached).total)
+    job.engine.backward(loss / batch.num_targets, last=False)
     job.engine.zero_grad()
 
 
 def _one_step(job: TrainingJob, progress: Progress) -> None:
     start = time.perf_counter()
     number = progress.step
-    batches = job.batches.step(number)
+    batches = share_of(job.batches.step(number), job.processes)
     step = prepare_step(job.attached.method, job.optim, job.seed, number, job.total)
     result = optimizer_step(
         job.model,
@@ -227,7 +234,8 @@ def _compare_with_best(job: TrainingJob, progress: Progress, loss: float) -> Non
         progress.scorings_since_best = 0
         if job.keeps_best:
             job.require_folder()
-            checkpoint.save_best(job.checkpoint_directory, job.attached.state(), job.origin)
+            if job.processes.is_main:
+                checkpoint.save_best(job.checkpoint_directory, job.attached.state(), job.origin)
     else:
         progress.scorings_since_best += 1
     patience = job.evaluation.patience
@@ -251,7 +259,8 @@ def _save(job: TrainingJob, progress: Progress) -> None:
         progress=asdict(progress),
         origin=job.origin,
     )
-    checkpoint.save(job.checkpoint_directory, progress.step, state, job.checkpoints.keep)
+    if job.processes.is_main:
+        checkpoint.save(job.checkpoint_directory, progress.step, state, job.checkpoints.keep)
     job.watcher.saved(progress.step)
 
 
@@ -278,4 +287,7 @@ def _resume(job: TrainingJob) -> Progress:
 
 def restore_best(job: TrainingJob) -> None:
     """Load the adapter with the best held-out loss, saved during training."""
-    job.attached.load_state(checkpoint.load_best(job.checkpoint_directory, job.origin))
+    best = checkpoint.load_best(job.checkpoint_directory, job.origin)
+    job.attached.load_state(best)
+    for name, parameter in job.attached.parameters().items():
+        job.engine.write(parameter, best[name])

@@ -36,28 +36,36 @@ class _Scoring(JsonFile):
 
 
 class MetricsLog:
-    """Appends lines; `rewind` drops those after a step."""
+    """Appends lines; `rewind` drops those after a step.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        writes: False in a process that leaves the file to another one.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path = path
+        self.writes = writes
 
     def append(self, event: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
 
     def sync(self) -> None:
         """Sync to disk, so that a checkpoint is never newer than the log."""
-        if self.path.exists():
+        if self.writes and self.path.exists():
             with open(self.path, "rb") as file:
                 os.fsync(file.fileno())
 
     def clear(self) -> None:
         """Delete the log."""
-        self.path.unlink(missing_ok=True)
+        if self.writes:
+            self.path.unlink(missing_ok=True)
 
     def rewind(self, step: int) -> None:
         """Keep the events of the first `step` steps; a half-written last line is dropped too."""
-        if self.path.exists():
+        if self.writes and self.path.exists():
             lines = [json.dumps(event) for event in read(self.path) if event["step"] <= step]
             write_text(self.path, "".join(line + "\n" for line in lines))
 

@@ -9,6 +9,7 @@ trained tokens only, a chunk at a time.
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,16 +40,15 @@ class StepResult:
 
 
 def prepare_step(method: Method, optim: Optim, seed: int, number: int, total: int) -> StepInfo:
-    """Seed the dropout of step `number` of `total` (from 0), and compute its learning rate.
+    """The learning rate and the random numbers of step `number` of `total` (from 0).
 
-    Both depend only on the seed and the step, so a resumed run is identical.
+    They depend only on the seed and the step, so a resumed run is identical.
     """
-    torch.manual_seed(derive(seed, "step", number))
     position, length = method.schedule_position(number, total)
     warmup = warmup_steps(optim.warmup, length)
     factor = lr_factor(position, length, warmup, optim.schedule, optim.lr_floor)
     lr = optim.lr * factor * method.lr_scale(number, total)
-    return StepInfo(number, total, lr, generator(seed, "method", number))
+    return StepInfo(number, total, lr, generator(seed, "method", number), seed)
 
 
 def optimizer_step(
@@ -62,7 +62,9 @@ def optimizer_step(
 ) -> StepResult:
     """Forward and backward over `batches`, then one update of the parameters.
 
-    `check` is called with every micro-batch's mean loss before its backward, and may raise.
+    Args:
+        batches: those of this process. Together the processes have all batches of the step.
+        check: called with every micro-batch's mean loss before its backward. It may raise.
     """
     method = attached.method
     method.begin_step(step)
@@ -70,15 +72,20 @@ def optimizer_step(
     num_targets = int(engine.sum_over_ranks(torch.tensor(sum(b.num_targets for b in batches))))
     loss_sum = added = 0.0
     for batch in batches:
-        last = batch is batches[-1]
-        batch_loss = summed_loss(model, batch, attached)
+        # dropout depends on the batch, not on the process that computes it
+        torch.manual_seed(derive(step.seed, "step", step.step, batch.number))
+        attached.train(not batch.is_filler)
+        is_last = batch is batches[-1]
+        loss, batch_loss = engine.forward(
+            partial(_step_loss, model, batch, engine, attached, num_targets, is_last=is_last)
+        )
         cross_entropy = batch_loss.total.item() - batch_loss.added
         loss_sum += cross_entropy
         added += batch_loss.added
-        check(cross_entropy / batch.num_targets, batch)
-        loss = batch_loss.total / num_targets
-        penalty = method.penalty() if last else None
-        engine.backward(loss if penalty is None else loss + penalty, last)
+        if not batch.is_filler:
+            check(cross_entropy / batch.num_targets, batch)
+        engine.backward(loss, is_last)
+    attached.train()
     method.before_step(engine, step)
     grad_norm = engine.step(max_grad_norm, step)
     step = dataclasses.replace(step, skipped=engine.skipped)
@@ -95,6 +102,27 @@ def optimizer_step(
         num_targets=num_targets,
         skipped=engine.skipped,
     )
+
+
+def _step_loss(
+    model: CausalModel,
+    batch: Batch,
+    engine: Engine,
+    attached: AttachedAdapter,
+    num_targets: int,
+    *,
+    is_last: bool,
+) -> tuple[Tensor, "BatchLoss"]:
+    """A micro-batch's part of the step's loss, with the penalty in the last one; and its own loss.
+
+    The penalty is added once per step, so every process adds its share of it.
+    """
+    batch_loss = summed_loss(model, batch, attached)
+    loss = batch_loss.total / num_targets
+    penalty = attached.method.penalty() if is_last else None
+    if penalty is not None:
+        loss = loss + penalty / engine.processes.world
+    return loss, batch_loss
 
 
 def _freeze_inactive(method: Method, step: StepInfo) -> None:
@@ -136,12 +164,14 @@ def summed_loss(model: CausalModel, batch: Batch, attached: AttachedAdapter) -> 
             added += more.item()
         return more
 
-    total = linear_cross_entropy(
-        model.hidden(batch.input_ids, batch.position_ids),
-        batch.targets,
-        model.logits,
-        extra,
-        extra_inputs=teacher,
-        head_is_trained=model.head_is_trained,
-    )
+    hidden = model.hidden(batch.input_ids, batch.position_ids)
+    with model.head.gathered():
+        total = linear_cross_entropy(
+            hidden,
+            batch.targets,
+            model.logits,
+            extra,
+            extra_inputs=teacher,
+            head_is_trained=model.head_is_trained,
+        )
     return BatchLoss(total, added)

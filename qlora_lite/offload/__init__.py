@@ -1,0 +1,1 @@
+"""Where the parts of a run live: DeepSpeed ZeRO over several processes and host memory."""

@@ -1,0 +1,179 @@
+"""DeepSpeed behind a few functions: settings to its configuration, start, partitioning.
+
+`deepspeed` is imported only here and in `training/zero_engine.py`, when a run asks for it.
+"""
+
+import importlib.util
+import logging
+import os
+import shutil
+import socket
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_lite.foundation.errors import DeviceError, RecipeError
+from qlora_lite.foundation.files import read_object
+from qlora_lite.offload.settings import ZeRO, ZeRO3
+
+_OURS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+)
+"""Batch sizes are in tokens here, and set by `optim.tokens_per_step`."""
+
+
+def configuration(offload: ZeRO, max_grad_norm: float, device: torch.device) -> dict[str, Any]:
+    """The DeepSpeed configuration of the settings, with the values of `offload.config` on top.
+
+    DeepSpeed sees one micro-batch at a time, in the dtypes that we chose: the loop accumulates
+    gradients, and nothing is cast.
+
+    Raises:
+        RecipeError: if a value of the file contradicts the recipe.
+    """
+    pin = offload.pin_memory and device.type == "cuda"
+    optimizer, parameters = offload.places
+    zero: dict[str, Any] = {
+        "stage": offload.stage,
+        "overlap_comm": device.type == "cuda",
+        "reduce_bucket_size": offload.bucket_size,
+        "allgather_bucket_size": offload.bucket_size,
+    }
+    path = getattr(offload, "nvme_path", None)
+    for name, place in (("offload_optimizer", optimizer), ("offload_param", parameters)):
+        if place != "none":
+            zero[name] = {"device": place, "pin_memory": pin}
+            if place == "nvme":
+                zero[name] |= {"nvme_path": path, "buffer_count": 5}
+    if offload.stage == 3:
+        # adapters are marked as persistent one by one; a threshold would keep small frozen ones too
+        zero |= {"stage3_param_persistence_threshold": 0}
+        if device.type == "cpu":
+            zero |= {
+                "stage3_prefetch_bucket_size": 0,
+                "stage3_max_live_parameters": 0,
+                "stage3_max_reuse_distance": 0,
+            }
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if offload.config is None:
+        return config
+    return _with_file(config, offload, Path(offload.config), max_grad_norm)
+
+
+def _with_file(
+    config: dict[str, Any], offload: ZeRO, path: Path, max_grad_norm: float
+) -> dict[str, Any]:
+    try:
+        own = read_object(path)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"offload.config={path}: {error}. Give a DeepSpeed JSON file") from None
+    section = own.pop("zero_optimization", {})
+    if not isinstance(section, dict):
+        raise RecipeError(f"offload.config={path}: zero_optimization is not an object")
+    _refuse(path, "zero_optimization.stage", section.get("stage"), offload.stage, "offload")
+    clipping = own.pop("gradient_clipping", None)
+    _refuse(path, "gradient_clipping", clipping, max_grad_norm, "optim.max_grad_norm")
+    for name in _OURS:
+        _refuse(path, name, own.pop(name, None), None, "optim.tokens_per_step")
+    for name in ("optimizer", "scheduler"):
+        _refuse(path, name, own.pop(name, None), None, "optim")
+    for name in ("bf16", "fp16", "amp", "torch_autocast", "data_types"):
+        value = own.pop(name, None)
+        is_off = isinstance(value, dict) and not value.get("enabled", False)
+        _refuse(path, name, None if is_off else value, None, "base.compute")
+    return {**config, **own, "zero_optimization": config["zero_optimization"] | section}
+
+
+def _refuse(path: Path, name: str, given: Any, ours: Any, setting: str) -> None:
+    """Refuse a value of the file that is not what the recipe says. `auto` leaves it to us."""
+    if any(given == accepted for accepted in (None, "auto", ours)):
+        return
+    what = f"the recipe has {ours!r}" if ours is not None else "the recipe sets that itself"
+    raise RecipeError(
+        f"offload.config={path} has {name}={given!r}, and {what} ({setting}). Leave {name} out of "
+        f"the file, and use {setting}"
+    )
+
+
+def require_available(offload: ZeRO) -> None:
+    """Check that DeepSpeed and what these settings need are installed.
+
+    Raises:
+        DeviceError: naming the missing package.
+        RecipeError: if a folder does not exist.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise DeviceError(f"offload={offload.kind} needs DeepSpeed: pip install deepspeed")
+    if "nvme" not in offload.places:
+        return
+    assert isinstance(offload, ZeRO3)
+    if offload.nvme_path is not None and not Path(offload.nvme_path).is_dir():
+        raise RecipeError(
+            f"offload.nvme_path={offload.nvme_path} is not a folder. Create it on a fast disk"
+        )
+    if shutil.which("g++") is None or shutil.which("ninja") is None:
+        raise DeviceError(
+            "offload to nvme compiles a small library, and there is no g++ or no ninja. "
+            "Install them (Debian: g++ ninja-build), or use offload.parameters=cpu"
+        )
+    if not _has_libaio():
+        raise DeviceError(
+            "offload to nvme needs libaio with its header. Install it (Debian: libaio-dev), or "
+            "use offload.parameters=cpu"
+        )
+
+
+def _has_libaio() -> bool:
+    folders = [Path("/usr/include"), Path("/usr/local/include")]
+    folders += [Path(p) for p in os.environ.get("CPATH", "").split(":") if p]
+    return any((folder / "libaio.h").is_file() for folder in folders)
+
+
+def start(device: torch.device) -> None:
+    """Make DeepSpeed use the processes that we have joined, or this one alone."""
+    _silence()
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # its shared-memory communication is compiled at the first use, and aborts without a compiler
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.distributed.is_initialized():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def _silence() -> None:
+    """Leave only errors of DeepSpeed: the rest describes its own start."""
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed|deepspeed")
+
+
+def partitioner(config: dict[str, Any]) -> Callable[[nn.Module], None]:
+    """A function that divides the parameters of a module among the processes, and lets go of the
+    rest. Collective."""
+    import deepspeed
+
+    def partition(module: nn.Module) -> None:
+        deepspeed.zero.Init(module=module, config_dict_or_path=config)
+
+    return partition

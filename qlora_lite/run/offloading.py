@@ -1,0 +1,59 @@
+"""Start what `offload` asks for, and refuse what does not go together with it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from qlora_lite.foundation.errors import RecipeError
+from qlora_lite.offload.settings import NoOffload
+from qlora_lite.offload.zero import configuration, partitioner, require_available, start
+from qlora_lite.recipe import Recipe
+from qlora_lite.run.setup import RunSetup
+
+
+def start_offload(setup: RunSetup) -> Callable[[nn.Module], None] | None:
+    """Start DeepSpeed if the recipe asks for it. Returns the function that divides the base's
+    weights among the processes, under stage 3.
+
+    Raises:
+        RecipeError: if other settings contradict `offload`.
+        DeviceError: if a package is missing.
+    """
+    offload = setup.recipe.offload
+    if isinstance(offload, NoOffload):
+        return None
+    require_compatible(setup.recipe, setup.rule.compute)
+    require_available(offload)
+    config = configuration(offload, setup.recipe.optim.max_grad_norm, setup.rule.device)
+    start(setup.rule.device)
+    return partitioner(config) if offload.stage == 3 else None
+
+
+def require_compatible(recipe: Recipe, compute: torch.dtype) -> None:
+    """Check the settings that ZeRO does not support.
+
+    Raises:
+        RecipeError: naming the setting and the nearest one that works.
+    """
+    kind = recipe.offload.kind
+    if compute is torch.float16:
+        raise RecipeError(
+            f"offload={kind} does not scale the loss, which fp16 needs. Use base.compute=fp32, or "
+            "offload=none"
+        )
+    if recipe.adapter.dtype == "bf16":
+        raise RecipeError(
+            f"got adapter.dtype=bf16, and offload={kind} trains adapters in fp32. Use "
+            "adapter.dtype=auto"
+        )
+    if recipe.optim.states not in ("auto", "32bit"):
+        raise RecipeError(
+            f"got optim.states={recipe.optim.states}, and offload={kind} keeps states in fp32, "
+            "divided among the processes. Use optim.states=auto"
+        )
+    if recipe.optim.rounding == "stochastic":
+        raise RecipeError(
+            f"got optim.rounding=stochastic, and offload={kind} trains adapters in fp32, which "
+            "need no rounding. Use optim.rounding=master"
+        )
