@@ -7,7 +7,8 @@ import typer
 
 from qlora_lite.cli.display import Display
 from qlora_lite.cli.inspect import inspect
-from qlora_lite.cli.script import Assignments, Extend, train_recipe
+from qlora_lite.cli.script import Assignments, Extend, ProcessCount, train_recipe
+from qlora_lite.cli.several import start_processes
 from qlora_lite.cli.tables import show, time_line
 from qlora_lite.cli.trust import TrustOnly, is_trusted, split_trust
 from qlora_lite.foundation.console import console
@@ -145,10 +146,18 @@ def preview(
 
 
 @app.command()
-def train(recipe: RecipeFile, settings: Assignments = None, extend: Extend = False) -> None:
+def train(
+    recipe: RecipeFile,
+    settings: Assignments = None,
+    extend: Extend = False,
+    processes: ProcessCount = 1,
+) -> None:
     """Train. The same command continues an interrupted run."""
     from qlora_lite.recipe_files import load_with_settings
 
+    if processes > 1:
+        words = ["-m", "qlora_lite", "train", str(recipe), *(settings or [])]
+        raise typer.Exit(start_processes(processes, words + ["--extend"] * extend))
     train_recipe(*load_with_settings(recipe, settings or []), extend)
 
 

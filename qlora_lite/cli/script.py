@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlora_lite.cli.display import Display
-from qlora_lite.cli.several import one_of_several, without_local_rank
+from qlora_lite.cli.several import one_of_several, start_processes, without_local_rank
 from qlora_lite.cli.status import status_of
 from qlora_lite.foundation.errors import RecipeError
 from qlora_lite.foundation.interrupts import interruptible
@@ -31,13 +31,25 @@ Extend = Annotated[
 ]
 
 
+ProcessCount = Annotated[
+    int,
+    typer.Option(
+        "--processes", min=1, help="Train in so many processes on this machine: one for each card."
+    ),
+]
+
+
 def main(recipe: "Recipe") -> None:
     """Do what `qlora-lite train FILE` does for the file that calls this. Does not return."""
 
-    def train(settings: Assignments = None, extend: Extend = False) -> None:
+    def train(
+        settings: Assignments = None, extend: Extend = False, processes: ProcessCount = 1
+    ) -> None:
         """Train this recipe. The same command continues an interrupted run."""
         from qlora_lite.recipe import vary
 
+        if processes > 1:
+            raise typer.Exit(start_processes(processes, [sys.argv[0], *_without_count()]))
         train_recipe(*vary(recipe, settings or []), extend)
 
     def run() -> None:
@@ -47,6 +59,18 @@ def main(recipe: "Recipe") -> None:
             typer.run(train)
 
     end_process(interruptible(lambda: status_of(run)))
+
+
+def _without_count() -> list[str]:
+    """The words of this command without `--processes N`."""
+    words = iter(sys.argv[1:])
+    kept = []
+    for word in words:
+        if word == "--processes":
+            next(words, None)
+        elif not word.startswith("--processes="):
+            kept.append(word)
+    return kept
 
 
 def refuse_options_as_settings(arguments: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""A command that a launcher started several times: torchrun, deepspeed, accelerate."""
+"""A command in several processes: started here, or by torchrun, deepspeed or accelerate."""
 
 import logging
 import os
@@ -9,7 +9,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from qlora_lite.foundation.errors import RecipeError
+from qlora_lite.foundation.interrupts import (
+    INTERRUPTED,
+    leave_reports_to_another_process,
+    signals_are_requests,
+)
 from qlora_lite.foundation.processes import is_launched, joined
+
+SHUTDOWN_SECONDS = 30
+"""How long the processes have to save after a signal."""
 
 _LOCAL_RANK = re.compile(r"--local[_-]rank=\d+")
 
@@ -39,6 +47,39 @@ def one_of_several() -> Iterator[None]:
         if not processes.is_main:
             sys.stdout.flush()
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            leave_reports_to_another_process()
             logging.disable(logging.WARNING)
             warnings.simplefilter("ignore")
         yield
+
+
+def start_processes(count: int, command: Sequence[str]) -> int:
+    """Run a command in `count` processes on this machine, and return its exit status: that of the
+    first process that failed.
+
+    Ctrl-C and SIGTERM reach every process, which then have time to save.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the processes report
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+        shutdown_timeout=SHUTDOWN_SECONDS,
+    )
+    try:
+        with signals_are_requests():
+            elastic_launch(config, sys.executable)(*command)
+    except SignalException:
+        return INTERRUPTED
+    except ChildFailedError as error:
+        status = error.get_first_failure()[1].exitcode
+        return status if status > 0 else 1
+    return 0

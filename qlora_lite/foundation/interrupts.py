@@ -7,8 +7,11 @@ operations only, and an operation may take long: a backward pass, a batch of row
 So a second thread reads the signals as they arrive, and ends the process if it is still there after
 `GRACE_SECONDS`. That loses nothing: files and folders are renamed when they are complete.
 
-While `first_is_a_request` is active, the first signal is left to the code inside. Only imports that
-take milliseconds are allowed here: Ctrl-C may come while the others are loading.
+While `signals_are_requests` is active, signals are left to the code inside: the first one, or all
+of them in a process that a launcher started. Such a process gets Ctrl-C twice, from the terminal
+and from the launcher, and it is the launcher that ends it if it takes too long.
+
+Only imports that take milliseconds are allowed here: Ctrl-C may come while the others are loading.
 """
 
 import os
@@ -24,6 +27,7 @@ from typing import NoReturn
 
 GRACE_SECONDS = 0.6
 ACKNOWLEDGED = b"\nstopping after this step. Press Ctrl-C or send the signal again to stop now\n"
+ALL_OF_THEM = 10**9
 INTERRUPTED = 130
 
 _STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
@@ -38,6 +42,8 @@ class _State:
     cause: str = "stopped from the keyboard"
     is_reported: bool = False
     """The line about it is printed."""
+    is_quiet: bool = False
+    """Another process of the run prints it."""
 
 
 _state = _State()
@@ -49,19 +55,24 @@ def is_ending() -> bool:
     return _state.is_ending
 
 
+def leave_reports_to_another_process() -> None:
+    """Print nothing about signals in this process."""
+    _state.is_quiet = True
+
+
 def report(message: str = "") -> None:
     """Print how the command was interrupted, unless that was printed before."""
     with _reporting:
-        if not _state.is_reported:
+        if not _state.is_reported and not _state.is_quiet:
             sys.stderr.write(f"interrupted: {message or _state.cause}\n")
             sys.stderr.flush()
             _state.is_reported = True
 
 
 @contextmanager
-def first_is_a_request() -> Iterator[None]:
-    """The first signal to stop is handled by the code inside; the second one ends the process."""
-    _state.requests = 1
+def signals_are_requests(number: int = 1) -> Iterator[None]:
+    """So many signals to stop are handled by the code inside; the next one ends the process."""
+    _state.requests = number
     try:
         yield
     finally:
@@ -134,8 +145,9 @@ def _watch(reader: int) -> None:
                 if number not in _STOPPING:
                     continue
                 if _state.requests:
+                    is_first = _state.requests in (1, ALL_OF_THEM)
                     _state.requests -= 1
-                    if number != signal.SIGHUP:
+                    if is_first and number != signal.SIGHUP and not _state.is_quiet:
                         os.write(2, ACKNOWLEDGED)
                 else:
                     # an import can swallow the exception that the main thread raises for it
@@ -147,7 +159,7 @@ def _watch(reader: int) -> None:
 
 
 def _end_now() -> NoReturn:
-    if _reporting.acquire(timeout=0.2) and not _state.is_reported:
+    if _reporting.acquire(timeout=0.2) and not (_state.is_reported or _state.is_quiet):
         show_cursor = "\r\n\x1b[?25h" if os.isatty(2) else ""
         os.write(2, f"{show_cursor}interrupted: {_state.cause}\n".encode())
     os._exit(INTERRUPTED)

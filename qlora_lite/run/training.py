@@ -163,7 +163,10 @@ def _train(recipe: Recipe, folder: RunFolder, watcher: Watcher, held: Lock | Non
                 "the base is large: samples of its files were compared now, every byte is hashed "
                 "when the run ends and compared by `merge`"
             )
-        with tracking(recipe, folder.path, processes) as track, stop_on_signals() as stop_request:
+        with (
+            tracking(recipe, folder.path, processes) as track,
+            stop_on_signals(processes) as stop_request,
+        ):
             job = make_job(
                 setup,
                 loaded,

@@ -1,5 +1,9 @@
-"""SIGINT, SIGTERM and SIGHUP stop a run between two steps, after its state is saved."""
+"""SIGINT, SIGTERM and SIGHUP stop a run between two steps, after its state is saved.
 
+With several processes, a signal to one of them stops all, after the same step.
+"""
+
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -7,10 +11,14 @@ from contextlib import contextmanager
 from types import FrameType
 
 from qlora_lite.foundation.errors import Interrupted
-from qlora_lite.foundation.interrupts import first_is_a_request
+from qlora_lite.foundation.interrupts import ALL_OF_THEM, signals_are_requests
 from qlora_lite.foundation.processes import Processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+SAVE_SECONDS = 25
+"""How long one of several processes may take to save: torchrun kills it after 30 seconds, and if
+another process is dead, saving may never end."""
 
 
 class StopRequest:
@@ -41,10 +49,11 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(processes: Processes | None = None) -> Iterator[StopRequest]:
     """Turn the first SIGINT, SIGTERM or SIGHUP into a request. A second one has its usual effect.
 
-    A signal that is ignored, as `nohup` does with SIGHUP, stays ignored.
+    One of several processes ignores further signals, and ends after `SAVE_SECONDS`. A signal that
+    is ignored, as `nohup` does with SIGHUP, stays ignored.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -55,16 +64,30 @@ def stop_on_signals() -> Iterator[StopRequest]:
         n: handler for n, handler in previous.items() if handler not in (None, signal.SIG_IGN)
     }
 
+    is_one_of_several = processes is not None and processes.world > 1
+    deadline = threading.Timer(SAVE_SECONDS, _end)
+    deadline.daemon = True
+
     def handle(number: int, frame: FrameType | None) -> None:
+        if is_one_of_several:
+            if request.signal_name is None:
+                deadline.start()
+        else:
+            for other, handler in previous.items():
+                signal.signal(other, handler)
         request.signal_name = signal.Signals(number).name
-        for other, handler in previous.items():
-            signal.signal(other, handler)
 
     for number in previous:
         signal.signal(number, handle)
     try:
-        with first_is_a_request():
+        with signals_are_requests(ALL_OF_THEM if is_one_of_several else 1):
             yield request
     finally:
+        deadline.cancel()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _end() -> None:
+    os.write(2, f"error: the state was not saved within {SAVE_SECONDS} seconds\n".encode())
+    os._exit(1)
