@@ -22,6 +22,7 @@ import bitsandbytes
 import pytest
 import torch
 import transformers
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from packaging.requirements import Requirement
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -248,8 +249,16 @@ TABLE: dict[str, tuple[tuple[str, ...], Callable[[], object]]] = {
         lambda: _render()[0] == ["xa"] and [tuple(span) for span in _render()[1][0]] == [(1, 2)],
     ),
     "os._exit": (  # documented, in spite of its name
-        ("qlora_lite/foundation/interrupts.py",),
+        (
+            "qlora_lite/foundation/interrupts.py",
+            "qlora_lite/foundation/processes.py",
+            "qlora_lite/training/interruption.py",
+        ),
         lambda: _takes(os._exit, 130),
+    ),
+    "._lazy_init_hp_params_optimizer_state": (
+        ("qlora_lite/training/zero_engine.py",),
+        lambda: _takes(DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state, None),
     ),
     "transformers.configuration_utils.PretrainedConfig": (
         (

@@ -196,9 +196,10 @@ def build_layer(
     a resumed run would differ in its last bits.
     """
     draws = generator(split_state.seed, "adapter", spec.path)
-    layer = split_state.method.build(
-        base, spec, split_state.layers[spec.path], split_state.build_state(spec.path), draws
-    )
+    with whole(base.parameters()):
+        layer = split_state.method.build(
+            base, spec, split_state.layers[spec.path], split_state.build_state(spec.path), draws
+        )
     own = layer.state().keys()  # a parameter or buffer is saved once
     layer.start = {n: t for n, t in split_state.start_of(spec.path).items() if n not in own}
     device = base.device

@@ -51,6 +51,11 @@ def prepare_step(method: Method, optim: Optim, seed: int, number: int, total: in
     return StepInfo(number, total, lr, generator(seed, "method", number), seed)
 
 
+def seed_dropout(step: StepInfo, number: int) -> None:
+    """Seed the dropout of batch `number` of a step, whichever process computes it."""
+    torch.manual_seed(derive(step.seed, "step", step.step, number))
+
+
 def optimizer_step(
     model: CausalModel,
     batches: Sequence[Batch],
@@ -72,8 +77,7 @@ def optimizer_step(
     num_targets = int(engine.sum_over_ranks(torch.tensor(sum(b.num_targets for b in batches))))
     loss_sum = added = 0.0
     for batch in batches:
-        # dropout depends on the batch, not on the process that computes it
-        torch.manual_seed(derive(step.seed, "step", step.step, batch.number))
+        seed_dropout(step, batch.number)
         attached.train(not batch.is_filler)
         is_last = batch is batches[-1]
         loss, batch_loss = engine.forward(

@@ -23,8 +23,12 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_grad,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_grad,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qlora_lite.adapters.attach import AttachedAdapter
 from qlora_lite.adapters.method import ParameterGroup, StepInfo
@@ -184,14 +188,18 @@ class ZeroEngine:
     # -- ParameterAccess -----------------------------------------------------------------------
 
     def read(self, parameter: nn.Parameter) -> Tensor:
-        value: Tensor = safe_get_full_fp32_param(parameter)
+        with _as_trained(parameter):
+            value: Tensor = safe_get_full_fp32_param(parameter)
         return value.detach().clone().view(full_shape(parameter))
 
     @torch.no_grad()
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         value = value.to(parameter.device, torch.float32).contiguous()
         with _as_trained(parameter):
-            safe_set_full_fp32_param(parameter, value)
+            if self.stage == 3:
+                safe_set_local_fp32_param(parameter, self._own_part(parameter, value))
+            else:
+                safe_set_full_fp32_param(parameter, value)
         parameter.data.copy_(value)
         if self.stage == 3:
             # its own part has the old value until it is divided again
@@ -199,11 +207,16 @@ class ZeroEngine:
             self._gather()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        if not parameter.requires_grad:
+            return None
         value: Tensor | None = safe_get_full_grad(parameter)
         return None if value is None else value.float().view(full_shape(parameter))
 
     def set_gradient(self, parameter: nn.Parameter, value: Tensor) -> None:
-        safe_set_full_grad(parameter, value.float())
+        if self.stage == 3:
+            safe_set_local_grad(parameter, self._own_part(parameter, value.float()))
+        else:
+            safe_set_full_grad(parameter, value.float())
 
     def reset_optimizer_state(self, parameter: nn.Parameter, where: Tensor | None = None) -> None:
         for key in _MOMENTS if where is not None else (*_MOMENTS, "step"):
@@ -247,7 +260,17 @@ class ZeroEngine:
     def _set_state(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         value = value.to(parameter.device, torch.float32).contiguous()
         with _as_trained(parameter):
-            safe_set_full_optimizer_state(parameter, value, key)
+            if self.stage == 3:
+                part = self._own_part(parameter, value)
+                safe_set_local_optimizer_state(parameter, part, key)
+            else:
+                safe_set_full_optimizer_state(parameter, value, key)
+
+    def _own_part(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """What this process has of a whole value under stage 3; parts are padded to equal sizes."""
+        size: int = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        flat = F.pad(value.flatten(), (0, size * self.processes.world - value.numel()))
+        return flat.narrow(0, size * self.processes.rank, size)
 
 
 @contextmanager

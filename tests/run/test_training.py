@@ -255,7 +255,7 @@ def test_a_run_can_be_repeated_from_its_record(folder, plain):
 def test_an_extended_run_scores_the_rows_that_it_scored_before(folder, monkeypatch):
     scored = []
 
-    def count(model, batches):
+    def count(model, batches, sum_over_processes):
         scored.append(sum(batch.num_targets for batch in batches))
         return SimpleNamespace(loss=1.0, accuracy=0.5, perplexity=2.0)
 
