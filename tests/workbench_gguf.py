@@ -19,7 +19,7 @@ import torch
 from gguf import MODEL_ARCH, GGUFWriter
 from torch import Tensor
 
-from tests.families import tiny_of
+from tests.families import WIDTH, tiny_of
 from tests.gguf_metadata import add_metadata, falcon_groups, head_size
 
 ARCHITECTURES = {
@@ -43,6 +43,8 @@ ARCHITECTURES = {
     "gpt2": MODEL_ARCH.GPT2,
 }
 
+FALCON = {"ffn_hidden_size": 4 * WIDTH}
+"""llama.cpp's converter writes four times the width, whatever the config says."""
 
 CASES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -78,14 +80,16 @@ CASES: dict[str, dict[str, Any]] = {
     "cohere_normed": {"use_qk_norm": True, "eos_token_id": 3},
     "cohere2": {"sliding_window": 8, "eos_token_id": 3},
     "lfm2": {"full_attn_idxs": [1, 3]},
-    "falcon": {},
-    "falcon_untied": {"tie_word_embeddings": False},
+    "falcon": FALCON,
+    "falcon_untied": {**FALCON, "tie_word_embeddings": False},
     "falcon_11b": {
+        **FALCON,
         "new_decoder_architecture": True,
         "num_kv_heads": 2,
         "num_ln_in_parallel_attn": 1,
     },
     "falcon_40b": {
+        **FALCON,
         "new_decoder_architecture": True,
         "num_kv_heads": 2,
         "num_ln_in_parallel_attn": 2,
