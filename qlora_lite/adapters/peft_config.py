@@ -55,7 +55,8 @@ FIELDS: dict[str, Any] = {
     "corda_config": None,
     "lora_ga_config": None,
     "runtime_config": None,
-    # no effect on the pairs: layouts of the base, and settings of features that are off
+    # no effect on the pairs: the layout of the base, which PEFT takes from the class of the layer
+    # whatever the config says, and settings of features that are off
     "fan_in_fan_out": False,
     "megatron_core": "megatron.core",
     "qalora_group_size": 16,

@@ -1,5 +1,7 @@
 """Starting from an adapter: the same logits, from PEFT's pairs and from the native state."""
 
+import json
+
 import peft
 import pytest
 import torch
@@ -54,6 +56,23 @@ def test_starting_from_pefts_dora_gives_the_same_logits(tmp_path, directory):
     torch.testing.assert_close(ours.logits(), plain_logits(theirs), **CLOSE)
     with pytest.raises(AdapterError, match=r"is a DoRA.*Use adapter=dora"):
         warm_start(Bench(directory, LoRA(rank=4, targets=names)).attached, tmp_path / "theirs")
+
+
+def test_the_kind_of_a_layer_decides_its_layout_not_the_config_as_in_peft(tmp_path, directory):
+    """The matrices of attention are square: they would also fit when transposed."""
+    is_gpt2 = directory.name == "gpt2"
+    names = ["c_proj"] if is_gpt2 else ["q_proj"]
+    theirs = perturbed_by_peft(base_twin(directory), target_modules=names)
+    theirs.save_pretrained(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    assert config["fan_in_fan_out"] is is_gpt2
+    path.write_text(json.dumps(config | {"fan_in_fan_out": not is_gpt2}))
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        read_again = peft.PeftModel.from_pretrained(base_twin(directory), tmp_path / "theirs")
+    ours = Bench(directory, LoRA(rank=4, targets=names))
+    warm_start(ours.attached, tmp_path / "theirs")
+    torch.testing.assert_close(ours.logits(), plain_logits(read_again), **CLOSE)
 
 
 @pytest.mark.parametrize(
