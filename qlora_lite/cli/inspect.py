@@ -1,5 +1,6 @@
 """The command `inspect`: what adapters learned, as tables, JSON and figures."""
 
+import os
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -73,7 +74,7 @@ def inspect(
     from qlora_lite.inspection import inspect as inspecting
 
     targets, is_trusted = split_trust(targets)
-    if json is not None and json.exists() and _targets_in(json) != targets:
+    if json is not None and os.path.lexists(json) and _targets_in(json) != targets:
         raise _exists(json)
     if json is not None:
         make_folder(json.parent)

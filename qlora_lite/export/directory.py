@@ -51,12 +51,12 @@ def require_free(out: Path) -> None:
     """Check that `out` does not exist yet, or is an empty directory, and can be written.
 
     Raises:
-        ExportError: if `out` is a file, or a directory that is not empty.
+        ExportError: if `out` is a file, a link to nothing, or a directory that is not empty.
         RunError: if there cannot be a folder of this name.
     """
     if out.is_dir() and not any(out.iterdir()):
         return
-    if out.exists():
+    if os.path.lexists(out):
         raise ExportError(
             f"{out} exists already. Nothing is overwritten: give another path, or remove it first"
         )

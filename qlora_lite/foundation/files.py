@@ -23,12 +23,22 @@ _LOCK = ".lock"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file atomically: after a crash it holds the old text or the new one."""
+    """Replace a file atomically: after a crash it holds the old text or the new one.
+
+    Raises:
+        RunError: if its folder does not exist or takes no files, such as /proc.
+    """
     temporary = path.with_name(f".{path.name}.writing")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileNotFoundError as error:
+        raise RunError(
+            f"the file {path} cannot be created ({error.strerror}). Give a path on a disk that you "
+            "may write to"
+        ) from error
     os.replace(temporary, path)
     sync_directory(path.parent)
 
@@ -93,6 +103,11 @@ def make_folder(path: Path) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise RunError(
+            f"{error.filename} is a file or a broken link, and a folder is needed. Give another "
+            "path"
+        ) from error
     except OSError as error:
         raise RunError(
             f"the folder {path} cannot be created ({error.strerror}). Give a path on a disk that "
@@ -107,9 +122,10 @@ def require_possible_folder(path: Path) -> None:
         RunError: if not.
     """
     whole = path.absolute()
-    existing = next(folder for folder in (whole, *whole.parents) if folder.exists())
+    existing = next(folder for folder in (whole, *whole.parents) if os.path.lexists(folder))
     if not existing.is_dir():
-        raise RunError(f"{existing} is a file, and a folder is needed. Give another output=...")
+        kind = "a file" if existing.exists() else "a broken link"
+        raise RunError(f"{existing} is {kind}, and a folder is needed. Give another output=...")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise RunError(f"{existing} is not writable. Give another output=...")
 

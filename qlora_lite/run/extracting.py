@@ -1,5 +1,6 @@
 """Cut the adapter of a finished run to another rank."""
 
+import os
 from pathlib import Path
 
 from qlora_lite.adapters.files import save_at_rank
@@ -30,7 +31,7 @@ def extract(
     request = digest_of([folder.read_sidecar(), rank])
     if (finished := find_finished(out, request)) is not None:
         return float(finished["relative_error"])
-    if out.exists():
+    if os.path.lexists(out):
         raise RunError(
             f"{out} exists already. Give a folder that does not exist, or remove this one"
         )

@@ -1,6 +1,7 @@
 """Write a recipe file for any model: settings chosen by its size, and its memory plan."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def write_recipe(
             f"got {file}, and a recipe is a Python file. Give a name that ends in .py"
         )
     exists = file.exists()
-    if exists and not _is_ours(file):
+    if os.path.lexists(file) and not _is_ours(file):
         raise _exists(file)
     text, plan = recipe_text(model, file, trust_remote_code)
     if exists:

@@ -109,9 +109,11 @@ def test_json_is_written_and_not_overwritten(trained, other, tmp_path):
     grid = found["comparisons"][0]["layers"][0]["right"]
     assert (len(grid), len(grid[0])) == (4, 8)
     assert run_command("inspect", trained.run, other, "--json", file).status == 0
-    again = run_command("inspect", trained.run, "--json", file)
-    assert again.status == 2
-    assert "exists already" in again.err
+    (tmp_path / "link.json").symlink_to(tmp_path / "nothing")
+    for taken in (file, tmp_path / "link.json"):
+        again = run_command("inspect", trained.run, "--json", taken)
+        assert again.status == 2
+        assert "exists already" in again.err
 
 
 def test_figures_are_written_to_a_new_folder(loralib, tmp_path):

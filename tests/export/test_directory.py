@@ -144,6 +144,14 @@ def test_a_file_created_meanwhile_is_not_overwritten(tmp_path):
     assert out.read_text() == "somebody else's"
 
 
+def test_a_broken_link_is_not_overwritten(tmp_path):
+    out = tmp_path / "out"
+    out.symlink_to(tmp_path / "nothing")
+    with pytest.raises(ExportError, match="exists already"), resumable_directory(out, "a"):
+        pytest.fail("entered")
+    assert out.is_symlink()
+
+
 def test_nothing_is_put_in_place_if_the_lock_was_taken_away(tmp_path):
     out = tmp_path / "out"
     with (

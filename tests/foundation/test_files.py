@@ -15,6 +15,7 @@ from qlora_lite.foundation.files import (
     lock,
     make_folder,
     require_free_space,
+    require_possible_folder,
     write_json,
     write_text,
 )
@@ -155,13 +156,32 @@ def test_a_lock_that_was_taken_away_is_noticed(tmp_path, damage):
         held.require()
 
 
-def test_a_folder_that_cannot_be_created_is_a_run_error(tmp_path):
+def test_what_cannot_be_created_is_a_run_error(tmp_path):
     (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing" / "here")
     for place in (tmp_path / "file" / "inside", Path("/proc/inside")):
         with pytest.raises(RunError, match=f"folder {place} cannot be created"):
             make_folder(place)
         with pytest.raises(RunError, match="cannot be created"), complete_directory(place):
             pass
+    with pytest.raises(RunError, match="file /proc/inside cannot be created"):
+        write_text(Path("/proc/inside"), "text")
+    for place in (tmp_path / "file", tmp_path / "link"):
+        with pytest.raises(RunError, match=f"{place} is a file or a broken link"):
+            make_folder(place)
+    with pytest.raises(RunError, match=f"{tmp_path / 'link'} is a file or a broken link"):
+        make_folder(tmp_path / "link" / "inside")
+
+
+def test_a_folder_is_impossible_in_a_file_or_a_broken_link(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing" / "here")
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    for name, kind in {"file": "a file", "link": "a broken link", "round": "a broken link"}.items():
+        for place in (tmp_path / name, tmp_path / name / "inside"):
+            with pytest.raises(RunError, match=f"{name} is {kind}, and a folder is needed"):
+                require_possible_folder(place)
+    require_possible_folder(tmp_path / "new" / "folder")
 
 
 def test_a_full_disk_is_reported_when_not_even_the_folder_fits(tmp_path, monkeypatch):

@@ -55,8 +55,10 @@ def test_one_dylora_run_gives_an_adapter_of_every_rank(folder):
     assert not torch.allclose(outputs[0], outputs[3], atol=1e-3)
     with pytest.raises(AdapterError, match="rank 5 here: the largest trained rank is 4"):
         extract(run, folder / "dylora-5", 5)
-    with pytest.raises(RunError, match="exists already"):
-        extract(run, folder / "dylora-1", 2)
+    (folder / "link").symlink_to(folder / "nothing")
+    for taken in ("dylora-1", "link"):
+        with pytest.raises(RunError, match="exists already"):
+            extract(run, folder / taken, 2)
 
 
 def test_the_same_call_finds_its_finished_adapter(folder):

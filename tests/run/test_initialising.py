@@ -54,10 +54,13 @@ def test_larger_models_get_lower_rates_and_no_higher_rank():
 
 
 def test_nothing_is_overwritten(tmp_path):
-    file = tmp_path / "mine.py"
+    file, link = tmp_path / "mine.py", tmp_path / "link.py"
     file.write_text("precious", encoding="utf-8")
-    with pytest.raises(RecipeError, match="--output"):
-        write_recipe(KNOWN[0], file)
+    link.symlink_to(tmp_path / "nothing.py")
+    for taken in (file, link):
+        with pytest.raises(RecipeError, match=r"exists already.*--output"):
+            write_recipe(KNOWN[0], taken)
+    assert link.is_symlink()
     assert file.read_text(encoding="utf-8") == "precious"
 
 
