@@ -1,5 +1,7 @@
 """A causal language model in two parts: decoder (hidden states) and head (logits)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,8 @@ class CausalModel:
         self.module = module
         self.head = Head(module)
         self.decoder = text_tower(module)
+        self.after_decoder: Callable[[], None] = lambda: None
+        """Called before `hidden` returns, in training and in scoring."""
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """(batch, tokens) -> (batch, tokens, hidden), before the head.
@@ -22,6 +26,7 @@ class CausalModel:
         """
         output = self.decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         states: Tensor = output.last_hidden_state
+        self.after_decoder()
         return states
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from qlora_lite.foundation.processes import Processes, current
 from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.memory import formulas
 from qlora_lite.memory.allocator import reuse_freed_memory, trimmer
+from qlora_lite.model.causal import CausalModel
 from qlora_lite.model.checkpointing import before_each_layer, enable_checkpointing
 from qlora_lite.model.probes import probe
 from qlora_lite.offload.settings import NoOffload
@@ -132,12 +133,12 @@ def make_job(
         for note in describe_warm_start(start, recipe.adapter, recipe.base.model):
             watcher.note(note)
         warm_start(attached, start)
+    model = loaded.causal
     if setup.rule.device.type == "cpu":
-        _reuse_activations(loaded, setup, batches)
+        _reuse_activations(model, setup, batches)
     if recipe.optim.checkpointing:
         enable_checkpointing(loaded.base.model)
     attached.train()
-    model = loaded.causal
     scored = data.heldout.select(scorings.rows)
 
     processes = current()
@@ -208,7 +209,7 @@ def make_engine(setup: RunSetup, loaded: LoadedModel, processes: Processes) -> E
     return engine
 
 
-def _reuse_activations(loaded: LoadedModel, setup: RunSetup, batches: Batches) -> None:
+def _reuse_activations(model: CausalModel, setup: RunSetup, batches: Batches) -> None:
     """Let malloc reuse the memory of activations (`memory/allocator.py`)."""
     shape = setup.facts.shape
     tokens = max(batches.micro_batch_tokens, setup.recipe.data.max_tokens)
@@ -216,7 +217,9 @@ def _reuse_activations(loaded: LoadedModel, setup: RunSetup, batches: Batches) -
     largest = formulas.largest_activation_bytes(tokens, shape.hidden, width, shape.ff)
     if reuse_freed_memory(largest):
         freed = formulas.backward_bytes_per_token(shape.hidden, shape.ff, formulas.FP32)
-        before_each_layer(loaded.base.model, trimmer(tokens * freed))
+        trim = trimmer(tokens * freed)
+        before_each_layer(model.module, trim)
+        model.after_decoder = trim  # the loss does not reuse what the last layer left
 
 
 def _optimizer(setup: RunSetup, attached: AttachedAdapter) -> AdamW:

@@ -20,6 +20,18 @@ def test_position_ids_that_restart_separate_documents():
     assert not torch.allclose(joined[:, 12:], alone[1], atol=1e-2)
 
 
+def test_the_action_after_the_decoder_runs_with_and_without_gradients():
+    model = CausalModel(tiny_model("llama"))
+    ids, events = torch.arange(5, 17)[None], []
+    model.after_decoder = lambda: events.append("freed")
+    model.module.model.norm.register_forward_hook(lambda *_: events.append("norm"))
+    for has_gradients in (True, False):
+        events.clear()
+        with torch.set_grad_enabled(has_gradients):
+            model.hidden(ids, torch.arange(12)[None])
+        assert events == ["norm", "freed"]
+
+
 def test_a_head_is_trained_if_any_of_its_parameters_is():
     module = tiny_model("llama").requires_grad_(False)
     model = CausalModel(module)
