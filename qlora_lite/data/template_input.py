@@ -9,7 +9,7 @@ no template contains:
   Python shows it.
 - Reasoning has a field of its own, is a <think> section of the content, or is dropped. If it is
   dropped and the prompt ends in <think>, it can be put there (`data/turns.py`).
-- A developer message is a system message if the template does not name that role.
+- A developer message is a system message if the template does not have that role.
 """
 
 import json
@@ -41,9 +41,22 @@ class TemplateInput:
         """Messages as the template takes them."""
         return [self._message(message) for message in messages]
 
+    def place_of_thought(self, message: Message) -> Place | None:
+        """Where the reasoning of an answer is put, or None if the template drops it.
+
+        Gemma 4 writes it only with tool calls.
+        """
+        if message.tool_calls and self._takes_thoughts_with_calls:
+            return "field"
+        return self._place_of_thoughts
+
     @cached_property
-    def place_of_thoughts(self) -> Place | None:
-        """Where reasoning is put, or None if the template drops it."""
+    def _takes_thoughts_with_calls(self) -> bool:
+        said = {"content": self._null_content, "reasoning_content": OTHER}
+        return OTHER in self._try({"role": "assistant", "tool_calls": [self._call(_CALL)]} | said)
+
+    @cached_property
+    def _place_of_thoughts(self) -> Place | None:
         plain = {"role": "assistant", "content": ANSWER}
         if THOUGHT in self._try(plain | {"reasoning_content": THOUGHT}):
             return "field"
@@ -67,17 +80,16 @@ class TemplateInput:
 
     def _message(self, message: Message) -> dict[str, Any]:
         role = message.role
-        if role == "developer" and "developer" not in self._template.source:
+        if role == "developer" and not self._has_developers:
             role = "system"
         found: dict[str, Any] = {"role": role}
         content, thought = message.content, ""
-        if role == "assistant" and self.place_of_thoughts != "content":
+        place = self.place_of_thought(message) if role == "assistant" else None
+        if role == "assistant" and place != "content":
             content, thought = message.answer, message.thought
-        if content is None:
-            found["content"] = self._null_content
-        else:
-            found["content"] = self._text(content)
-        if thought and self.place_of_thoughts == "field":
+        content = self._null_content if content is None else content
+        found["content"] = None if content is None else self._text(content)
+        if thought and place == "field":
             found["reasoning_content"] = thought
         if message.tool_calls:
             found["tool_calls"] = [self._call(call) for call in message.tool_calls]
@@ -118,6 +130,13 @@ class TemplateInput:
         return QUESTION in text and ANSWER in text
 
     @cached_property
+    def _has_developers(self) -> bool:
+        if "developer" not in self._template.source:
+            return False  # written as it is by templates that take any role, but unknown to models
+        developer = {"role": "developer", "content": self._text(OTHER)}
+        return OTHER in self._try({"role": "assistant", "content": ANSWER}, developer)
+
+    @cached_property
     def _null_content(self) -> str | None:
         text = self._try({"role": "assistant", "content": None, "tool_calls": [self._call(_CALL)]})
         return None if ANSWER in text and "None" not in text else ""
@@ -133,14 +152,13 @@ class TemplateInput:
                     return as_text
         return False
 
-    def _try(self, answer: Mapping[str, Any]) -> str:
+    def _try(self, answer: Mapping[str, Any], *before: Mapping[str, Any]) -> str:
         """A question and this answer, rendered; empty if the template raises an error."""
         if isinstance(answer["content"], str):
             answer = {**answer, "content": self._text(answer["content"])}
         try:
-            return self._template.render(
-                [{"role": "user", "content": self._text(QUESTION)}, answer]
-            )[0]
+            question = {"role": "user", "content": self._text(QUESTION)}
+            return self._template.render([*before, question, answer])[0]
         except RowError:
             return ""
 

@@ -104,11 +104,8 @@ class ChatTemplate:
         if conversation.tools:
             self.control_tokens.require_plain_answer(repr(conversation.tools), "the tools")
         trained = [m for m in messages if m.role == "assistant" and m.is_trained]
-        if self._jinja.marks_answers:
-            text, spans = self._marked(conversation)
-        else:
-            text, spans = self._turns.compose(conversation)
-        require_written(conversation, text, self._turns.input.num_calls)
+        text, spans = self._text_and_spans(conversation)
+        self._require_written(conversation, text)
         said = [text[start:end] for start, end in spans]
         if not any(turn.removesuffix(self._turns.ends.after_answer).strip() for turn in said):
             return Rendered(text, [])
@@ -129,7 +126,7 @@ class ChatTemplate:
             self.control_tokens.require_none(message.name or "", where)
             content = self.control_tokens.hide(message.content or "", where)
             return message if content == message.content else replace(message, content=content)
-        place = self._turns.input.place_of_thoughts
+        place = self._turns.input.place_of_thought(message)
         can_write = place is not None and (place != "content" or message.reasoning is None)
         if reasoning == "drop":
             message = replace(message, content=message.answer, reasoning=None)
@@ -143,6 +140,23 @@ class ChatTemplate:
         for text in (message.content, message.reasoning, calls, message.name):
             self.control_tokens.require_plain_answer(text or "", where)
         return message
+
+    def _text_and_spans(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """The text and the trained spans: by the template's marks if it has some, and writes the
+        reasoning of every trained turn. LFM2.5 marks answers, and writes only that of the last."""
+        if self._jinja.marks_answers:
+            text, spans = self._marked(conversation)
+            trained = [m for m in conversation.messages if m.role == "assistant" and m.is_trained]
+            if all(message.thought.strip() in text for message in trained):
+                return text, spans
+        return self._turns.compose(conversation)
+
+    def _require_written(self, conversation: Conversation, text: str) -> None:
+        messages, tools = conversation.messages, conversation.tools
+        calls = [i for i, message in enumerate(messages) if message.tool_calls]
+        # a call has the name of its tool, too
+        declared = self._turns.text(messages[: calls[0]], tools, prompt=True) if calls else text
+        require_written(conversation, text, declared, self._turns.input.num_calls)
 
     def _marked(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The text and the marked spans, of the trained turns only."""

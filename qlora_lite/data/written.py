@@ -10,20 +10,21 @@ from qlora_lite.data.row_errors import RowError
 from qlora_lite.foundation.json_files import shown
 
 
-def require_written(conversation: Conversation, text: str, num_calls: int) -> None:
+def require_written(conversation: Conversation, text: str, declared: str, num_calls: int) -> None:
     """Check that the rendered text has everything that the messages say.
 
     What links messages (`tool_call_id`, the `name` of a tool message) is not text, and the
     reasoning of turns that are not trained may be left out. Answers are checked by the caller.
 
     Args:
+        declared: a text in which the tools are declared, without calls of them.
         num_calls: as in `TemplateInput`.
 
     Raises:
         RowError: with what is missing.
     """
     for tool in conversation.tools:
-        if tool_name(tool) not in text:
+        if tool_name(tool) not in declared:
             raise _missing(f"the tool {tool_name(tool)!r}")
     for i, message in enumerate(conversation.messages):
         if len(message.tool_calls) > num_calls and num_calls < 2:

@@ -13,6 +13,7 @@ END = "<|end|>{% endfor %}{% if add_generation_prompt %}<|role|>assistant\n{% en
 TEXT = START + "{{ m.content }}" + END
 FIRST_SYSTEM = START + "{% if m.role != 'system' or loop.first %}{{ m.content }}{% endif %}" + END
 NAMES = START + "{% if m.name %}{{ m.name }}: {% endif %}{{ m.content }}" + END
+PARTS = START + "{% for p in m.content %}{{ p.text }}{% endfor %}" + END
 AS_JSON = (
     START
     + "{% if m.role == 'tool' %}{{ m.content | tojson }}{% else %}{{ m.content }}{% endif %}"
@@ -24,6 +25,7 @@ CALLS = (
     + "{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}"
     + END
 )
+NO_TOOLS = CALLS.removeprefix("{% if tools %}{{ tools | tojson }}{% endif %}")
 ONE_CALL = CALLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
 NO_CONTENT = CALLS.replace(
     "{{ m.content or '' }}", "{% if not m.tool_calls %}{{ m.content }}{% endif %}"
@@ -54,7 +56,9 @@ NAMED = (Message("user", "Why?", name="Anna"), ANSWER)
         (FIRST_SYSTEM, LATE, (), r"write message 3 \(system\), 'Be long\.', as it is"),
         (TEXT, NAMED, (), "write the name of message 0, 'Anna'"),
         (TEXT, (USER, ANSWER), (TOOL,), "write the tool 'length'"),
+        (NO_TOOLS, (USER, calling(1)), (TOOL,), "write the tool 'length'"),
         (TEXT, (USER, calling(1)), (), "write tool calls, as in message 1"),
+        (PARTS, (USER, calling(1)), (), "write tool calls, as in message 1"),
         (ONE_CALL, (USER, calling(2)), (TOOL,), "write more than one tool call in a message"),
         (NO_CONTENT, (USER, calling(1, "Wait.")), (TOOL,), r"write message 1 .*'Wait\.', as it is"),
     ],
@@ -80,11 +84,13 @@ def test_what_is_written_is_accepted(template, messages, tools):
     )
 
 
-def test_the_developer_is_the_system_where_the_template_does_not_name_it():
+def test_the_developer_is_the_system_where_the_template_does_not_have_that_role():
     row = (Message("developer", "Be brief."), USER, ANSWER)
     assert render(TEXT, *row).text.startswith("<|role|>system\nBe brief.")
     named = "{# developer #}" + TEXT
     assert render(named, *row).text.startswith("<|role|>developer\nBe brief.")
+    skips = named.replace("{{ m.content }}", "{{ m.content if m.role != 'developer' }}")
+    assert render(skips, *row).text.startswith("<|role|>system\nBe brief.")
 
 
 @pytest.mark.parametrize(
@@ -118,6 +124,5 @@ def test_content_that_is_null_is_never_written_as_none(content, expected):
 
 
 def test_a_template_of_an_image_model_gets_parts():
-    parts = START + "{% for p in m.content %}{{ p.text }}{% endfor %}" + END
-    rendered = render(parts, USER, ANSWER)
+    rendered = render(PARTS, USER, ANSWER)
     assert rendered.text == "<|role|>user\nWhy?<|end|><|role|>assistant\nBecause.<|end|>"
