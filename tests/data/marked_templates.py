@@ -55,6 +55,9 @@ ALSO = {
 """What TRL trains in addition, by the name of its template. The marked templates of DeepSeek train
 <｜Assistant｜> and leave out <think>, so these rows are in `test_real_tokenizers.py`."""
 
+UNMARKED = ("gemma4_v4", "gemma4_v5", "lfm2_2_5")
+"""Other templates for the tokenizer with all special tokens: TRL has not marked these."""
+
 OWN_TOKENIZERS = {"gemma": "gemma3", "gemma3": "gemma3", "gptoss": "gptoss", "llama3": "llama3"}
 """The others are tried with Qwen3's tokenizer and their special tokens."""
 MERGES = ("qwen3_5_think", "qwen3_6", "qwen3_8")
@@ -73,9 +76,10 @@ class Pair:
 def near_tokenizer():
     """Qwen3's tokenizer with the special tokens of all families."""
     tokenizer = copy.deepcopy(real_tokenizer("qwen3"))
-    names = [name for name in ALSO if name not in OWN_TOKENIZERS]
+    names = [name for name in (*ALSO, *UNMARKED) if name not in OWN_TOKENIZERS]
     sources = "".join(original_template(name) for name in names)
-    found = re.findall(r"<\|[A-Za-z_/]+\|>|\[gMASK\]|<sop>|<end_of_utterance>|</s>", sources)
+    markers = r"<\|[A-Za-z_/]+\|?>|<[a-z_]+\|>|<\|\"\|>"
+    found = re.findall(rf"{markers}|\[gMASK\]|<sop>|<end_of_utterance>|</s>", sources)
     tokenizer.add_special_tokens({"extra_special_tokens": sorted(set(found))})
     return tokenizer
 

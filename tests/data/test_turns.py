@@ -9,7 +9,7 @@ from qlora_lite.data.encoding import encode
 from qlora_lite.data.messages import Conversation, Message, ToolCall
 from qlora_lite.data.row_errors import RowError
 from qlora_lite.data.templates import ChatTemplate
-from tests.data.marked_templates import ALSO, pair
+from tests.data.marked_templates import ALSO, UNMARKED, near_tokenizer, pair
 from tests.data.real_tokenizers import original_template, real_tokenizer
 from tests.data.trained_texts import trained_texts
 
@@ -28,7 +28,8 @@ def thought(text: str, reasoning: str, **fields) -> Message:
 def template(name: str) -> ChatTemplate:
     if name in ALSO:
         return pair(name).template
-    tokenizer = copy.copy(real_tokenizer("deepseek_v3"))
+    is_near = name in UNMARKED
+    tokenizer = copy.copy(near_tokenizer() if is_near else real_tokenizer("deepseek_v3"))
     tokenizer.chat_template = original_template(name)
     return ChatTemplate(tokenizer)
 
@@ -47,6 +48,8 @@ FORMS = {
     "nemotron_3_nano": ("Hm.\n</think>\nOne." + END, "Two." + END),
     "glm4moe": ("\n<think>Hm.</think>\nOne.<|user|>", "\n<think></think>\nTwo.<|user|>"),
     "deepseek_r1_distill": ("Hm.\n</think>\n\nOne." + EOS, "\n</think>\n\nTwo." + EOS),
+    "gemma4_v5": ("<|channel>thought\nHm.\n<channel|>One.<turn|>", "Two.<turn|>"),
+    "lfm2_2_5": ("<think>Hm.</think>One." + END, "Two." + END),
     "muse_glimmer": (
         " to=self<|message|>Hm.<|eom|><|start|>assistant to=user<|message|>One.<|eot|>",
         " to=user<|message|>Two.<|eot|>",
@@ -64,6 +67,7 @@ CONTEXT = {
     "gptoss": "<|start|>assistant<|channel|>final<|message|>One.<|end|>",
     "muse_glimmer": "<|start|>assistant to=user<|message|>One.<|eot|>",
     "deepseek_r1_distill": "One." + EOS,
+    "gemma4_v5": "One.<turn|>",
 }
 """What is trained of the first of these if its reasoning is only given. Default: `One.` and END."""
 
@@ -164,6 +168,51 @@ def test_reasoning_before_a_call_is_in_the_prompt_of_the_answer(fields):
     assert chat.render(Conversation(row.messages[:4], row.tools)).text.startswith(
         chat.prompt(row.messages[:3], row.tools)
     )
+
+
+RIVERS = {
+    "type": "function",
+    "function": {
+        "name": "length",
+        "description": "Length of a river",
+        "parameters": {"type": "object", "properties": {"river": {"type": "string"}}},
+    },
+}
+
+
+def with_a_call(**fields) -> Conversation:
+    """A question, a call, its result and an answer."""
+    call = ToolCall("length", {"river": "Elbe"}, "call00001")
+    return Conversation(
+        (
+            Message("user", "How long is the Elbe?"),
+            Message("assistant", None, tool_calls=(call,), **fields),
+            Message("tool", "1094", tool_call_id="call00001", name="length"),
+            Message("assistant", "1094 km."),
+        ),
+        (RIVERS,),
+    )
+
+
+@pytest.mark.parametrize("name", ["gemma4_v4", "gemma4_v5"])
+def test_gemma4_ends_a_call_where_the_result_starts(name):
+    """As in Google's description of its prompt format. Older templates of Gemma 4 write reasoning
+    only before a call."""
+    call = '<|tool_call>call:length{river:<|"|>Elbe<|"|>}<tool_call|><|tool_response>'
+    assert trained(name, with_a_call()) == [call, "1094 km.<turn|>"]
+    thinks = with_a_call(reasoning="Hm.")
+    assert trained(name, thinks) == ["<|channel>thought\nHm.\n<channel|>" + call, "1094 km.<turn|>"]
+    if name == "gemma4_v4":
+        with pytest.raises(RowError, match=r"message 1 .*has reasoning"):
+            trained(name, ROW)
+
+
+def test_tools_that_are_only_named_in_a_call_are_refused():
+    """DeepSeek-R1-Distill writes calls, but not which functions there are."""
+    with pytest.raises(RowError, match="does not write the tool 'length'"):
+        trained("deepseek_r1_distill", with_a_call())
+    without = trained("deepseek_r1_distill", Conversation(with_a_call().messages))
+    assert [said.strip().startswith("</think>") for said in without] == [True, False]
 
 
 @pytest.mark.parametrize(("name", "end"), [("qwen3", END), ("glm4moe", "<|user|>")])
