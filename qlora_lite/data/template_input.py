@@ -8,7 +8,8 @@ no template contains:
 - The arguments of a tool call are an object, or JSON text where an object fails or is written as
   Python shows it.
 - Reasoning has a field of its own, is a <think> section of the content, or is dropped. If it is
-  dropped and the prompt ends in <think>, it can be put there (`data/turns.py`).
+  dropped and the prompt ends in <think>, it can be put there (`data/turns.py`). A section is made
+  of a field only if the template names <think>: other models may reason in another form.
 - A developer message is a system message if the template does not have that role.
 """
 
@@ -41,7 +42,17 @@ class TemplateInput:
         """Messages as the template takes them."""
         return [self._message(message) for message in messages]
 
-    def place_of_thought(self, message: Message) -> Place | None:
+    def can_write_thought(self, message: Message) -> bool:
+        """Whether the reasoning of an answer has a place."""
+        place = self._place_of_thought(message)
+        is_text = message.reasoning is None
+        return place is not None and (place != "content" or is_text or self._names_sections)
+
+    @property
+    def _names_sections(self) -> bool:
+        return "<think>" in self._template.source
+
+    def _place_of_thought(self, message: Message) -> Place | None:
         """Where the reasoning of an answer is put, or None if the template drops it.
 
         Gemma 4 writes it only with tool calls.
@@ -84,9 +95,11 @@ class TemplateInput:
             role = "system"
         found: dict[str, Any] = {"role": role}
         content, thought = message.content, ""
-        place = self.place_of_thought(message) if role == "assistant" else None
+        place = self._place_of_thought(message) if role == "assistant" else None
         if role == "assistant" and place != "content":
             content, thought = message.answer, message.thought
+        elif place == "content" and message.reasoning and self._names_sections:
+            content = f"<think>\n{message.thought}\n</think>\n\n{content or ''}"
         content = self._null_content if content is None else content
         found["content"] = None if content is None else self._text(content)
         if thought and place == "field":

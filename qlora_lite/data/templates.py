@@ -126,8 +126,7 @@ class ChatTemplate:
             self.control_tokens.require_none(message.name or "", where)
             content = self.control_tokens.hide(message.content or "", where)
             return message if content == message.content else replace(message, content=content)
-        place = self._turns.input.place_of_thought(message)
-        can_write = place is not None and (place != "content" or message.reasoning is None)
+        can_write = self._turns.input.can_write_thought(message)
         if reasoning == "drop":
             message = replace(message, content=message.answer, reasoning=None)
         elif message.thought and message.is_trained and not can_write:

@@ -25,6 +25,7 @@ with enable_thinking, as the answer has reasoning or not. Otherwise there are tw
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -94,13 +95,14 @@ class Turns:
         )[0]
 
     def marked(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """The rendered conversation, and the spans that the template marks."""
+        """The rendered conversation, and the spans that the template marks, without the generation
+        prompt (SmolLM3 marks <|im_start|>assistant, too) and with the end of the turn."""
         text, spans = self._template.render(
             self.input.of(conversation.messages), conversation.tools
         )
         if not self.ends.are_written:
             text = text.rstrip() + self.ends.after_answer
-        return text, [self._with_end(text, span) for span in spans]
+        return text, [self._answer_in(text, span) for span in spans]
 
     def compose(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The text of a conversation up to the end of its last trained answer, and the spans of
@@ -154,7 +156,8 @@ class Turns:
         index, shared = len(before), len(_common_start([prompt, *plain]))
         if OPEN_THOUGHT.fullmatch(prompt[shared:]) and whole.startswith(prompt[:shared]):
             answer = whole[shared:].lstrip("\n")
-            said = f"{message.thought}\n</think>\n\n{answer}"
+            opened = OPEN_THOUGHT.match(answer)  # with another line break than in the prompt
+            said = answer[opened.end() :] if opened else f"{message.thought}\n</think>\n\n{answer}"
             return _Turn(index, prompt, self._closed(said, message, index))
         starts = [match.start() for match in re.finditer(self._special, prompt)]
         header = prompt[starts[-1] :] if starts else prompt
@@ -241,16 +244,25 @@ class Turns:
         start = re.match(self._special, text[len(before) :].lstrip())
         return start[0] if start and text.startswith(before) else None
 
-    def _with_end(self, text: str, span: Span) -> Span:
-        """A marked span, made to end with the end of its turn."""
+    @cached_property
+    def _header(self) -> str:
+        """The generation prompt."""
+        question = [Message("user", QUESTION)]
+        return self.text(question, prompt=True).removeprefix(self.text(question))
+
+    def _answer_in(self, text: str, span: Span) -> Span:
+        """A marked span, made to start after the generation prompt and to end with its turn."""
         start, end = span
+        width = len(self._header)
+        header = text.find(self._header, max(0, start - width), min(start + width, end))
+        start = max(start, header + width)
         token = self.ends.last_token
         inside = text.rfind(token, start, end)
         if inside >= 0:
             return start, inside + len(token)
         rest = text[end:].lstrip()
         ends = re.match(f"(?:{self._special}){{{self.ends.num_tokens}}}", rest)
-        return (start, len(text) - len(rest) + ends.end()) if ends else span
+        return start, len(text) - len(rest) + ends.end() if ends else end
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,48 @@ def test_marked_turns_that_are_not_trained_are_context():
     assert said == [f"<think>\n\n</think>\n\n{word}{END}" for word in ("One.", "Two.")]
 
 
+CHATML = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}ANSWER"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\nPROMPT{% endif %}"
+)
+
+
+def chatml(answer: str, prompt: str = "") -> ChatTemplate:
+    """ChatML whose assistant messages and generation prompt are as given."""
+    tokenizer = copy.copy(near_tokenizer())
+    tokenizer.chat_template = CHATML.replace("ANSWER", answer).replace("PROMPT", prompt)
+    return ChatTemplate(tokenizer)
+
+
+def said(chat: ChatTemplate, row: Conversation) -> list[str]:
+    rendered = chat.render(row)
+    return [rendered.text[start:end] for start, end in rendered.spans]
+
+
+@pytest.mark.parametrize("prompt", ["", "<think>\n"])
+def test_the_generation_prompt_is_not_trained_even_if_it_is_marked(prompt):
+    """SmolLM3 marks <|im_start|>assistant, and TRL's Qwen3.5 <think>."""
+    whole = "<|im_start|>assistant\n" + prompt + "{{ m.content }}<|im_end|>\n"
+    chat = chatml("{% generation %}" + whole + "{% endgeneration %}", prompt)
+    assert said(chat, talk("One.", "Two.")) == ["One." + END, "Two." + END]
+
+
+def test_a_thought_that_starts_with_another_line_break_than_the_prompt_is_not_doubled():
+    thought_of = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    chat = chatml(f"<|im_start|>assistant\n{thought_of}{{{{ m.content }}}}<|im_end|>", "<think>\n")
+    assert said(chat, ROW) == ["Hm.</think>One." + END, "\n</think>\n\nTwo." + END]
+
+
+def test_a_field_is_a_section_if_the_template_names_sections():
+    """As SmolLM3's template, which writes the content as it is."""
+    writes = "<|im_start|>assistant\n{{ m.content }}<|im_end|>\n"
+    with pytest.raises(RowError, match="has reasoning, which the chat template does not write"):
+        chatml(writes).render(ROW)
+    names = chatml(writes + "{% if not m %}<think></think>{% endif %}")
+    assert said(names, ROW) == ["<think>\nHm.\n</think>\n\nOne." + END, "Two." + END]
+
+
 @pytest.mark.parametrize("name", ["qwen2_5", "cohere2"])
 def test_a_template_without_reasoning_refuses_a_field_and_writes_text(name):
     with pytest.raises(RowError, match=r"message 1 .*has reasoning.*data\.reasoning=drop"):
