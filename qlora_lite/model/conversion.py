@@ -97,21 +97,15 @@ class Conversion:
         names: dict[str, str] = {}
         groups: dict[str, _Group] = {}
         for name in sorted(stored, key=dot_natural_key):
-            ours, pattern = self._rename(name, renamings, converters)
+            ours, pattern = rename_source_key(
+                name, renamings, converters, self._prefix, self._names
+            )
             names[name] = ours
             if pattern is not None and ours in self._names:
                 _require_fillable(ours, name, by_pattern[pattern])
                 group = groups.setdefault(ours, _Group(by_pattern[pattern], defaultdict(list)))
                 group.stored[pattern].append(name)
         return Renamed({name: names[name] for name in stored}, groups)
-
-    def _rename(
-        self, name: str, renamings: list[Any], converters: list[Any]
-    ) -> tuple[str, str | None]:
-        ours, pattern = rename_source_key(name, renamings, converters, self._prefix, self._names)
-        if ours not in self._names and name in self._names:
-            return rename_source_key(name, [], [], self._prefix, self._names)
-        return ours, pattern
 
 
 def conversion_of(model: Any) -> Conversion:

@@ -62,6 +62,12 @@ def test_the_head_of_gpt_neox_is_stored_as_embed_out(tmp_path):
     assert places_of(saved("gpt_neox", tmp_path))["embed_out.weight"] == Place("lm_head.weight")
 
 
+def test_a_name_of_the_model_is_not_changed_by_a_rule_for_another_layout(tmp_path):
+    """transformers' rule for the names of DeepSeek's own files also fits one that it saves."""
+    places = places_of(saved("deepseek_v4", tmp_path))
+    assert places["model.norm.weight"] == Place("model.norm.weight")
+
+
 def test_concatenated_rows_have_their_places(tmp_path):
     places = places_of(saved("olmo_hybrid", tmp_path))
     parts = [p.part for p in places.values() if p.part is not None]
