@@ -32,9 +32,9 @@ def test_a_token_that_merges_into_an_answer_is_split(name, answer):
     tokenizer = real_tokenizer(name)
     template = ChatTemplate(tokenizer)
     question = Message("user", "Go on.")
-    (row,) = encode(
-        template, [template.render(Conversation((question, Message("assistant", answer))))]
-    )
+    rendered = template.render(Conversation((question, Message("assistant", answer))))
+    (row,) = encode(template, [rendered])
+    assert tokenizer.decode(row.ids) == rendered.text
     prompt = tokenizer(template.prompt([question]), add_special_tokens=False).input_ids
     assert row.ids[: len(prompt)] == prompt
     assert row.loss_mask == [False] * len(prompt) + [True] * (len(row.ids) - len(prompt))

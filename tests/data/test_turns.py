@@ -165,6 +165,23 @@ def test_a_field_is_a_section_if_the_template_names_sections():
     assert said(names, ROW) == ["<think>\nHm.\n</think>\n\nOne." + END, "Two." + END]
 
 
+def test_an_answer_keeps_the_end_that_it_has_when_messages_follow():
+    """As gpt-oss, which ends the last answer with another token."""
+    end = "{{ '<|endoftext|>' if loop.last else '<|im_end|>' }}"
+    chat = chatml("<|im_start|>assistant\n{{ m.content }}" + end)
+    assert said(chat, talk("One.", "Two.", "Three.")) == [
+        *("One." + END, "Two." + END, "Three.<|endoftext|>")
+    ]
+    assert chat.end_of_turn == "<|endoftext|>"
+
+
+def test_a_template_that_writes_no_end_has_the_start_of_the_next_message():
+    """GLM-4.5 stops at the next message: of the user, or with the result of a call."""
+    call, answer = said(template("glm4moe"), with_a_call())
+    assert call.endswith("</tool_call><|observation|>")
+    assert answer.endswith("1094 km.<|user|>")
+
+
 @pytest.mark.parametrize("name", ["qwen2_5", "cohere2"])
 def test_a_template_without_reasoning_refuses_a_field_and_writes_text(name):
     with pytest.raises(RowError, match=r"message 1 .*has reasoning.*data\.reasoning=drop"):

@@ -19,6 +19,7 @@ AS_JSON = (
     + "{% if m.role == 'tool' %}{{ m.content | tojson }}{% else %}{{ m.content }}{% endif %}"
     + END
 )
+AS_ASCII = AS_JSON.replace("tojson", "tojson(ensure_ascii=True)")
 CALLS = (
     "{% if tools %}{{ tools | tojson }}{% endif %}"
     + START
@@ -74,6 +75,7 @@ def test_what_is_left_out_is_refused(template, messages, tools, missing):
         (TEXT, LATE, ()),
         (NAMES, NAMED, ()),
         (AS_JSON, (USER, ANSWER, RESULT, ANSWER), ()),
+        (AS_ASCII, (USER, ANSWER, Message("tool", "Zwölf"), ANSWER), ()),
         (CALLS, (USER, calling(2, "Wait."), RESULT, ANSWER), (TOOL,)),
         (NO_CONTENT, (USER, calling(1), RESULT, ANSWER), (TOOL,)),
     ],
@@ -121,6 +123,12 @@ def test_content_that_is_null_is_never_written_as_none(content, expected):
     rendered = render(template, USER, calling(1), tools=(TOOL,))
     (start, _) = rendered.spans[0]
     assert rendered.text[start:].startswith(expected + '{"id": "c1"')
+
+
+def test_a_result_has_the_id_of_its_call():
+    template = CALLS.replace("{{ m.content or '' }}", "{{ m.tool_call_id }}{{ m.content or '' }}")
+    text = render(template, USER, calling(1), RESULT, ANSWER, tools=(TOOL,)).text
+    assert f"<|role|>tool\nc1{RESULT.content}<|end|>" in text
 
 
 def test_a_template_of_an_image_model_gets_parts():
