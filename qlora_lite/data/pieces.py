@@ -10,7 +10,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -65,12 +65,13 @@ class Pieces:
         """The tokens of a text that is split at `borders`, and in which `plain` spans have no
         special tokens."""
         stretches = self._plain_stretches(text, plain)
+        starts = {0, *(start for start, _ in stretches if self._restarts)}
         cuts = sorted({0, *borders, *(place for span in stretches for place in span), len(text)})
         ids: list[int] = []
         chars: list[Span] = []
         for start, end in pairwise(cuts):
             is_plain = any(first <= start < last for first, last in stretches)
-            tokens = self._piece(text[start:end], is_first=not ids, is_plain=is_plain)
+            tokens = self._piece(text[start:end], is_start=start in starts, is_plain=is_plain)
             ids += tokens.ids
             chars += [(start + a, start + b) for a, b in tokens.chars]
         return Tokens(ids, chars)
@@ -86,8 +87,15 @@ class Pieces:
         between = [(a[1], b[0]) for a, b in pairwise(edges)]
         return [s for s in between if any(s[0] <= start and end <= s[1] for start, end in plain)]
 
-    def _piece(self, text: str, *, is_first: bool, is_plain: bool) -> Tokens:
-        if is_first:
+    @cached_property
+    def _restarts(self) -> bool:
+        """Whether the text after a special token is encoded as the start of a text. Llama 2's
+        tokenizer adds a space to both."""
+        token = min(special_tokens(self._tokenizer), default="")
+        return self._ids(f"{token}a")[1:] == self._ids("a")
+
+    def _piece(self, text: str, *, is_start: bool, is_plain: bool) -> Tokens:
+        if is_start:
             return self._tokens(text, is_plain)
         for anchor in ANCHORS:
             tokens = self._tokens(anchor + text, is_plain)

@@ -1,7 +1,10 @@
 """Rows that are tokenised in pieces: at the end of a prompt, and around plain special tokens."""
 
+import copy
+
 import pytest
 
+from qlora_lite.data.chosen_template import use_template
 from qlora_lite.data.encoding import encode
 from qlora_lite.data.messages import Conversation, Message
 from qlora_lite.data.pieces import Pieces
@@ -40,11 +43,26 @@ def test_a_token_that_merges_into_an_answer_is_split(name, answer):
     assert row.loss_mask == [False] * len(prompt) + [True] * (len(row.ids) - len(prompt))
 
 
+def template_of(name: str) -> ChatTemplate:
+    if name == "qwen3":
+        return pair("qwen3").template
+    tokenizer = copy.copy(real_tokenizer(name))
+    if name == "llama2":  # it has no template
+        use_template(tokenizer, "mistral")
+    return ChatTemplate(tokenizer)
+
+
 @pytest.mark.parametrize("role", ["system", "user"])
-@pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "<|endoftext|>"])
-@pytest.mark.parametrize("name", ["qwen3", "smollm2"])
+@pytest.mark.parametrize(
+    ("name", "token"),
+    [
+        *(("qwen3", token) for token in ("<|im_end|>", "<|im_start|>", "<|endoftext|>")),
+        *(("smollm2", token) for token in ("<|im_end|>", "<|im_start|>", "<|endoftext|>")),
+        *(("llama2", token) for token in ("<s>", "</s>")),
+    ],
+)
 def test_a_special_token_that_a_user_writes_is_plain_text(name, token, role):
-    template = pair("qwen3").template if name == "qwen3" else ChatTemplate(real_tokenizer(name))
+    template = template_of(name)
     tokenizer = template.tokenizer
     special = tokenizer.convert_tokens_to_ids(token)
 
