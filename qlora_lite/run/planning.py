@@ -93,6 +93,11 @@ def check_settings(setup: RunSetup) -> list[str]:
     _check_attention(setup)
     _check_files(setup)
     notes = [*_check_context(setup), *_check_ranks(setup), *_unquantised_experts(setup)]
+    if getattr(setup.facts.config.get_text_config(), "output_router_logits", False):
+        notes.append(
+            f"{recipe.base.model} has output_router_logits=true, with which transformers adds a "
+            "loss that balances the experts. It is not part of the loss here"
+        )
     if tokens_of_a_step(recipe) > recipe.optim.tokens_per_step:
         notes.append(
             f"optim.tokens_per_step={recipe.optim.tokens_per_step} is less than one bin of "

@@ -24,8 +24,8 @@ from qlora_lite.model.targets import select
 from qlora_lite.run.planning import check_settings, plan_recipe, tokens_of_a_step
 from qlora_lite.run.setup import set_up
 from tests.end_to_end.small_run import recipe_in, small_recipe
-from tests.families import tiny_config
-from tests.tiny import save_tiny
+from tests.families import tiny_config, tiny_of
+from tests.tiny import save_tiny, tiny_tokenizer
 
 CPU = device.choose("cpu")
 BIN = "optim.tokens_per_step=1024"
@@ -134,6 +134,14 @@ def test_experts_that_stay_unquantised_are_noted_with_their_bytes(folder, tmp_pa
     assert f"the experts of {base} stay in float32, without adapters: 196,608 weights" in note
     assert "768 KiB. In nf4 they would take 99" in note
     assert notes_of(tmp_path, "base.quant=bf16") == []
+
+
+def test_a_loss_of_the_routers_is_noted(folder, tmp_path):
+    tiny_of("mixtral", output_router_logits=True).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    shutil.copy(folder / "train.jsonl", tmp_path)
+    (note,) = notes_of(tmp_path, "base.quant=bf16")
+    assert "output_router_logits=true" in note
 
 
 def test_a_plan_refuses_what_training_refuses(folder, tmp_path):
