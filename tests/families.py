@@ -212,3 +212,9 @@ LISTED: dict[str, str] = {
     "bloom": "Bloom",
 }
 """The families that are tried from end to end, and models of each."""
+
+ALSO_TRAINED = (
+    *("arcee", "dots1", "ernie4_5_moe", "exaone4", "gptj", "hunyuan_v1_moe", "jamba", "laguna"),
+    *("minimax", "olmo_hybrid", "persimmon", "seed_oss", "xglm"),
+)
+"""Others that are tried in the same way."""

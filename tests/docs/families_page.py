@@ -12,7 +12,7 @@ from torch import nn
 from qlora_lite.foundation.errors import BaseModelError
 from qlora_lite.model.facts import BaseFacts, facts_of
 from qlora_lite.model.shape import build_on_meta
-from tests.families import ALL, LISTED, UNBUILT, tiny_config
+from tests.families import ALL, ALSO_TRAINED, LISTED, UNBUILT, tiny_config
 from tests.model.test_probes import REFUSED
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
@@ -85,7 +85,7 @@ def others() -> str:
         f"## Other families of transformers {transformers.__version__}",
         "",
         "They take the same path. `tests/model/test_probes.py` probes whether their rows can be "
-        "packed; no test trains them.",
+        f"packed. Some are trained as well: {', '.join(f'`{name}`' for name in ALSO_TRAINED)}.",
         "",
         f"Packed: {', '.join(packed)}.",
         "",

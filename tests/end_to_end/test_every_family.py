@@ -28,7 +28,7 @@ from qlora_lite.run.loading import load_run
 from qlora_lite.run.merging import merge
 from qlora_lite.run.training import run_recipe
 from tests.end_to_end.small_run import recipe_in, write_rows
-from tests.families import LISTED, tiny_config, tiny_of
+from tests.families import ALSO_TRAINED, LISTED, tiny_config, tiny_of
 from tests.tiny import tiny_tokenizer
 
 QUICK = ("gpt_neox", "mixtral", "gemma3")
@@ -38,17 +38,22 @@ CHANGES = {
     "falcon_h1": {"lm_head_multiplier": 0.5},
     "gemma2": {"final_logit_softcapping": 2.0, "sliding_window": 16},
     "gemma3_text": {"sliding_window": 16},
+    "gemma4_text": {
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 16,
+    },
     "granite": {"logits_scaling": 2.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0},
     "mistral": {"sliding_window": 16},
 }
-"""Scaling, caps and windows that matter for 40 tokens."""
+"""Scaling, caps, windows that matter for 40 tokens, and layers that share keys and values."""
 
 IDS = torch.arange(5, 85).view(2, 40)
 
 
-def families(quick=QUICK):
-    """Every listed family; those that are not quick are slow tests."""
-    for family in LISTED:
+def families(tried=(*LISTED, *ALSO_TRAINED), quick=QUICK):
+    """Every family of `tried`; those that are not quick are slow tests."""
+    for family in tried:
         marks = () if family in quick else (pytest.mark.slow,)
         yield pytest.param(family, id=family, marks=marks)
 
@@ -113,7 +118,7 @@ def test_two_steps_are_trained_merged_and_read_back(tmp_path, family):
     assert config["model_type"] == own.config.model_type
 
 
-@pytest.mark.parametrize("family", families(tuple(LISTED)))
+@pytest.mark.parametrize("family", families(LISTED, tuple(LISTED)))
 def test_all_linear_selects_what_peft_calls_linear_in_the_text_tower(family):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config(family))
