@@ -13,7 +13,7 @@ from qlora_lite.adapters.ranks import scale_of
 from qlora_lite.data.settings import Data
 from qlora_lite.foundation.errors import RecipeError
 from qlora_lite.foundation.overrides import apply_overrides, explicit_values, validate
-from qlora_lite.foundation.settings import Settings, kind_of_name
+from qlora_lite.foundation.settings import Settings, UserPath, kind_of_name
 from qlora_lite.foundation.units import parse_bytes
 from qlora_lite.methods.catalogue import Adapter
 from qlora_lite.methods.lora import LoRA
@@ -55,7 +55,7 @@ class Recipe(Settings):
     budget: str | None = None
     """Memory that may be used, such as "22GiB"; by default the device's free memory."""
 
-    output: str = Field(min_length=1)
+    output: UserPath = Field(min_length=1)
     """The run's folder."""
 
     seed: int = Field(default=0, ge=0)

@@ -139,6 +139,15 @@ def test_two_lengths_of_a_run_are_refused():
         recipe_of(steps=5, epochs=2)
 
 
+def test_a_path_may_start_with_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    names = ("base.model", "adapter.start", "output")
+    assert RECIPE.but(*(f"{name}=~/{name}" for name in names)) == RECIPE.but(
+        *(f"{name}=/home/me/{name}" for name in names)
+    )
+    assert RECIPE.but("output=runs/~").output == "runs/~"
+
+
 def test_a_length_on_the_command_line_replaces_that_of_the_recipe():
     longer, notes = vary(recipe_of(epochs=3), ["optim.steps=5"])
     assert (longer.optim.steps, longer.optim.epochs) == (5, 1)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qlora_lite.adapters.layer import AdapterLayer, Role
 from qlora_lite.adapters.ranks import LayerPlan, Scaling, rank_of, scale_of
-from qlora_lite.foundation.settings import Settings
+from qlora_lite.foundation.settings import Settings, UserPath
 from qlora_lite.model.frozen import FrozenLinear
 from qlora_lite.model.targets import LinearSpec
 
@@ -71,7 +71,7 @@ class AdapterSettings(Settings):
     """Fully trained modules, by path or last name: `["lm_head"]`. Linear layers and embeddings are
     stored in fp32, norms in the dtype of the base."""
 
-    start: str | None = None
+    start: UserPath | None = None
     """A PEFT adapter directory, or a run's `adapter/`, to start from."""
 
     @field_validator("ranks")

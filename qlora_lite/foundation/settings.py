@@ -1,8 +1,12 @@
 """The base class of every settings model."""
 
-from typing import Any
+import os.path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path that may start with `~`: no shell replaces it in a recipe or in `output=~/runs`."""
 
 
 class Settings(BaseModel):

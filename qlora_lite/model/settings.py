@@ -4,14 +4,14 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
-from qlora_lite.foundation.settings import Settings, kind_of_name
+from qlora_lite.foundation.settings import Settings, UserPath, kind_of_name
 from qlora_lite.model.quant import NF4, Quant
 
 
 class Base(Settings):
     """The frozen base model."""
 
-    model: str
+    model: UserPath
     """A directory, a GGUF file, or a hub id such as `Qwen/Qwen3-8B`."""
 
     revision: str | None = None
