@@ -88,7 +88,7 @@ def _nothing(target: str, specs: Sequence[LinearSpec]) -> str:
     words = [word for word in (*names, "all-linear", "attention", "mlp") if word != target]
     near = difflib.get_close_matches(target, words, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    if target.startswith("[") and "," in target:
+    if "," in target:
         hint = """ A list of names is written '["q_proj", "v_proj"]', with both kinds of quotes"""
     return (
         f"adapter.targets: {target!r} matches no linear layer of this model. There are "

@@ -60,6 +60,12 @@ def test_a_target_that_matches_nothing_is_an_error_with_the_available_names(llam
         select(llama, ["v_proj", "q_prj"])
 
 
+@pytest.mark.parametrize("text", ["q_proj,v_proj", "[q_proj, v_proj]"])
+def test_names_with_a_comma_between_them_are_answered_with_a_list(llama, text):
+    with pytest.raises(AdapterError, match=r"""written '\["q_proj", "v_proj"\]'"""):
+        select(llama, text)
+
+
 def test_inputs_and_outputs_of_a_transposed_layer():
     specs = linear_specs(model_shape(tiny_model("gpt2").config))
     assert specs[0] == LinearSpec("transformer.h.0.attn.c_attn", 64, 192, 0, 2, "attention")
