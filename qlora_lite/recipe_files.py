@@ -17,6 +17,7 @@ from qlora_lite.foundation.sealed import is_unchanged
 from qlora_lite.foundation.settings import Settings
 from qlora_lite.foundation.validation_messages import explain
 from qlora_lite.recipe import Recipe, vary
+from qlora_lite.shards.gguf.header import find_gguf
 from qlora_lite.shipped_recipes import find_recipe, near_names, shipped_recipes
 
 TRUST = "base.trust_remote_code"
@@ -57,6 +58,7 @@ def load_recipe(path: str | Path, *, trust_remote_code: bool = False) -> Recipe:
         recipe = _from_json(path, trust_remote_code)
         return recipe if run is None else recipe.model_copy(update={"output": str(run)})
     if path.suffix != ".py":
+        _refuse_models(path)
         raise RecipeError(f"{path}: a recipe must be a .py file or a run's recipe.json")
     return _from_python(path)
 
@@ -73,14 +75,18 @@ def load_with_settings(path: str | Path, assignments: Sequence[str]) -> tuple[Re
 
 
 def _refuse_other_folders(path: Path) -> None:
-    if (path / "config.json").is_file():
-        raise RecipeError(
-            f"{path} is a model, and a recipe is needed. Write one with `qlora-lite init {path}`"
-        )
+    _refuse_models(path)
     if (path / "adapter_config.json").is_file() or (path / "native.safetensors").is_file():
         raise RecipeError(
             f"{path} is an adapter, and a recipe is needed. To start from it, set "
             f"adapter.start={path} in a recipe"
+        )
+
+
+def _refuse_models(path: Path) -> None:
+    if (path / "config.json").is_file() or find_gguf(path) is not None:
+        raise RecipeError(
+            f"{path} is a model, and a recipe is needed. Write one with `qlora-lite init {path}`"
         )
 
 

@@ -90,6 +90,14 @@ def test_a_model_or_an_adapter_is_not_a_recipe(tmp_path):
         load_recipe(tmp_path / "gone.py")
 
 
+def test_a_gguf_file_or_its_folder_is_not_a_recipe(tmp_path):
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF")
+    for path in (file, tmp_path):
+        with pytest.raises(RecipeError, match=f"{path} is a model.*init {path}`$"):
+            load_recipe(path)
+
+
 def test_existing_paths_become_absolute_and_hub_ids_stay(tmp_path, monkeypatch):
     names = ("base.model", "data.train", "data.heldout", "data.template", "adapter.start")
     (tmp_path / "here").mkdir()
