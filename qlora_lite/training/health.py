@@ -9,6 +9,8 @@ from qlora_lite.foundation.errors import TrainingError
 WORSE_THAN_GUESSING = 1.3
 """A first loss above this many times ln(vocabulary) means that something is broken."""
 
+_DAMAGED_BASE = "The base's weights are damaged, or too large for base.compute"
+
 ShowRows = Callable[[Batch], str]
 """A batch's rows as text, for an error message."""
 
@@ -21,6 +23,11 @@ def check_loss(
     Raises:
         TrainingError: if it is not finite, or above what guessing gives in the first step.
     """
+    if step == 0 and not math.isfinite(loss):
+        raise TrainingError(
+            f"the first loss is {loss}, which is not finite. {_DAMAGED_BASE}. Look at these rows\n"
+            f"{show_rows(batch)}"
+        )
     if not math.isfinite(loss):
         raise TrainingError(
             f"step {step + 1}: the loss is {loss}, which is not finite. Look at these rows, and "
@@ -51,8 +58,8 @@ def check_heldout_loss(
             f"optim.lr (now {lr:g})"
         )
     raise TrainingError(
-        f"before the first step the held-out loss is {loss}, which is not finite. The base's "
-        "weights are damaged, or too large for base.compute. Rows of this run look like this\n"
+        f"before the first step the held-out loss is {loss}, which is not finite. {_DAMAGED_BASE}. "
+        "Rows of this run look like this\n"
         f"{show_rows()}"
     )
 
@@ -82,5 +89,6 @@ def check_gradient(
         )
     raise TrainingError(
         f"step {step + 1}: the gradient norm is {norm}, so nothing can be learned. Check "
-        f"adapter.targets and adapter.ranks, and look at these rows\n{show_rows(batch)}"
+        "adapter.targets, adapter.ranks and the files of the base, which may be damaged, and look "
+        f"at these rows\n{show_rows(batch)}"
     )
