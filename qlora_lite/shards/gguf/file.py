@@ -226,7 +226,7 @@ def _read(path: Path, data: mmap.mmap, num_tensors: int, num_keys: int) -> GgufF
         raise _Damage(f"general.alignment is {alignment!r}, not a multiple of 8")
     data_start = -(-cursor.position // alignment) * alignment
     tensors = [_tensor(path, entry, data_start, alignment) for entry in entries]
-    _require_apart(tensors)
+    _require_adjacent(tensors, alignment)
     for tensor in tensors:
         end = tensor.offset + tensor.num_bytes
         if end > len(data):
@@ -288,8 +288,11 @@ def _tensor(path: Path, entry: _Entry, data_start: int, alignment: int) -> Store
     return StoredTensor(entry.name, entry.shape, kind, path, data_start + entry.offset, size)
 
 
-def _require_apart(tensors: Sequence[StoredTensor]) -> None:
-    """Check that names are unique and that no two tensors share bytes."""
+def _require_adjacent(tensors: Sequence[StoredTensor], alignment: int) -> None:
+    """Check that names are unique, and that between two tensors is only padding.
+
+    A wrong type or shape leaves a gap, or shares bytes with the next tensor.
+    """
     names: set[str] = set()
     for tensor in tensors:
         if tensor.name in names:
@@ -297,5 +300,11 @@ def _require_apart(tensors: Sequence[StoredTensor]) -> None:
         names.add(tensor.name)
     ordered = sorted(tensors, key=lambda tensor: tensor.offset)
     for before, after in itertools.pairwise(ordered):
-        if before.offset + before.num_bytes > after.offset:
+        gap = after.offset - before.offset - before.num_bytes
+        if gap < 0:
             raise _Damage(f"the tensors {before.name!r} and {after.name!r} overlap")
+        if gap >= alignment:
+            raise _Damage(
+                f"{gap:,} bytes are unused between the tensors {before.name!r} of type "
+                f"{before.kind} and {after.name!r}, so a type or a shape is wrong"
+            )

@@ -233,6 +233,10 @@ DAMAGES = {
     "a tensor without a name": (raw(entries=[tensor(name=b"")]), "the tensor ''"),
     "a tensor twice": (raw(entries=[tensor(), tensor(offset=128)]), "two tensors 'a'"),
     "tensors that overlap": (raw(entries=[tensor(), tensor(b"b", offset=96)]), "overlap"),
+    "a gap between tensors": (
+        raw(entries=[tensor(), tensor(b"b", offset=160)]),
+        "32 bytes are unused between the tensors 'a' of type F32 and 'b'",
+    ),
     "a tensor between boundaries": (raw(entries=[tensor(offset=8)]), "the offset 8"),
     "half a block": (raw(entries=[tensor(shape=(16,), kind=2)]), "type Q4_0 has the shape"),
     "an unknown type": (raw(entries=[tensor(kind=99)]), "'a' has the type number 99.*Q4_K"),
