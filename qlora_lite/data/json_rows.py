@@ -29,6 +29,11 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in read_lines(path):
         if line.strip():
             value = _decode(line.rstrip(), path, number)
+            if isinstance(value, list):
+                raise DataError(
+                    f"{path}, line {number}: got {_start(value)}, a list. A line needs one object; "
+                    "a file with one list of rows needs the suffix .json"
+                )
             yield number, _require_object(value, f"{path}, line {number}")
 
 

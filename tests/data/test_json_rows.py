@@ -47,7 +47,7 @@ WRONG = {
     "NaN": ("a.jsonl", LINE + '\n{"prompt": "NaN", "completion": NaN}', "line 2, column 33: .*NaN"),
     "Infinity": ("a.json", f'[{LINE},\n{{"completion": -Infinity}}]', "line 2, .*-Infinity is not"),
     "broken array": ("a.json", f"[{LINE},\n{LINE},\n]", r"a\.json, line 3.*broken JSON"),
-    "not an object": ("a.jsonl", LINE + "\n[1]\n", r"line 2: got \[1\]"),
+    "not an object": ("a.jsonl", LINE + "\n[1]\n", r"line 2: got \[1\], a list.*suffix \.json"),
     "not an object in an array": ("a.json", f"[{LINE}, 3]", r"item 2: got 3"),
 }
 
