@@ -17,7 +17,9 @@ from qlora_lite.model.config import read_config
 from qlora_lite.model.settings import Base
 from qlora_lite.model.shape import model_shape
 from qlora_lite.recipe import Recipe
-from qlora_lite.run.planning import plan_recipe
+from qlora_lite.run.computing import new_rule
+from qlora_lite.run.planning import check_files, plan_memory
+from qlora_lite.run.setup import set_up
 
 PLACEHOLDER = "YOUR_DATA.jsonl"
 _UNFILLED = PLACEHOLDER.encode()
@@ -73,7 +75,7 @@ def write_recipe(
 
     Raises:
         RecipeError: if the file exists and is not what this writes, or cannot be a recipe.
-        BaseModelError: if there is no such model.
+        BaseModelError: if there is no such model, or its files would not be loaded.
     """
     file = output or Path(f"{_slug(model)}.py")
     if file.suffix != ".py":
@@ -110,7 +112,11 @@ def _settings_in(text: str) -> list[str]:
 
 
 def recipe_text(model: str, file: Path, trust_remote_code: bool = False) -> tuple[str, Plan]:
-    """The text of a recipe for `model` that will be written to `file`, and its plan."""
+    """The text of a recipe for `model` that will be written to `file`, and its plan.
+
+    Raises:
+        BaseModelError: if there is no such model, or its files would not be loaded.
+    """
     if Path(model).exists():
         model = str(Path(model).resolve())
     config = read_config(model, trust_remote_code=trust_remote_code, known=known_config(model))
@@ -130,7 +136,9 @@ def recipe_text(model: str, file: Path, trust_remote_code: bool = False) -> tupl
             "output": f"runs/{name}",
         }
     )
-    plan = plan_recipe(recipe)
+    setup = set_up(recipe, new_rule(recipe, allow_absent=True), needs_config=False)
+    check_files(setup)
+    plan = plan_memory(setup)
     text = _TEMPLATE.format(
         name=re.sub(r'["\\\\]', "", Path(model).name),
         size=format_count(num_parameters),

@@ -91,7 +91,7 @@ def check_settings(setup: RunSetup) -> list[str]:
             require_source(f"data.{setting}", name)
     require_possible_folder(Path(recipe.output))
     _check_attention(setup)
-    _check_files(setup)
+    check_files(setup)
     notes = [*_check_context(setup), *_check_ranks(setup), *_unquantised_experts(setup)]
     if getattr(setup.facts.config.get_text_config(), "output_router_logits", False):
         notes.append(
@@ -134,7 +134,7 @@ def _check_attention(setup: RunSetup) -> None:
     )
 
 
-def _check_files(setup: RunSetup) -> None:
+def check_files(setup: RunSetup) -> None:
     """Check the names, dtypes and quantisation of a checkpoint that is here, as loading does; for
     one that is not, the layout that transformers writes.
 

@@ -1,10 +1,12 @@
 """Recipes that `init` writes for any model."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from qlora_lite.foundation.errors import BaseModelError, RecipeError
 from qlora_lite.memory.known import known_models
@@ -67,6 +69,17 @@ def test_nothing_is_overwritten(tmp_path):
 def test_a_path_that_does_not_exist_is_an_error(tmp_path):
     with pytest.raises(BaseModelError):
         write_recipe(str(tmp_path / "nothing"), tmp_path / "mine.py")
+    assert not (tmp_path / "mine.py").exists()
+
+
+def test_a_model_that_lacks_a_tensor_gets_no_recipe(tmp_path, tiny_llama):
+    shutil.copytree(tiny_llama, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.layers.0.self_attn.q_proj.weight"]
+    save_file(tensors, weights)
+    with pytest.raises(BaseModelError, match=r"layers\.0\.self_attn\.q_proj"):
+        write_recipe(str(tmp_path / "cut"), tmp_path / "mine.py")
     assert not (tmp_path / "mine.py").exists()
 
 
