@@ -90,6 +90,7 @@ def load_base(
         BaseModelError: if the model cannot be found, read, or loaded with these settings.
     """
     facts = facts or read_facts(base)
+    require_possible_head(base, facts)
     files = files or locate(base)
     stored = stored_quant(facts.config, base.quant)
     checkpoint = open_checkpoint(files, facts)
@@ -103,6 +104,19 @@ def load_base(
             model.generation_config = GenerationConfig.from_pretrained(files.directory)
     checkpoint.close()
     return LoadedBase(model, model.config, files, checkpoint, rule, stored or base.quant)
+
+
+def require_possible_head(base: Base, facts: BaseFacts) -> None:
+    """Check that the model has a head of its own if it is to be quantised.
+
+    Raises:
+        BaseModelError: if its head is tied to the embedding.
+    """
+    if base.head != "16bit" and facts.shape.is_tied:
+        raise BaseModelError(
+            f"got base.head={base.head}, but the head of {base.model} is tied to its embedding, "
+            "which stays in 16 bit. Use base.head=16bit"
+        )
 
 
 def build_empty(config: PretrainedConfig, base: Base) -> PreTrainedModel:
@@ -291,11 +305,6 @@ class _Loading:
         path, _, leaf = ours.rpartition(".")
         module, shared = self.model.get_submodule(path), self.model.get_parameter(source_name)
         if module is self.head:
-            if self.base.head != "16bit":
-                raise BaseModelError(
-                    f"got base.head={self.base.head}, but the head of {self.base.model} is tied to "
-                    "its embedding, which stays in 16 bit. Use base.head=16bit"
-                )
             bias_name = self.stored_names.get(f"{path}.bias")
             bias = None if bias_name is None else self.checkpoint.read(bias_name)
             source = StoredWeight(self.checkpoint, self.stored_names[source_name])

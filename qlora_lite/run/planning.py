@@ -19,6 +19,7 @@ from qlora_lite.memory.ledger import RunShape
 from qlora_lite.memory.measure import available_bytes
 from qlora_lite.memory.plan import Plan, make_plan
 from qlora_lite.model.base_files import BaseFiles, open_checkpoint
+from qlora_lite.model.load import require_possible_head
 from qlora_lite.model.prequantised import (
     is_skipped,
     require_readable_dtypes,
@@ -79,6 +80,7 @@ def check_settings(setup: RunSetup) -> list[str]:
 
     Raises:
         AdapterError: if there is no adapter to start from.
+        BaseModelError: if loading would refuse the base, or `base.head`.
         DataError: if `data.train` or `data.heldout` is here, and is not a file.
         RecipeError: if rows may be longer than the model can read, or FlashAttention cannot run.
         RunError: if `output` cannot be a folder.
@@ -91,6 +93,7 @@ def check_settings(setup: RunSetup) -> list[str]:
             require_source(f"data.{setting}", name)
     require_possible_folder(Path(recipe.output))
     _check_attention(setup)
+    require_possible_head(recipe.base, setup.facts)
     check_files(setup)
     notes = [*_check_context(setup), *_check_ranks(setup), *_unquantised_experts(setup)]
     if getattr(setup.facts.config.get_text_config(), "output_router_logits", False):

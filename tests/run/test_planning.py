@@ -121,6 +121,14 @@ def test_patience_without_held_out_rows_is_noted(folder):
     ]
 
 
+def test_a_tied_head_cannot_be_quantised(folder):
+    save_tiny(folder / "tied", tied=True)
+    with pytest.raises(BaseModelError, match=r"got base\.head=nf4, .* is tied to its embedding"):
+        notes_of(folder, "base.head=nf4", base="tied")
+    assert notes_of(folder, base="tied") == []
+    assert notes_of(folder, "base.head=nf4") == []
+
+
 def test_a_method_that_changes_the_base_is_noted(folder):
     (note,) = notes_of(folder, "adapter=loftq")
     assert note.startswith("adapter=loftq with these settings changes the base weights")
