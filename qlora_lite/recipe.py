@@ -112,7 +112,9 @@ def vary(recipe: Recipe, assignments: Sequence[str]) -> tuple[Recipe, list[str]]
 def _other_scale(old: Adapter, new: Adapter, assignments: Sequence[str]) -> list[str]:
     """A note if a new rank changes the scale of the update, because alpha stays."""
     given = {text.partition("=")[0] for text in assignments}
-    if "adapter.rank" not in given or given & {"adapter", "adapter.alpha", "adapter.scaling"}:
+    if "adapter.rank" not in given or given & {"adapter.alpha", "adapter.scaling"}:
+        return []
+    if (old.alpha, old.scaling) != (new.alpha, new.scaling):
         return []
     before, after = (scale_of(a.alpha, a.rank, a.scaling) for a in (old, new))
     if before == after:

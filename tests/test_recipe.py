@@ -212,5 +212,8 @@ def test_a_new_rank_is_noted_if_it_changes_the_scale():
     )
     _, notes = vary(recipe, ["adapter.rank=4"])
     assert notes == ["adapter.alpha stays 64, so the scale is 16 instead of 2"]
+    _, (kept, scale) = vary(recipe, ["adapter=dylora", "adapter.rank=8"])
+    assert kept.startswith("adapter=dylora: kept alpha=64.0;")
+    assert scale == "adapter.alpha stays 64, so the scale is 8 instead of 2"
     for assignments in (["adapter.rank=4", "adapter.alpha=8"], ["adapter.dropout=0.1"]):
         assert vary(recipe, assignments)[1] == []

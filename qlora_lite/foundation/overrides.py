@@ -9,7 +9,7 @@ others get the defaults of the new kind.
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -38,8 +38,10 @@ def apply_overrides(
     """
     result = copy.deepcopy(values)
     notes: list[str] = []
-    for path, text in _in_order(assignments):
-        note = _assign(result, path.split("."), _read_value(text), model, path)
+    ordered = _in_order(assignments)
+    given = {path for path, _ in ordered}
+    for path, text in ordered:
+        note = _assign(result, path.split("."), _read_value(text), model, path, given)
         if note:
             notes.append(note)
     return result, notes
@@ -102,7 +104,12 @@ def _read_value(text: str) -> Any:
 
 
 def _assign(
-    values: dict[str, Any], path: list[str], value: Any, model: type[BaseModel], full_path: str
+    values: dict[str, Any],
+    path: list[str],
+    value: Any,
+    model: type[BaseModel],
+    full_path: str,
+    given: Collection[str],
 ) -> str | None:
     """Set `path` in the nested dictionary `values`, whose schema is `model`. Returns a note."""
     name, *rest = path
@@ -111,7 +118,7 @@ def _assign(
     variants = list(settings_models(model.model_fields[name].annotation))
     if not rest:
         if variants and isinstance(value, str) and (kinds := by_kind(variants)):
-            return _switch_kind(values, name, value, kinds, full_path)
+            return _switch_kind(values, name, value, kinds, full_path, given)
         values[name] = value
         return None
     if not variants:
@@ -124,7 +131,7 @@ def _assign(
     )
     if "kind" in chosen.model_fields:
         inner.setdefault("kind", chosen.model_fields["kind"].default)
-    return _assign(inner, rest, value, chosen, full_path)
+    return _assign(inner, rest, value, chosen, full_path, given)
 
 
 def _switch_kind(
@@ -133,8 +140,12 @@ def _switch_kind(
     kind: str,
     kinds: dict[str, type[BaseModel]],
     full_path: str,
+    given: Collection[str],
 ) -> str | None:
-    """Switch a union to another kind. Fields that both kinds have keep their values."""
+    """Switch a union to another kind. Fields that both kinds have keep their values.
+
+    The note leaves out the fields that are `given`, too.
+    """
     if broken := json_error(kind):
         raise RecipeError(f"{full_path}: got {kind!r}{broken}")
     if kind not in kinds:
@@ -144,6 +155,7 @@ def _switch_kind(
     kept = {k: v for k, v in old.items() if k != "kind" and k in kinds[kind].model_fields}
     lost = [f"{k}={v}" for k, v in old.items() if k != "kind" and k not in kept]
     values[name] = {"kind": kind, **kept}
+    kept = {k: v for k, v in kept.items() if f"{full_path}.{k}" not in given}
     if not (kept or lost) or old.get("kind") == kind:
         return None
     parts = []
