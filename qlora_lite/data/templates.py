@@ -111,10 +111,8 @@ class ChatTemplate:
             return Rendered(text, [])
         text = text[: spans[-1][1]]
         if len(spans) == len(trained):
-            for i, (message, span) in enumerate(zip(trained, spans, strict=True)):
-                if message.thought:
-                    after = _after_thought(text, span, message.thought)
-                    spans[i] = (after, span[1]) if reasoning == "context" else span
+            without = [_without_thought(text, s, m) for s, m in zip(spans, trained, strict=True)]
+            spans = without if reasoning == "context" else spans
         answers = [(message.answer or "").strip() for message in trained]
         num_rewritten = sum(answer not in "\n".join(said) for answer in answers)
         text, spans, plain = self.control_tokens.reveal(text, spans)
@@ -141,12 +139,14 @@ class ChatTemplate:
         return message
 
     def _text_and_spans(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """The text and the trained spans: by the template's marks if it has some, and writes the
-        reasoning of every trained turn. LFM2.5 marks answers, and writes only that of the last."""
+        """The text and the trained spans: by the template's marks if it has some. Reasoning of
+        trained turns has to be in the marks, one for each; LFM2.5 writes only that of the last."""
         if self._jinja.marks_answers:
             text, spans = self._marked(conversation)
             trained = [m for m in conversation.messages if m.role == "assistant" and m.is_trained]
-            if all(message.thought.strip() in text for message in trained):
+            thoughts = [message.thought.strip() for message in trained if message.thought]
+            are_marked = len(spans) == len(trained) and all(t in text for t in thoughts)
+            if not thoughts or are_marked:
                 return text, spans
         return self._turns.compose(conversation)
 
@@ -183,12 +183,15 @@ class ChatTemplate:
                 yield self._turns.text([*system, question, answer])
 
 
-def _after_thought(text: str, span: Span, thought: str) -> int:
-    """Where the reasoning of an answer ends.
+def _without_thought(text: str, span: Span, message: Message) -> Span:
+    """The span of an answer after its reasoning.
 
     Raises:
-        RowError: if it is not there.
+        RowError: if the reasoning is not there.
     """
+    thought = message.thought
+    if not thought:
+        return span
     start = text.find(thought.strip(), *span)
     end = _THOUGHT_END.match(text, start + len(thought.strip())) if start >= 0 else None
     if end is None:
@@ -197,7 +200,7 @@ def _after_thought(text: str, span: Span, thought: str) -> int:
             f"the chat template does not write the reasoning {thought!r:.80}. Set "
             "data.reasoning=drop",
         )
-    return end.end()
+    return end.end(), span[1]
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

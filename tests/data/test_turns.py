@@ -142,6 +142,18 @@ def said(chat: ChatTemplate, row: Conversation) -> list[str]:
     return [rendered.text[start:end] for start, end in rendered.spans]
 
 
+def test_reasoning_with_a_mark_of_its_own_can_be_context():
+    thought_of = "<think>{{ m.reasoning_content }}</think>"
+    marks = "{% generation %}" + thought_of + "{% endgeneration %} {% generation %}"
+    chat = chatml(
+        "<|im_start|>assistant\n" + marks + "{{ m.content }}<|im_end|>{% endgeneration %}"
+    )
+    row = talk(thought("One.", "Hm."))
+    assert said(chat, row) == ["<think>Hm.</think> One." + END]
+    rendered = chat.render(row, "context")
+    assert [rendered.text[start:end] for start, end in rendered.spans] == ["One." + END]
+
+
 @pytest.mark.parametrize("prompt", ["", "<think>\n"])
 def test_the_generation_prompt_is_not_trained_even_if_it_is_marked(prompt):
     """SmolLM3 marks <|im_start|>assistant, and TRL's Qwen3.5 <think>."""
