@@ -125,6 +125,12 @@ def test_content_that_is_null_is_never_written_as_none(content, expected):
     assert rendered.text[start:].startswith(expected + '{"id": "c1"')
 
 
+def test_a_row_without_tools_has_none():
+    """As Mistral's template asks for tools."""
+    asks = CALLS.replace("{% if tools %}", "{% if tools is not none %}")
+    assert render(asks, USER, ANSWER).text.startswith("<|role|>user\nWhy?")
+
+
 def test_a_result_has_the_id_of_its_call():
     template = CALLS.replace("{{ m.content or '' }}", "{{ m.tool_call_id }}{{ m.content or '' }}")
     text = render(template, USER, calling(1), RESULT, ANSWER, tools=(TOOL,)).text
