@@ -1,7 +1,7 @@
 """Give a tokenizer the template of `data.template`: a name of the shelf, or a jinja file.
 
-The tokenizer has it from then on, and so has every output. No token is added: a name whose tokens
-the tokenizer lacks is refused.
+It is saved with the tokenizer in every output. No token is added: a name whose tokens the tokenizer
+lacks is refused.
 """
 
 import difflib

@@ -128,7 +128,7 @@ class Renamed:
     """Stored tensors under the names of the model."""
 
     names: Mapping[str, str]
-    """The model's name of every stored tensor, also of those that it does not have."""
+    """For every stored tensor the name that the rules give it, whether the model has it or not."""
     groups: Mapping[str, _Group]
     """For each parameter that several tensors are merged into: these."""
 
@@ -174,7 +174,7 @@ def _parts(ours: str, group: _Group, checkpoint: Checkpoint) -> dict[str, Part]:
     for pattern in group.converter.source_patterns:
         rows = 0
         for index, name in enumerate(group.stored.get(pattern, [])):
-            rows = (*checkpoint.info(name).shape, 1)[0]
+            rows = (*checkpoint.info(name).shape, 1)[0]  # a scalar is refused by _require_filled
             parts[name] = Part(index if is_stacked else None, start, start + rows)
             start += 0 if is_stacked else rows
         start += rows if is_stacked else 0

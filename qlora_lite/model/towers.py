@@ -22,7 +22,7 @@ def text_tower(model: Any) -> nn.Module:
 
 
 def remove_other_towers(model: Any) -> frozenset[str]:
-    """Take all towers but that for text out of a multimodal model.
+    """Remove all towers of a multimodal model except the text tower.
 
     Returns the names of their parameters and buffers.
     """
