@@ -30,7 +30,7 @@ class LoRAEmbedding(nn.Module):
         cls, base: FrozenEmbedding, rank: int, scale: float, generator: torch.Generator
     ) -> "LoRAEmbedding":
         """A zero, B Gaussian."""
-        vocabulary, hidden = base.weight.shape
+        vocabulary, hidden = base.num_embeddings, base.embedding_dim
         b = torch.randn(hidden, rank, generator=generator)
         return cls(base, torch.zeros(rank, vocabulary), b, scale)
 

@@ -192,8 +192,8 @@ def _check_all_used(attached: AttachedAdapter, adapter: PeftAdapter) -> None:
                 "no magnitudes. Use adapter=dora"
             )
     for path, factors in adapter.embeddings.items():
-        vocabulary, hidden = attached.embeddings[path].base.weight.shape
-        _check_shape(path, factors, (vocabulary, hidden))
+        base = attached.embeddings[path].base
+        _check_shape(path, factors, (base.num_embeddings, base.embedding_dim))
         if factors.rank > attached.embeddings[path].a.shape[0]:
             raise AdapterError(
                 f"the adapter to start from has embedding rank {factors.rank}, and this recipe a "

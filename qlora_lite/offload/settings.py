@@ -26,6 +26,9 @@ class NoOffload(Settings):
 
     kind: Literal["none"] = "none"
 
+    config: str | None = None
+    """A DeepSpeed JSON file: the kind is then its stage."""
+
 
 class ZeRO(Settings):
     """What all stages have."""
@@ -95,7 +98,7 @@ Offload = Annotated[NoOffload | ZeRO1 | ZeRO2 | ZeRO3, Field(discriminator="kind
 
 def with_kind(value: Any) -> Any:
     """`"zero3"` as `{"kind": "zero3"}`; of a DeepSpeed file alone, the kind is its stage."""
-    value = kind_of_name(value)
+    value = value.model_dump() if isinstance(value, NoOffload) else kind_of_name(value)
     if isinstance(value, dict) and value.get("config") and value.get("kind", "none") == "none":
         return {**value, "kind": f"zero{_stage_of(Path(value['config']))}"}
     return value
