@@ -4,7 +4,8 @@ native.safetensors                               all tensors of the layers, in t
 qlora_lite.json                                  what the other files do not record
 adapter_config.json, adapter_model.safetensors   the PEFT form (`peft.py`)
 tokenizer.json, chat_template.jinja, ...         the tokenizer, written by the caller
-README.md                                        if there is no PEFT form: why, and what to do
+README.md                                        if there is no PEFT form: why, and what to do;
+                                                 of a GGUF base: how PEFT loads it
 """
 
 from collections.abc import Mapping
@@ -35,12 +36,14 @@ def save_adapter(
     base: str,
     revision: str | None,
     sidecar: dict[str, Any],
+    readme: str | None = None,
 ) -> None:
     """Write all files of an adapter into an existing directory, which may hold its tokenizer.
 
     Args:
         base: the base's hub id or absolute path, for programs that load the adapter.
         sidecar: what the PEFT format does not record.
+        readme: README.md, if there is a PEFT form.
     """
     state = attached.state()
     require_finite(state, "the trained adapter")
@@ -50,6 +53,8 @@ def save_adapter(
         config |= {"base_model_name_or_path": base, "revision": revision}
         save_tensors(tensors, directory / WEIGHTS)
         write_json(directory / CONFIG, config)
+        if readme is not None:
+            write_text(directory / "README.md", readme)
     else:
         write_text(directory / "README.md", _without_peft(attached))
     write_sealed(directory / SIDECAR, sidecar | {"peft": bool(config)}, _hashes(directory))

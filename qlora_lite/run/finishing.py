@@ -21,6 +21,7 @@ from qlora_lite.foundation.files import complete_directory
 from qlora_lite.foundation.units import format_seconds
 from qlora_lite.memory.measure import peak_bytes
 from qlora_lite.memory.plan import Plan
+from qlora_lite.model.base_files import BaseFiles
 from qlora_lite.recipe import Recipe
 from qlora_lite.report.contents import Report, Sample
 from qlora_lite.report.page import write as write_report
@@ -91,8 +92,30 @@ def finish(finished: FinishedTraining) -> RunOutcome:
             base=finished.recipe.base.model,
             revision=finished.recipe.base.revision,
             sidecar=sidecar,
+            readme=_how_to_load(finished.loaded.base.files),
         )
     return outcome
+
+
+def _how_to_load(base: BaseFiles) -> str | None:
+    """The adapter's README.md if its base is a GGUF file: transformers needs both of its names."""
+    if not base.is_gguf:
+        return None
+    folder, name = str(base.weights.parent), base.weights.name
+    return f"""The base of this adapter is a GGUF file, which `peft` does not find by itself:
+
+```python
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+folder, file = {folder!r}, {name!r}
+base = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+model = PeftModel.from_pretrained(base, "THIS FOLDER")
+```
+
+`qlora-lite merge RUN OUT` writes a model that needs no GGUF file.
+"""
 
 
 def _scores(finished: FinishedTraining) -> dict[str, float]:

@@ -2,10 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_lite.foundation.watcher import Watcher
@@ -88,10 +88,11 @@ def test_smollm2_from_its_gguf_file(real_base, tmp_path):
 def test_peft_puts_the_adapter_on_what_transformers_reads_from_the_file(real_base, tmp_path):
     recipe = recipe_for(real_base, tmp_path, "run", "base.quant=fp32")
     run_recipe(recipe)
-    plain = AutoModelForCausalLM.from_pretrained(
-        real_base.parent, gguf_file=real_base.name, dtype=torch.float32
-    )
-    theirs = PeftModel.from_pretrained(plain, str(tmp_path / "run" / "adapter")).eval()
+    adapter = tmp_path / "run" / "adapter"
+    code = (adapter / "README.md").read_text().split("```")[1].removeprefix("python\n")
+    names: dict[str, Any] = {}
+    exec(code.replace("THIS FOLDER", str(adapter)), names)
+    theirs = names["model"].eval()
     ours = CausalModel(load_run(tmp_path / "run").base.model)
     with torch.no_grad():
         expected = ours.logits(ours.hidden(IDS, POSITIONS))
