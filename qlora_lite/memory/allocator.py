@@ -9,7 +9,7 @@ Loading frees large blocks once, so there the threshold is low. Training allocat
 of a layer again and again, so there it is above the largest of them. Small blocks that stay, such
 as nodes of the graph, then keep the freed memory of a layer from being used for the next one: the
 heap of a forward grows by the temporary memory of each layer. So it is trimmed every few layers,
-and before the loss, whose logits are too large for the heap.
+forward and backward, and before the loss, whose logits are too large for the heap.
 
 A step of SmolLM2-135M (512 tokens, fp32, one core), with 30 layers of 11 MiB:
 

@@ -28,21 +28,35 @@ def enable_checkpointing(model: nn.Module) -> None:
         )
 
 
-def before_each_layer(model: nn.Module, action: Callable[[], None]) -> None:
+def before_each_layer(
+    model: nn.Module, action: Callable[[], None], *, in_backward: bool = False
+) -> None:
     """Call `action` whenever a decoder layer runs forward for gradients, recomputations included.
 
     Call this before `enable_checkpointing`.
+
+    Args:
+        in_backward: also before the backward of each layer, where nothing is recomputed.
     """
     for layer in model.get_submodule(decoder_blocks(model)).children():
-        layer.forward = functools.partial(_after, action, layer.forward)
+        layer.forward = functools.partial(_after, action, in_backward, layer.forward)
 
 
 def _after(
-    action: Callable[[], None], forward: Callable[..., Any], *args: Any, **kwargs: Any
+    action: Callable[[], None],
+    in_backward: bool,
+    forward: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    if torch.is_grad_enabled():
-        action()
-    return forward(*args, **kwargs)
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    action()
+    output = forward(*args, **kwargs)
+    hidden = output[0] if isinstance(output, tuple) else output
+    if in_backward and hidden.requires_grad:  # not below the first trained layer
+        hidden.register_hook(lambda _: action())
+    return output
 
 
 def is_recomputing() -> bool:

@@ -218,7 +218,8 @@ def _reuse_activations(model: CausalModel, setup: RunSetup, batches: Batches) ->
     if reuse_freed_memory(largest):
         freed = formulas.backward_bytes_per_token(shape.hidden, shape.ff, formulas.FP32)
         trim = trimmer(tokens * freed)
-        before_each_layer(model.module, trim)
+        recomputes = setup.recipe.optim.checkpointing
+        before_each_layer(model.module, trim, in_backward=not recomputes)
         model.after_decoder = trim  # the loss does not reuse what the last layer left
 
 

@@ -60,15 +60,18 @@ def test_loss_and_gradients_are_equal_bit_for_bit_and_less_is_saved(tmp_path, fa
     assert num_saved_less < 0.7 * num_saved
 
 
-@pytest.mark.parametrize(("checkpointed", "expected"), [(False, 2), (True, 4)])
+@pytest.mark.parametrize(
+    ("checkpointed", "in_backward", "expected"),
+    [(False, False, 2), (True, False, 4), (False, True, 4)],
+)
 def test_an_action_precedes_each_forward_of_a_layer_with_gradients(
-    tiny_llama, checkpointed, expected
+    tiny_llama, checkpointed, in_backward, expected
 ):
     model = load_base(Base(model=str(tiny_llama)), choose("cpu")).model
     path = "model.layers.0.mlp.down_proj"
     model.set_submodule(path, Shifted(model.get_submodule(path)))
     calls = []
-    before_each_layer(model, lambda: calls.append(1))
+    before_each_layer(model, lambda: calls.append(1), in_backward=in_backward)
     if checkpointed:
         enable_checkpointing(model)
     ids = torch.arange(40)[None]
@@ -77,3 +80,14 @@ def test_an_action_precedes_each_forward_of_a_layer_with_gradients(
     assert calls == []
     model(ids, labels=ids, use_cache=False).loss.backward()
     assert len(calls) == expected  # two layers, each once more in backward
+
+
+def test_a_layer_below_the_first_trained_one_has_no_backward(tiny_llama):
+    model = load_base(Base(model=str(tiny_llama)), choose("cpu")).model
+    path = "model.layers.1.mlp.down_proj"
+    model.set_submodule(path, Shifted(model.get_submodule(path)))
+    calls = []
+    before_each_layer(model, lambda: calls.append(1), in_backward=True)
+    ids = torch.arange(40)[None]
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    assert len(calls) == 3
