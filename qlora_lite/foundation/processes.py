@@ -101,10 +101,9 @@ class Processes:
     def first_on_main(self, action: Callable[[], T]) -> T:
         """Run `action` in the main process, then in the others: they find what it wrote.
         Collective."""
-        if self.world == 1:
-            return action()
-        results = [self.from_main(lambda: action() if self.is_main else None)]
-        return results[0] if self.is_main else action()  # type: ignore[return-value]
+        results: list[T] = []
+        self.from_main(lambda: results.append(action()))
+        return results[0] if self.is_main else action()
 
     def wait(self) -> None:
         """Return when every process has called this. Collective."""

@@ -6,6 +6,7 @@ training. The reference is the same recipe in this process.
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,6 +194,18 @@ def test_every_method_is_the_same_under_every_stage(tmp_path, folder, stage):
     for name in CASES:
         run_recipe(method_recipe(tmp_path, name, f"{name}-one"))
         assert_same(tmp_path / f"{name}-{stage}", tmp_path / f"{name}-one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_continues_with_the_same_bits_in_as_many_processes(folder, two_processes, stage):
+    assert two_processes[stage] is None
+    copy = folder / f"{stage}-again"
+    cut_back(folder / stage, copy)
+    recipe = recipe_in(folder, copy.name, *LORA, *STAGES[stage])
+    assert train_in_processes(2, {"again": recipe.to_dict()}, folder) == {"again": None}
+    native = Path("adapter", "native.safetensors")
+    assert (copy / native).read_bytes() == (folder / stage / native).read_bytes()
 
 
 @pytest.mark.slow
