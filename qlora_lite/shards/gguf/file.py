@@ -38,6 +38,8 @@ _MAX_ENTRIES = 2**16
 """Limits of the header, a string, and the keys and tensors: damaged numbers cost no memory."""
 
 _MAX_DIMENSIONS = 4
+_GIT_LFS = b"version https://git-lfs"
+
 _ENDS_EARLY = "it ends inside its header, or a length in its header is wrong"
 _DEFAULT_ALIGNMENT = 32
 
@@ -96,6 +98,8 @@ def map_file(path: Path) -> mmap.mmap:
     """
     flags, protection = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
     try:
+        if not path.stat().st_size:
+            raise BaseModelError(f"{path} is empty. Download it again")
         with open(path, "rb") as file:
             return mmap.mmap(file.fileno(), 0, flags=flags, prot=protection)
     except (OSError, ValueError) as error:
@@ -195,6 +199,10 @@ class _Cursor:
 
 def _counts(path: Path, data: mmap.mmap) -> tuple[int, int]:
     """The numbers of tensors and keys, after the checks of magic, version and byte order."""
+    if data[: len(_GIT_LFS)] == _GIT_LFS:
+        raise BaseModelError(
+            f"{path} is a pointer of Git LFS, not the file itself. Run `git lfs pull` in its folder"
+        )
     if data[:4] != MAGIC:
         raise BaseModelError(
             f"{path} is not a GGUF file: its first bytes are {data[:4]!r}, not {MAGIC!r}. "

@@ -188,8 +188,9 @@ def test_the_bytes_that_are_damaged_below_are_a_file(tmp_path):
 
 
 DAMAGES = {
-    "nothing": (b"", "cannot be read"),
     "another format": (raw(magic=b"ggjt"), "is not a GGUF file"),
+    "nothing": (b"", "is empty"),
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
     "a page": (b"<!DOCTYPE html>", "is not a GGUF file"),
     "only the magic": (b"GGUF", "damaged: it ends inside"),
     "version 1": (raw(version=1), "of version 1, .* convert it again"),
@@ -268,7 +269,7 @@ def test_damage_is_one_error_that_names_the_file(tmp_path, name):
     with pytest.raises(BaseModelError, match=message) as error:
         read_header(tmp_path / "m.gguf")
     assert str(tmp_path / "m.gguf") in str(error.value)
-    assert re.search("[Dd]ownload it again|Use another file|Give a", str(error.value))
+    assert re.search("[Dd]ownload it again|Use another file|Give a|Run `git lfs", str(error.value))
 
 
 def read_everything(path) -> None:
