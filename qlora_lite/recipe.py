@@ -53,7 +53,7 @@ class Recipe(Settings):
     """DeepSpeed ZeRO: what is divided among processes, or kept in host memory."""
 
     budget: str | None = None
-    """Memory that may be used, such as "22GiB"; by default the device's free memory."""
+    """Memory that each process may use, such as "22GiB"; by default the device's free memory."""
 
     output: UserPath = Field(min_length=1)
     """The run's folder."""

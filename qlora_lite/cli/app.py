@@ -9,7 +9,7 @@ from qlora_lite.cli.display import Display
 from qlora_lite.cli.inspect import inspect
 from qlora_lite.cli.script import Assignments, Extend, ProcessCount, train_recipe
 from qlora_lite.cli.several import start_processes
-from qlora_lite.cli.tables import show, time_line
+from qlora_lite.cli.tables import show, stage_line, stage_table, time_line
 from qlora_lite.cli.trust import TrustOnly, is_trusted, split_trust
 from qlora_lite.foundation.console import console
 
@@ -95,7 +95,18 @@ def init(
 
 
 @app.command()
-def plan(recipe: RecipeFile, settings: Assignments = None) -> None:
+def plan(
+    recipe: RecipeFile,
+    settings: Assignments = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            "--processes",
+            min=1,
+            help="Plan so many processes on one machine, and compare the ZeRO stages.",
+        ),
+    ] = None,
+) -> None:
     """Will it fit? Predict memory and time from config.json alone. Status 2 if it does not fit."""
     from qlora_lite.memory.measure import matmul_flops_per_second
     from qlora_lite.memory.plan import require_fit
@@ -103,6 +114,7 @@ def plan(recipe: RecipeFile, settings: Assignments = None) -> None:
     from qlora_lite.run.computing import new_rule
     from qlora_lite.run.planning import NO_BUDGET, check_settings, plan_memory, tokens_of_a_step
     from qlora_lite.run.setup import set_up
+    from qlora_lite.run.stages import plan_stages, recommended
 
     changed, notes = load_with_settings(recipe, settings or [])
     rule = new_rule(changed, allow_absent=True)
@@ -110,10 +122,14 @@ def plan(recipe: RecipeFile, settings: Assignments = None) -> None:
         for note in [*notes, rule.summary_with_reason]:
             display.note(note)
         setup = set_up(changed, rule, needs_config=False)
-        planned = plan_memory(setup)
+        planned = plan_memory(setup, processes=processes)
         display.planned(planned)
         for note in check_settings(setup):
             display.note(note)
+        if processes is not None or changed.offload.kind != "none":
+            stages = plan_stages(setup, processes or 1)
+            show(display.console, stage_table(stages))
+            display.print_line(stage_line(recommended(stages), processes or 1))
         if not changed.budget and not planned.fits:
             display.print_line(f"{planned.verdict}; {NO_BUDGET}", "bold red")
         if rule.is_available:

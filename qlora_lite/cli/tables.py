@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qlora_lite.memory.plan import Plan
     from qlora_lite.report.contents import MergeRow
     from qlora_lite.run.scoring import ScoreRow
+    from qlora_lite.run.stages import Stage
 
 PIPE_WIDTH = 200
 """Width of a table when stdout is not a terminal."""
@@ -48,12 +49,35 @@ def plan_lines(plan: "Plan") -> list[str]:
     ]
     if plan.ledger.host_bytes:
         lines.append(f"host memory: {format_bytes(plan.ledger.host_bytes)}")
+    if plan.ledger.disk_bytes:
+        lines.append(f"disk: {format_bytes(plan.ledger.disk_bytes)}")
     if plan.savings:
         ways = [f"  {way.setting}  -{format_bytes(way.saved_bytes)}" for way in plan.savings]
         lines += ["settings that save memory, each on its own:", *ways]
     if plan.sufficient_settings:
         lines.append(f"fits with: {' '.join(plan.sufficient_settings)}")
     return lines
+
+
+def stage_table(stages: Sequence["Stage"]) -> Table:
+    """One line per ZeRO stage: what a card and the host need."""
+    table = _table("setting", ">per card", ">per host", "")
+    for stage in stages:
+        if stage.plan is None:
+            table.add_row(stage.setting, "", "", Text(stage.problem))
+            continue
+        card = format_bytes(stage.card_bytes) if stage.card_bytes else "-"
+        verdict = "[green]fits[/]" if stage.fits else "[red]does not fit[/]"
+        table.add_row(stage.setting, card, format_bytes(stage.host_bytes), verdict)
+    return table
+
+
+def stage_line(stage: "Stage | None", num_processes: int) -> str:
+    """The recommended stage."""
+    where = f"{num_processes} process{'es' if num_processes > 1 else ''}"
+    if stage is None:
+        return f"no stage fits in {where}. Use more processes, or the settings above"
+    return f"recommended for {where}: {stage.setting}"
 
 
 def time_line(

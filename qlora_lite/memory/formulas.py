@@ -25,19 +25,34 @@ def packed_bytes(
     byte, with an fp32 scale per 256 of them and one fp32 mean. int8: an fp32 scale per row.
     The look-up tables (64 bytes and 1 KiB) are shared by all layers and not counted.
     """
-    num_weights = d_out * d_in
+    return code_bytes(d_out * d_in, kind) + scale_bytes(d_out, d_in, kind, block_size, double_quant)
+
+
+def code_bytes(num_weights: int, kind: QuantKind) -> int:
+    """Codes of a frozen weight, or the weight itself if it is not quantised."""
     match kind:
         case "fp32":
             return num_weights * 4
         case "bf16":
             return num_weights * 2
         case "int8":
-            return num_weights + FP32 * d_out
-    num_blocks = math.ceil(num_weights / block_size)
-    codes = math.ceil(num_weights / 2)
+            return num_weights
+    return math.ceil(num_weights / 2)
+
+
+def scale_bytes(
+    d_out: int, d_in: int, kind: QuantKind, block_size: int = 64, double_quant: bool = True
+) -> int:
+    """Scales of a frozen weight; 0 if it is not quantised."""
+    match kind:
+        case "fp32" | "bf16":
+            return 0
+        case "int8":
+            return FP32 * d_out
+    num_blocks = math.ceil(d_out * d_in / block_size)
     if not double_quant:
-        return codes + FP32 * num_blocks
-    return codes + num_blocks + FP32 * math.ceil(num_blocks / 256) + FP32
+        return FP32 * num_blocks
+    return num_blocks + FP32 * math.ceil(num_blocks / 256) + FP32
 
 
 # -- what is trained -------------------------------------------------------------------------------
@@ -56,6 +71,18 @@ def optimizer_bytes(num: int, states: States) -> int:
     if states == "32bit":
         return 2 * FP32 * num
     return 2 * (num + FP32 * math.ceil(num / 256))
+
+
+def flat_optimizer_bytes(num: int) -> int:
+    """The states of `FlatAdamW` (`training/zero_engine.py`): two moments, a count of steps and a
+    flag, in fp32."""
+    return 4 * FP32 * num
+
+
+def flat_update_bytes(num: int) -> int:
+    """What exists only during a step of `FlatAdamW` on a share of `num` numbers: the gradient in
+    one tensor, and 33 bytes of intermediates, measured."""
+    return (FP32 + 33) * num
 
 
 def update_bytes(num: int, element_bytes: int, rounding: Literal["master", "stochastic"]) -> int:

@@ -18,6 +18,8 @@ from qlora_lite.kernels.cross_entropy import CHUNK_TOKENS
 from qlora_lite.memory import formulas
 from qlora_lite.memory.allocator import FREED_BYTES
 from qlora_lite.memory.formulas import FP32, Attention, QuantKind, States
+from qlora_lite.memory.terms import Ledger, Term
+from qlora_lite.memory.zero_terms import ZeroShape, added_terms, divide, trained_terms
 from qlora_lite.model.frozen import piece_rows
 from qlora_lite.model.shape import ModelShape, ParameterShape
 
@@ -37,6 +39,9 @@ CUDA_CONTEXT_BYTES = 600 * 10**6
 
 CUDA_FRAGMENTATION = 0.04
 """Share that PyTorch's allocator reserves but does not use: 2 to 5 % with expandable segments."""
+
+_UNPACKED = {"fp32": 4, "bf16": 2}
+"""Bytes per weight that is not quantised."""
 
 FULL_MODULE_BYTES = FP32
 """Bytes of a parameter of a fully trained module."""
@@ -81,47 +86,23 @@ class RunShape:
     """Paths of linear layers that a quantised checkpoint stores unquantised."""
     unquantised_bytes: int = 2
     """Bytes per element of these."""
-
-
-@dataclass(frozen=True)
-class Term:
-    """One line of the sum."""
-
-    name: str
-    num_bytes: int
-    formula: str
-    place: Literal["device", "host"] = "device"
-    """`device`: where the run computes. `host`: main memory, for a run on a card."""
-    is_measured: bool = True
-    """Whether `measure.peak_bytes` includes it: PyTorch does not count the CUDA context."""
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """All terms that exist at the peak."""
-
-    terms: tuple[Term, ...]
-
-    @property
-    def peak_bytes(self) -> int:
-        """Memory that the device needs."""
-        return sum(t.num_bytes for t in self.terms if t.place == "device")
-
-    @property
-    def measured_bytes(self) -> int:
-        """What `measure.peak_bytes` should return."""
-        return sum(t.num_bytes for t in self.terms if t.place == "device" and t.is_measured)
-
-    @property
-    def host_bytes(self) -> int:
-        """Main memory that a run on a card needs; 0 for a run on CPU."""
-        return sum(t.num_bytes for t in self.terms if t.place == "host")
+    processes: int = 1
+    zero: ZeroShape | None = None
+    """None: every process has the whole model."""
 
 
 def make_ledger(model: ModelShape, run: RunShape, rows: int) -> Ledger:
-    """The sum for micro-batches of `rows` rows of `run.max_tokens` tokens."""
-    terms = [*_weights(model, run), *_trained(model, run), *_activations(model, run, rows)]
-    terms += _overhead(run, sum(term.num_bytes for term in terms))
+    """The sum of one process, for micro-batches of `rows` rows of `run.max_tokens` tokens."""
+    terms = [*_weights(model, run), *_trained(model, run)]
+    if run.zero is not None:
+        base = sum(t.num_bytes - t.whole_bytes for t in terms if t.part == "parameters")
+        largest, codes = max(_gathered_bytes(model, run)), _UNPACKED.get(run.quant, 1)
+        terms = [
+            *divide(terms, run.zero, run.processes, run.device),
+            *added_terms(run.zero, run.processes, run.device, largest, codes, base),
+        ]
+    terms += _activations(model, run, rows)
+    terms += _overhead(run, sum(term.num_bytes for term in terms if term.place == "device"))
     if run.device == "cpu":
         terms.append(_freed(model, rows * run.max_tokens))
     if run.device == "cuda":
@@ -142,39 +123,64 @@ def _weights(model: ModelShape, run: RunShape) -> Iterator[Term]:
     num_weights = sum(p.num_weights for p in linears)
     packed = sum(_packed(p, run) for p in linears)
     skipped = sum(model.linears[path].num_weights for path in run.unquantised)
-    yield Term(
+    yield _frozen(
         "linear layers that stay unquantised",
         skipped * run.unquantised_bytes,
         f"{skipped:,} x {run.unquantised_bytes} B",
     )
-    yield Term(
+    yield _frozen(
         f"linear layers in {run.quant}",
         packed,
         f"{num_weights:,} weights x {8 * packed / max(num_weights, 1):.4g} bits",
+        scales=packed - sum(formulas.code_bytes(p.num_weights, run.quant) for p in linears),
     )
     embedding = sum(p.num_weights for p in model.stored if p.role == "embedding")
-    yield Term("embedding", embedding * run.storage_bytes, f"{embedding:,} x {run.storage_bytes} B")
+    formula = f"{embedding:,} x {run.storage_bytes} B"
+    yield _frozen("embedding", embedding * run.storage_bytes, formula)
     head = model.head
     if model.is_tied:
         pass  # the head is the embedding, and stays in 16 bit
     elif run.head != "16bit":
-        num_bytes = formulas.packed_bytes(head.d_out, head.d_in, run.head, 64, True)
-        yield Term(f"head in {run.head}", num_bytes, f"{head.num_weights:,} weights and scales")
+        num_bytes = formulas.packed_bytes(head.d_out, head.d_in, run.head)
+        scales = num_bytes - formulas.code_bytes(head.num_weights, run.head)
+        formula = f"{head.num_weights:,} weights and scales"
+        yield _frozen(f"head in {run.head}", num_bytes, formula, scales)
     else:
-        num_bytes = head.num_weights * run.storage_bytes
-        yield Term("head", num_bytes, f"{head.num_weights:,} x {run.storage_bytes} B")
+        formula = f"{head.num_weights:,} x {run.storage_bytes} B"
+        yield _frozen("head", head.num_weights * run.storage_bytes, formula)
     small = sum(p.num_weights for p in model.stored if p.role in ("norm", "bias"))
-    yield Term("norms and biases", small * run.norm_bytes, f"{small:,} x {run.norm_bytes} B")
+    yield _frozen("norms and biases", small * run.norm_bytes, f"{small:,} x {run.norm_bytes} B")
     for name, role in (("experts", "experts"), ("other weights", "other")):
         num = sum(p.num_weights for p in model.stored if p.role == role)
         num_bytes, formula = num * run.compute_bytes, f"{num:,} x {run.compute_bytes} B"
-        yield Term(f"{name}, not quantised", num_bytes, formula)
+        yield _frozen(f"{name}, not quantised", num_bytes, formula)
     scratch = max(_scratch_weights(model, run), default=0)
     yield Term(
         "one dequantised weight",
         scratch * run.compute_bytes,
         f"{scratch:,} x {run.compute_bytes} B, a buffer that all layers share",
     )
+
+
+def _frozen(name: str, num_bytes: int, formula: str, scales: int = 0) -> Term:
+    """A term of frozen parameters, with the bytes of their scales among them."""
+    return Term(name, num_bytes, formula, part="parameters", whole_bytes=scales)
+
+
+def _gathered_bytes(model: ModelShape, run: RunShape) -> Iterator[int]:
+    """Frozen weights that ZeRO-3 gathers together: an embedding, the head, or a decoder layer."""
+    by_layer: dict[int | None, int] = {}
+    for p in model.stored:
+        if p.role == "embedding":
+            yield p.num_weights * run.storage_bytes
+        elif p.role == "linear":
+            by_layer.setdefault(p.block, 0)
+            by_layer[p.block] += formulas.code_bytes(p.num_weights, run.quant)
+    if run.head == "16bit" or model.is_tied:
+        yield model.head.num_weights * run.storage_bytes
+    else:
+        yield formulas.code_bytes(model.head.num_weights, run.head)
+    yield from by_layer.values()
 
 
 def _packed(weight: ParameterShape, run: RunShape) -> int:
@@ -185,8 +191,7 @@ def _packed(weight: ParameterShape, run: RunShape) -> int:
 
 def _scratch_weights(model: ModelShape, run: RunShape) -> Iterator[int]:
     """Sizes of the dequantisation buffer: for every weight not stored in the compute dtype."""
-    unquantised_bytes = {"fp32": 4, "bf16": 2}.get(run.quant)
-    if unquantised_bytes != run.compute_bytes:
+    if _UNPACKED.get(run.quant) != run.compute_bytes:
         for p in model.linears.values():
             yield piece_rows(p.d_out, p.d_in) * p.d_in
     if (run.head != "16bit" and not model.is_tied) or run.storage_bytes != run.compute_bytes:
@@ -202,7 +207,8 @@ def _trained(model: ModelShape, run: RunShape) -> Iterator[Term]:
     for name, num, element_bytes in kinds:
         formula = f"{num:,} x {element_bytes} B"
         yield Term(name, num * element_bytes, formula)
-        yield Term(f"{name}: gradients", num * FP32, f"{num:,} x 4 B, summed in fp32")
+        formula = f"{num:,} x 4 B, summed in fp32"
+        yield Term(f"{name}: gradients", num * FP32, formula, part="gradients")
     frozen = sum(f.frozen for f in run.adapters.values())
     yield Term(
         "adapters: frozen factors",
@@ -211,6 +217,9 @@ def _trained(model: ModelShape, run: RunShape) -> Iterator[Term]:
     )
     statistics = sum(f.statistics for f in run.adapters.values())
     yield Term("adapters: statistics", statistics * FP32, f"{statistics:,} x 4 B")
+    if run.zero is not None:
+        yield from trained_terms(adapter + full, run.zero, run.device)
+        return
     if run.rounding == "master" and run.adapter_bytes != FP32:
         yield Term("adapters: fp32 master copies", adapter * FP32, f"{adapter:,} x 4 B")
     states = formulas.optimizer_bytes(adapter + full, run.states)
@@ -247,12 +256,21 @@ def _activations(model: ModelShape, run: RunShape, rows: int) -> Iterator[Term]:
         max(loss, layer),
         f"the larger of the loss, {format_bytes(loss)}, and one layer, {format_bytes(layer)}",
     )
-    update = formulas.update_bytes(_num_adapter(model, run), run.adapter_bytes, run.rounding)
+    update = _update_bytes(model, run)
     yield Term(
         "temporary: optimizer step",
         max(update - saved - max(loss, layer), 0),
         f"{format_bytes(update)} when the activations are freed",
     )
+
+
+def _update_bytes(model: ModelShape, run: RunShape) -> int:
+    """What exists only during the optimizer step."""
+    num = num_trained(model, run)
+    if run.zero is not None:
+        return formulas.flat_update_bytes(-(-num // run.processes))
+    update = formulas.update_bytes(_num_adapter(model, run), run.adapter_bytes, run.rounding)
+    return update + (2 * FP32 * num if run.processes > 1 else 0)  # sums over the processes
 
 
 def _activation_bytes(model: ModelShape, run: RunShape) -> int:

@@ -42,6 +42,11 @@ def anonymous_bytes() -> int:
     return _status("RssAnon")
 
 
+def resident_bytes() -> int:
+    """Memory of this process now, 0 if it is not known."""
+    return _status("VmRSS") if _STATUS.exists() else 0
+
+
 def total_bytes(device: torch.device) -> int:
     """Total memory of the device; on CPU of the machine, or the container's limit."""
     if device.type == "cuda":
@@ -60,7 +65,7 @@ def available_bytes(device: torch.device) -> int:
     limit, used = _cgroup_number("memory.max"), _cgroup_number("memory.current")
     if limit is not None and used is not None:
         available = min(available, limit - used + _cgroup_cache())
-    return available + (_status("VmRSS") if _STATUS.exists() else 0)
+    return available + resident_bytes()
 
 
 def matmul_flops_per_second(

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from qlora_lite.foundation.errors import BudgetError
 from qlora_lite.foundation.units import format_bytes
 from qlora_lite.memory import formulas
-from qlora_lite.memory.ledger import Ledger, RunShape, Term, make_ledger, num_trained
+from qlora_lite.memory.ledger import RunShape, make_ledger, num_trained
+from qlora_lite.memory.terms import Ledger, Term
 from qlora_lite.model.shape import ModelShape
 
 CPU_MICRO_BATCH_TOKENS = 2048
@@ -148,10 +149,14 @@ def require_fit(plan: Plan) -> None:
 
 
 def _choose_rows(model: ModelShape, run: RunShape, budget_bytes: int) -> int:
-    """Rows of a micro-batch: as set, else as many as fit, at most those of a step."""
+    """Rows of a micro-batch: as set, else as many as fit, at most a process's share of a step."""
+    max_tokens = run.tokens_per_step // run.processes
     if run.micro_batch_tokens is not None:
-        return max(run.micro_batch_tokens // run.max_tokens, 1)
-    max_tokens = run.tokens_per_step
+        if run.processes > 1:
+            max_tokens = min(max_tokens, run.micro_batch_tokens)
+        else:
+            max_tokens = run.micro_batch_tokens
+        return max(max_tokens // run.max_tokens, 1)
     if run.device == "cpu":
         max_tokens = min(max_tokens, CPU_MICRO_BATCH_TOKENS)
     candidates = range(1, max(max_tokens // run.max_tokens, 1) + 1)

@@ -38,8 +38,9 @@ class ZeRO(Settings):
     pin_memory: bool = True
     """Pin host memory that is copied to a CUDA card. No effect on a CPU."""
 
-    bucket_size: int = Field(default=50_000_000, ge=1)
-    """Numbers per communication: more is faster, and needs that much more memory."""
+    bucket_size: int | None = Field(default=None, ge=1)
+    """Numbers per communication, 4 bytes of memory each; by default as many as are trained, at most
+    50 million."""
 
     config: str | None = None
     """A DeepSpeed JSON file; its values replace those that follow from the settings above."""

@@ -27,39 +27,62 @@ _OURS = (
 )
 """Batch sizes are in tokens here, and set by `optim.tokens_per_step`."""
 
+MAX_BUCKET_NUMBERS = 50_000_000
+"""Numbers of a communication bucket. DeepSpeed allocates it whole, in fp32."""
 
-def configuration(offload: ZeRO, max_grad_norm: float, device: torch.device) -> dict[str, Any]:
+LIVE_NUMBERS, PREFETCH_NUMBERS = 200_000_000, 50_000_000
+"""Numbers of gathered weights on a card under stage 3: kept because they are used again soon, or
+fetched ahead; and fetched ahead at a time. A layer of an 8B model has 109 million in 4 bit. On CPU
+they are 0: fetching ahead is not faster there."""
+
+SWAP_BUFFERS, SWAP_NUMBERS = 5, 100_000_000
+"""Buffers between a disk and memory, in fp32. A share of a weight must fit into one."""
+
+
+def configuration(
+    offload: ZeRO,
+    max_grad_norm: float,
+    device: torch.device,
+    num_trained: int = MAX_BUCKET_NUMBERS,
+) -> dict[str, Any]:
     """The DeepSpeed configuration of the settings, with the values of `offload.config` on top.
 
     DeepSpeed sees one micro-batch at a time, in the dtypes that we chose: the loop accumulates
     gradients, and nothing is cast.
+
+    Args:
+        num_trained: trained numbers; only the size of the buckets depends on it.
 
     Raises:
         RecipeError: if a value of the file contradicts the recipe.
     """
     pin = offload.pin_memory and device.type == "cuda"
     optimizer, parameters = offload.places
+    bucket = offload.bucket_size or min(num_trained, MAX_BUCKET_NUMBERS)
+    bucket += bucket % 2  # DeepSpeed asserts it
     zero: dict[str, Any] = {
         "stage": offload.stage,
         "overlap_comm": device.type == "cuda",
-        "reduce_bucket_size": offload.bucket_size,
-        "allgather_bucket_size": offload.bucket_size,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
     }
     path = getattr(offload, "nvme_path", None)
     for name, place in (("offload_optimizer", optimizer), ("offload_param", parameters)):
         if place != "none":
             zero[name] = {"device": place, "pin_memory": pin}
             if place == "nvme":
-                zero[name] |= {"nvme_path": path, "buffer_count": 5}
+                zero[name] |= {"nvme_path": path, "buffer_count": SWAP_BUFFERS}
+                if name == "offload_param":
+                    zero[name] |= {"buffer_size": SWAP_NUMBERS}
     if offload.stage == 3:
         # adapters are marked as persistent one by one; a threshold would keep small frozen ones too
-        zero |= {"stage3_param_persistence_threshold": 0}
-        if device.type == "cpu":
-            zero |= {
-                "stage3_prefetch_bucket_size": 0,
-                "stage3_max_live_parameters": 0,
-                "stage3_max_reuse_distance": 0,
-            }
+        live, ahead = (0, 0) if device.type == "cpu" else (LIVE_NUMBERS, PREFETCH_NUMBERS)
+        zero |= {
+            "stage3_param_persistence_threshold": 0,
+            "stage3_prefetch_bucket_size": ahead,
+            "stage3_max_live_parameters": live,
+            "stage3_max_reuse_distance": live,
+        }
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -94,7 +117,8 @@ def _with_file(
         value = own.pop(name, None)
         is_off = isinstance(value, dict) and not value.get("enabled", False)
         _refuse(path, name, None if is_off else value, None, "base.compute")
-    return {**config, **own, "zero_optimization": config["zero_optimization"] | section}
+    given = {name: value for name, value in section.items() if value != "auto"}
+    return {**config, **own, "zero_optimization": config["zero_optimization"] | given}
 
 
 def _refuse(path: Path, name: str, given: Any, ours: Any, setting: str) -> None:

@@ -193,7 +193,9 @@ def make_engine(setup: RunSetup, loaded: LoadedModel, processes: Processes) -> E
         return TorchEngine(_optimizer(setup, attached), setup.rule.compute, processes)
     from qlora_lite.training.zero_engine import ZeroEngine
 
-    config = configuration(recipe.offload, recipe.optim.max_grad_norm, setup.rule.device)
+    config = configuration(
+        recipe.offload, recipe.optim.max_grad_norm, setup.rule.device, attached.num_parameters
+    )
     model = loaded.base.model
     engine = ZeroEngine(model, attached, recipe.optim, config, processes)
     if recipe.offload.stage == 3:

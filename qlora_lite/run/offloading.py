@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from qlora_lite.foundation.errors import RecipeError
+from qlora_lite.memory.formulas import FP32
+from qlora_lite.memory.zero_terms import ZeroShape
 from qlora_lite.offload.settings import NoOffload
 from qlora_lite.offload.zero import configuration, partitioner, require_available, start
 from qlora_lite.recipe import Recipe
@@ -28,6 +30,30 @@ def start_offload(setup: RunSetup) -> Callable[[nn.Module], None] | None:
     config = configuration(offload, setup.recipe.optim.max_grad_norm, setup.rule.device)
     start(setup.rule.device)
     return partitioner(config) if offload.stage == 3 else None
+
+
+def zero_shape(setup: RunSetup, num_trained: int) -> ZeroShape | None:
+    """What the memory of a run depends on in its DeepSpeed configuration; None without DeepSpeed.
+
+    Raises:
+        RecipeError: if `offload.config` contradicts the recipe.
+    """
+    offload, device = setup.recipe.offload, setup.rule.device
+    if isinstance(offload, NoOffload):
+        return None
+    config = configuration(offload, setup.recipe.optim.max_grad_norm, device, num_trained)
+    zero = config["zero_optimization"]
+    moved = {name: zero.get(f"offload_{name}") or {} for name in ("optimizer", "param")}
+    swaps = moved["param"] if moved["param"].get("device") == "nvme" else {}
+    return ZeroShape(
+        stage=zero["stage"],
+        optimizer=moved["optimizer"].get("device", "none"),
+        parameters=moved["param"].get("device", "none"),
+        bucket_numbers=int(zero["reduce_bucket_size"]),
+        num_buckets=2 if zero["overlap_comm"] and zero["stage"] < 3 else 1,
+        live_numbers=int(zero.get("stage3_max_live_parameters", 0)),
+        swap_bytes=FP32 * int(swaps.get("buffer_count", 0)) * int(swaps.get("buffer_size", 0)),
+    )
 
 
 def require_compatible(recipe: Recipe, compute: torch.dtype) -> None:

@@ -1,6 +1,7 @@
 """The memory plan of a recipe, and checks of its settings. Downloads only `config.json`."""
 
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from qlora_lite.data.source_names import require_source, to_path
 from qlora_lite.foundation.device import DeviceRule
 from qlora_lite.foundation.errors import BudgetError, RecipeError
 from qlora_lite.foundation.files import is_file, require_possible_folder
+from qlora_lite.foundation.processes import current
 from qlora_lite.foundation.units import format_bytes, parse_bytes
 from qlora_lite.memory.formulas import packed_bytes
-from qlora_lite.memory.ledger import RunShape
-from qlora_lite.memory.measure import available_bytes
+from qlora_lite.memory.ledger import RunShape, num_trained
+from qlora_lite.memory.measure import available_bytes, resident_bytes
 from qlora_lite.memory.plan import Plan, make_plan
 from qlora_lite.model.base_files import BaseFiles, open_checkpoint
 from qlora_lite.model.load import require_possible_head
@@ -29,6 +31,7 @@ from qlora_lite.model.prequantised import (
 from qlora_lite.model.quant import BF16, FP32, NF4, FourBit
 from qlora_lite.recipe import Recipe
 from qlora_lite.run.computing import new_rule
+from qlora_lite.run.offloading import require_compatible, zero_shape
 from qlora_lite.run.savings import alternatives
 from qlora_lite.run.setup import RunSetup, set_up
 from qlora_lite.shards.gguf.header import find_gguf
@@ -48,21 +51,25 @@ def plan_recipe(recipe: Recipe, rule: DeviceRule | None = None) -> Plan:
     return plan_memory(set_up(recipe, rule, needs_config=False))
 
 
-def plan_memory(setup: RunSetup, micro_batch_tokens: int | None = None) -> Plan:
-    """The memory plan of a recipe that is set up.
+def plan_memory(
+    setup: RunSetup, micro_batch_tokens: int | None = None, processes: int | None = None
+) -> Plan:
+    """The memory plan of one process of a recipe that is set up.
 
     Args:
         micro_batch_tokens: what an earlier process of this run chose; the recipe's wins.
+        processes: how many will train, on this machine; by default those that are running now.
 
     Raises:
         BudgetError: if there is no budget and no card to read the free memory from.
+        RecipeError: if `offload.config` contradicts the recipe.
     """
-    run = run_shape(setup, micro_batch_tokens)
-    budget = _budget(setup.recipe, setup.rule)
+    run = run_shape(setup, micro_batch_tokens, processes or current().world)
+    budget = _budget(setup.recipe, setup.rule, processes)
     return make_plan(setup.facts.shape, run, budget, alternatives)
 
 
-def _budget(recipe: Recipe, rule: DeviceRule) -> int:
+def _budget(recipe: Recipe, rule: DeviceRule, processes: int | None) -> int:
     if recipe.budget:
         return parse_bytes(recipe.budget)
     if not rule.is_available:
@@ -70,7 +77,16 @@ def _budget(recipe: Recipe, rule: DeviceRule) -> int:
             "got device=cuda on a machine without a CUDA card, so its memory is unknown. Set the "
             'budget: budget="22GiB" for a card of 24 GB'
         )
-    return available_bytes(rule.device)
+    free = available_bytes(rule.device)
+    if rule.device.type == "cuda":
+        return free
+    if processes is not None:
+        return free // processes
+    running = int(os.environ.get("LOCAL_WORLD_SIZE") or current().world)
+    if running == 1:
+        return free
+    own = resident_bytes()  # the others have as much
+    return (free - own) // running + own
 
 
 def check_settings(setup: RunSetup) -> list[str]:
@@ -82,7 +98,8 @@ def check_settings(setup: RunSetup) -> list[str]:
         AdapterError: if there is no adapter to start from.
         BaseModelError: if loading would refuse the base, or `base.head`.
         DataError: if `data.train` or `data.heldout` is here, and is not a file.
-        RecipeError: if rows may be longer than the model can read, or FlashAttention cannot run.
+        RecipeError: if rows may be longer than the model can read, FlashAttention cannot run, or
+            `offload` does not support another setting.
         RunError: if `output` cannot be a folder.
     """
     recipe = setup.recipe
@@ -95,6 +112,8 @@ def check_settings(setup: RunSetup) -> list[str]:
     _check_attention(setup)
     require_possible_head(recipe.base, setup.facts)
     check_files(setup)
+    if recipe.offload.kind != "none":
+        require_compatible(recipe, setup.rule.compute)
     notes = [*_check_context(setup), *_check_ranks(setup), *_unquantised_experts(setup)]
     if getattr(setup.facts.config.get_text_config(), "output_router_logits", False):
         notes.append(
@@ -231,7 +250,9 @@ def _check_ranks(setup: RunSetup) -> list[str]:
     return notes
 
 
-def run_shape(setup: RunSetup, micro_batch_tokens: int | None = None) -> RunShape:
+def run_shape(
+    setup: RunSetup, micro_batch_tokens: int | None = None, processes: int = 1
+) -> RunShape:
     """The numbers of a recipe that its memory depends on."""
     recipe, rule, method = setup.recipe, setup.rule, setup.method
     adapter, quant, optim = recipe.adapter, recipe.base.quant, recipe.optim
@@ -239,7 +260,8 @@ def run_shape(setup: RunSetup, micro_batch_tokens: int | None = None) -> RunShap
     layers, skipped = setup.adapter.layers, skipped_layers(setup.facts.config)
     full_modules = set(setup.adapter.full_modules)
     full_parameters = [p for p in setup.facts.shape.parameters if p.module in full_modules]
-    return RunShape(
+    run = RunShape(
+        processes=processes,
         device="cuda" if rule.device.type == "cuda" else "cpu",
         quant=quant.kind,
         double_quant=four_bit.double_quant,
@@ -269,3 +291,4 @@ def run_shape(setup: RunSetup, micro_batch_tokens: int | None = None) -> RunShap
         ),
         unquantised_bytes=(setup.facts.config.dtype or torch.bfloat16).itemsize,
     )
+    return replace(run, zero=zero_shape(setup, num_trained(setup.facts.shape, run)))

@@ -20,7 +20,7 @@ def alternatives(run: RunShape) -> Iterator[Alternative]:
         yield _set("optim.micro_batch_tokens", run.max_tokens, micro_batch_tokens=run.max_tokens)
     if not run.checkpointing:
         yield _set("optim.checkpointing", "true", checkpointing=True)
-    if run.device == "cuda" and run.states == "32bit":
+    if run.device == "cuda" and run.states == "32bit" and run.zero is None:
         yield _set("optim.states", "8bit", states="8bit")
     four_bit = run.quant in ("nf4", "fp4")
     if four_bit and not run.double_quant:

@@ -27,6 +27,21 @@ def test_a_plan_over_its_budget_has_status_2_and_lists_savings(recipe):
     assert "needed, 10.0 MiB allowed" in ended.err
 
 
+def test_a_plan_of_several_processes_compares_the_zero_stages(recipe):
+    alone = run_command("plan", recipe, "budget=1TiB")
+    assert "per host" not in alone.out
+    ended = run_command("plan", recipe, "budget=1TiB", "--processes", 3)
+    assert ended.status == 0
+    assert re.search(r"offload=zero3 offload\.parameters=cpu +- +[\d.]+ GiB +fits", ended.out)
+    assert "recommended for 3 processes: offload=none" in ended.out
+    tight = run_command("plan", recipe, "budget=10MiB", "--processes", 3)
+    assert tight.status == 2
+    assert "no stage fits in 3 processes" in tight.out
+    zero = run_command("plan", recipe, "offload=zero2", "budget=1TiB")
+    assert "recommended for 1 process: offload=none" in zero.out
+    assert "optimizer states" in zero.out
+
+
 def test_a_known_model_is_planned_offline(tmp_path):
     written = run_command("init", "Qwen/Qwen3-8B", "--output", tmp_path / "mine.py")
     assert written.status == 0, written.err

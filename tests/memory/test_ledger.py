@@ -11,7 +11,8 @@ from qlora_lite.adapters.method import lora_footprint
 from qlora_lite.adapters.plan import plan_adapter
 from qlora_lite.foundation.device import choose
 from qlora_lite.kernels.cross_entropy import linear_cross_entropy
-from qlora_lite.memory.ledger import Ledger, RunShape, make_ledger, num_trained
+from qlora_lite.memory.ledger import RunShape, make_ledger, num_trained
+from qlora_lite.memory.terms import Ledger
 from qlora_lite.methods.catalogue import method_for
 from qlora_lite.methods.lora import LoRA
 from qlora_lite.methods.lora_mini import LoRAMini
