@@ -221,9 +221,11 @@ def _trained(model: ModelShape, run: RunShape) -> Iterator[Term]:
         yield from trained_terms(adapter + full, run.zero, run.device)
         return
     if run.rounding == "master" and run.adapter_bytes != FP32:
-        yield Term("adapters: fp32 master copies", adapter * FP32, f"{adapter:,} x 4 B")
+        formula = f"{adapter:,} x 4 B"
+        yield Term("adapters: fp32 master copies", adapter * FP32, formula, part="states")
     states = formulas.optimizer_bytes(adapter + full, run.states)
-    yield Term("Adam's moments", states, f"{adapter + full:,} x 2 moments in {run.states}")
+    formula = f"{adapter + full:,} x 2 moments in {run.states}"
+    yield Term("Adam's moments", states, formula, part="states")
 
 
 def _num_adapter(model: ModelShape, run: RunShape) -> int:
