@@ -1,4 +1,4 @@
-"""Which weights a process holds under ZeRO-3, in a process of its own: DeepSpeed keeps its state."""
+"""Which weights a process holds under ZeRO-3. In a child process: DeepSpeed keeps its state."""
 
 import json
 import subprocess
