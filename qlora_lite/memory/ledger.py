@@ -8,6 +8,7 @@ plus the largest of three temporary parts that never coexist: the loss, the back
 and the optimizer step.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -169,13 +170,16 @@ def _frozen(name: str, num_bytes: int, formula: str, scales: int = 0) -> Term:
 
 def _gathered_bytes(model: ModelShape, run: RunShape) -> Iterator[int]:
     """Frozen weights that ZeRO-3 gathers together: an embedding, the head, or a decoder layer."""
-    by_layer: dict[int | None, int] = {}
+    by_layer: dict[int | None, int] = defaultdict(int)
     for p in model.stored:
         if p.role == "embedding":
             yield p.num_weights * run.storage_bytes
+        elif p.module in run.unquantised:
+            by_layer[p.block] += p.num_weights * run.unquantised_bytes
         elif p.role == "linear":
-            by_layer.setdefault(p.block, 0)
             by_layer[p.block] += formulas.code_bytes(p.num_weights, run.quant)
+        elif p.role == "experts":
+            by_layer[p.block] += p.num_weights * run.compute_bytes
     if run.head == "16bit" or model.is_tied:
         yield model.head.num_weights * run.storage_bytes
     else:

@@ -60,15 +60,16 @@ def trained_terms(num: int, zero: ZeroShape, device: str) -> Iterator[Term]:
 def divide(terms: Iterable[Term], zero: ZeroShape, processes: int, device: str) -> Iterator[Term]:
     """The terms of one process, each where it is kept."""
     for term in terms:
-        if term.part not in DIVIDED[zero.stage]:
+        place = "device" if term.part is None else _place(zero, term.part, device)
+        if term.part not in DIVIDED[zero.stage] or (processes == 1 and place == "device"):
             yield term
             continue
         divided = term.num_bytes - term.whole_bytes
         yield replace(
             term,
             num_bytes=-(-divided // processes),
-            formula=_formula(term, divided, processes),
-            place=_place(zero, term.part, device),
+            formula=f"1/{processes} of {format_bytes(divided)}: {term.formula}",
+            place=place,
             whole_bytes=0,
         )
         if term.whole_bytes:
@@ -112,9 +113,3 @@ def _place(zero: ZeroShape, part: Part, device: str) -> Kept:
     if chosen == "nvme" and part != "gradients":
         return "disk"
     return "host" if chosen != "none" and device == "cuda" else "device"
-
-
-def _formula(term: Term, divided: int, processes: int) -> str:
-    if processes == 1 and not term.whole_bytes:
-        return term.formula
-    return f"1/{processes} of {format_bytes(divided)}: {term.formula}"

@@ -12,6 +12,7 @@ against 1 says what ZeRO costs, not what a second card gives.
 """
 
 import argparse
+import gc
 import importlib.metadata
 import json
 import os
@@ -20,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,8 @@ def main() -> None:
     if options.measure:
         recipe, folder = map(Path, options.measure)
         measure(Recipe.model_validate_json(recipe.read_text()), folder)
-    with tempfile.TemporaryDirectory() as folder:
-        runs = compare(Path(folder), options.stages, options.processes)
+    with tempfile.TemporaryDirectory() as work:
+        runs = compare(Path(work), options.stages, options.processes)
     if options.results:
         options.results.write_text(json.dumps(record(runs), indent=2) + "\n")
     show(runs)
@@ -174,39 +175,38 @@ class Measurements(Watcher):
 
 
 def running_job() -> TrainingJob:
-    import gc
-
+    """The run of this process; watchers do not get it."""
     return next(found for found in gc.get_objects() if isinstance(found, TrainingJob))
 
 
 def live_bytes(job: TrainingJob) -> dict[str, int]:
     """Bytes of the tensors that a process has between steps, by kind."""
-    engine, model = job.engine, job.model.module
+    model = job.model.module
     trained = list(job.attached.parameters().values())
     ours = {id(parameter) for parameter in trained}
     frozen = [p for p in model.parameters() if id(p) not in ours]
     shares = [p.ds_tensor for p in frozen if hasattr(p, "ds_tensor")]
-    if isinstance(engine, TorchEngine):
-        states = [
-            t for s in engine.optimizer.inner.state.values() for t in s.values() if t.numel() > 1
-        ]
-        masters = [copy for copy in engine.optimizer.fp32_copies if id(copy) not in ours]
-    else:
-        states = [t for state in engine.adam.state.values() for t in state.values()]
-        masters = (
-            engine.zero.fp32_partitioned_groups_flat
-            if engine.stage == 3
-            else engine.zero.single_partition_of_fp32_groups
-        )
+    states, masters = optimizer_tensors(job.engine)
     parts = {
         "frozen parameters": storage_bytes([*frozen, *shares]),
         "buffers": storage_bytes(model.buffers()),
         "trained": storage_bytes(trained),
         "optimizer states": storage_bytes(states),
-        "masters": storage_bytes(masters),
+        "masters": storage_bytes(m for m in masters if id(m) not in ours),
     }
     base = parts["frozen parameters"] + parts["buffers"]
     return parts | {"base": base, "states": parts["optimizer states"] + parts["masters"]}
+
+
+def optimizer_tensors(engine: Any) -> tuple[list[torch.Tensor], Sequence[torch.Tensor]]:
+    """The states of a `TorchEngine` or a `ZeroEngine`, and its fp32 copies of the parameters."""
+    if isinstance(engine, TorchEngine):
+        by_parameter, masters = engine.optimizer.inner.state, engine.optimizer.fp32_copies
+    elif engine.stage == 3:
+        by_parameter, masters = engine.adam.state, engine.zero.fp32_partitioned_groups_flat
+    else:
+        by_parameter, masters = engine.adam.state, engine.zero.single_partition_of_fp32_groups
+    return [t for state in by_parameter.values() for t in state.values()], masters
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
