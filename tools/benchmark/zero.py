@@ -7,8 +7,9 @@ ZeRO 1, 2 and 3, in 1 and in 2 processes with the same threads in all: 8 runs, e
 processes. After the first step every process counts the bytes of its live tensors by kind. Memory
 while loading is RssAnon, the anonymous pages of the process, relative to the moment before.
 
-Takes 2 to 3 minutes of CPU. Processes on one machine share its caches, so that the speed of 2
-against 1 says what ZeRO costs, not what a second card gives.
+Takes about 4 minutes of CPU. Seconds of CPU are those of all processes and threads, and do not
+depend on what else runs. Processes on one machine share its cores, so that the speed of 2 against 1
+says what dividing costs, not what a second card gives.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -142,7 +144,8 @@ class Measurements(Watcher):
 
     def __init__(self) -> None:
         self.found: dict[str, Any] = {}
-        self._rates: list[float] = []
+        self._memory = PeakAnonymous()
+        self._tokens, self._cpu_start = 0, 0.0
 
     def planned(self, plan: Plan) -> None:
         terms = plan.ledger.terms
@@ -157,21 +160,23 @@ class Measurements(Watcher):
 
     def prepared(self, data: Any) -> None:
         reset_peak(CPU)
-        self._loading = PeakAnonymous().__enter__()
+        self._memory.__enter__()
 
     def loading(self, done_bytes: int, total_bytes: int) -> None:
         if done_bytes == total_bytes:
-            self._loading.__exit__()
-            self.found["loading_peak"] = self._loading.peak_bytes
+            self._memory.__exit__()
+            self.found["loading_peak"] = self._memory.peak_bytes
 
     def stepped(self, metrics: dict[str, Any]) -> None:
-        if metrics["step"] == 1:
+        if metrics["step"] == 1:  # it also creates what later ones reuse, and is not timed
             self.found["measured"] = live_bytes(running_job())
-        else:  # the first step also creates what later ones reuse
-            self._rates.append(metrics["tokens_per_second"])
+            self._tokens, self._cpu_start = metrics["tokens"], time.process_time()
+            return
+        rate = max(self.found.get("tokens_per_second", 0.0), metrics["tokens_per_second"])
+        self.found["tokens_per_second"] = rate
+        self.found["cpu_seconds"] = time.process_time() - self._cpu_start
+        self.found["tokens"] = metrics["tokens"] - self._tokens
         self.found["measured"]["peak"] = peak_bytes(CPU)
-        if self._rates:
-            self.found["tokens_per_second"] = max(self._rates)
 
 
 def running_job() -> TrainingJob:
@@ -236,10 +241,11 @@ def record(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def show(runs: list[dict[str, Any]]) -> None:
-    """Of the process that is farthest from the plan, and the speed of all."""
+    """The most of any process, and the speed of all."""
     kinds = ("base", "trained", "states", "peak")
     heads = [f"{kind} (plan)" for kind in kinds]
-    table = Table("stage", "processes", *heads, "loading", "tokens/s")
+    rates = ("tokens/s", "tokens per CPU second")
+    table = Table("stage", "processes", *heads, "loading", *rates)
     for run in runs:
         cells = []
         for kind in kinds:
@@ -247,9 +253,10 @@ def show(runs: list[dict[str, Any]]) -> None:
             planned = run["by_process"][0]["planned"][kind]
             cells.append(f"{format_bytes(found)} ({found / planned:.1%})")
         loading = max(each["loading_peak"] for each in run["by_process"])
-        rate = run["by_process"][0]["tokens_per_second"]
-        num = str(run["processes"])
-        table.add_row(run["stage"], num, *cells, format_bytes(loading), f"{rate:.0f}")
+        first, num = run["by_process"][0], str(run["processes"])
+        seconds = sum(each["cpu_seconds"] for each in run["by_process"])
+        speeds = (f"{first['tokens_per_second']:.0f}", f"{first['tokens'] / seconds:.0f}")
+        table.add_row(run["stage"], num, *cells, format_bytes(loading), *speeds)
     Console(width=160).print(table)
 
 
