@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from qlora_lite.foundation.interrupts import interruptible
-from qlora_lite.foundation.processes import end_process
+from qlora_lite.foundation.processes import end_process, is_launched_as_other
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command line, and exit with its status."""
-    end_process(interruptible(lambda: _status(arguments)))
+    end_process(interruptible(lambda: _status(arguments), is_launched_as_other()))
 
 
 def _status(arguments: Sequence[str] | None) -> int:
@@ -21,9 +21,9 @@ def _status(arguments: Sequence[str] | None) -> int:
 
     def run() -> None:
         words = without_local_rank(sys.argv[1:] if arguments is None else arguments)
-        refuse_options_as_settings(words)
-        require_one_process(words)
         with one_of_several():
+            require_one_process(words)
+            refuse_options_as_settings(words)
             app(words, standalone_mode=True)
 
     return status_of(run)

@@ -12,7 +12,7 @@ from qlora_lite.cli.status import status_of
 from qlora_lite.foundation.errors import RecipeError
 from qlora_lite.foundation.interrupts import interruptible
 from qlora_lite.foundation.peer_names import own_name
-from qlora_lite.foundation.processes import current, end_process
+from qlora_lite.foundation.processes import current, end_process, is_launched_as_other
 
 if TYPE_CHECKING:
     from qlora_lite.recipe import Recipe
@@ -54,11 +54,11 @@ def main(recipe: "Recipe") -> None:
 
     def run() -> None:
         sys.argv[1:] = without_local_rank(sys.argv[1:])
-        refuse_options_as_settings(["train", *sys.argv[1:]])
         with one_of_several():
+            refuse_options_as_settings(["train", *sys.argv[1:]])
             typer.run(train)
 
-    end_process(interruptible(lambda: status_of(run)))
+    end_process(interruptible(lambda: status_of(run), is_launched_as_other()))
 
 
 def _without_count() -> list[str]:

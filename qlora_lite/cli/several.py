@@ -3,13 +3,15 @@
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 
 from qlora_lite.foundation.errors import RecipeError
 from qlora_lite.foundation.interrupts import (
+    ALL_OF_THEM,
     INTERRUPTED,
     leave_reports_to_another_process,
     signals_are_requests,
@@ -18,6 +20,8 @@ from qlora_lite.foundation.processes import is_launched, joined
 
 SHUTDOWN_SECONDS = 30
 """How long the processes have to save after a signal."""
+
+_RUN_ID = "qlora-lite"
 
 _LOCAL_RANK = re.compile(r"--local[_-]rank=\d+")
 
@@ -43,14 +47,19 @@ def require_one_process(words: Sequence[str]) -> None:
 @contextmanager
 def one_of_several() -> Iterator[None]:
     """Join the other processes, if there are any. Only the main one prints, besides errors."""
-    with joined() as processes:
+    with joined() as processes, ExitStack() as stack:
         if not processes.is_main:
             sys.stdout.flush()
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            leave_reports_to_another_process()
+            stack.enter_context(redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
             logging.disable(logging.WARNING)
             warnings.simplefilter("ignore")
         yield
+
+
+def is_reported_by_launcher() -> bool:
+    """Whether `start_processes` started this one: it reports processes that were killed."""
+    return os.environ.get("TORCHELASTIC_RUN_ID") == _RUN_ID
 
 
 def start_processes(count: int, command: Sequence[str]) -> int:
@@ -63,7 +72,7 @@ def start_processes(count: int, command: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the processes report
+    logging.disable(logging.CRITICAL)  # the processes report
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     config = LaunchConfig(
         min_nodes=1,
@@ -71,15 +80,23 @@ def start_processes(count: int, command: Sequence[str]) -> int:
         nproc_per_node=count,
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
+        run_id=_RUN_ID,
         max_restarts=0,
         shutdown_timeout=SHUTDOWN_SECONDS,
     )
+    leave_reports_to_another_process()
     try:
-        with signals_are_requests():
+        with signals_are_requests(ALL_OF_THEM):
             elastic_launch(config, sys.executable)(*command)
     except SignalException:
         return INTERRUPTED
     except ChildFailedError as error:
-        status = error.get_first_failure()[1].exitcode
-        return status if status > 0 else 1
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode
+        ended_by = signal.Signals(-failure.exitcode).name
+        sys.stderr.write(
+            f"error: process {rank} was ended by {ended_by}. The same command continues the run\n"
+        )
+        return 1
     return 0

@@ -12,11 +12,12 @@ from qlora_lite.foundation.errors import Interrupted
 
 
 def prepare_process() -> None:
-    """Replace characters that the terminal cannot encode; survive a closed terminal; make SIGTERM
-    and SIGHUP raise `Interrupted`; silence warnings that users cannot act on."""
+    """Write line by line; replace characters that the terminal cannot encode; survive a closed
+    terminal; make SIGTERM and SIGHUP raise `Interrupted`; silence warnings that users cannot act
+    on."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="replace", line_buffering=True)  # for `| tee` and log files
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream.isatty() and not isinstance(stream, ClosableTerminal):

@@ -26,7 +26,8 @@ from types import FrameType
 from typing import NoReturn
 
 GRACE_SECONDS = 0.6
-ACKNOWLEDGED = b"\nstopping after this step. Press Ctrl-C or send the signal again to stop now\n"
+ACKNOWLEDGED = b"\nstopping after this step"
+HOW_TO_STOP_NOW = b". Press Ctrl-C or send the signal again to stop now"
 ALL_OF_THEM = 10**9
 INTERRUPTED = 130
 
@@ -69,6 +70,14 @@ def report(message: str = "") -> None:
             _state.is_reported = True
 
 
+def ignore_signals() -> None:
+    """Ignore signals to stop: the process is ending by itself."""
+    _state.requests = ALL_OF_THEM - 1  # without an answer
+    if threading.current_thread() is threading.main_thread():
+        for number in _STOPPING:
+            signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def signals_are_requests(number: int = 1) -> Iterator[None]:
     """So many signals to stop are handled by the code inside; the next one ends the process."""
@@ -79,8 +88,13 @@ def signals_are_requests(number: int = 1) -> Iterator[None]:
         _state.requests = 0
 
 
-def interruptible(run: Callable[[], int]) -> int:
-    """Run a command, and return its exit status: 130 after Ctrl-C."""
+def interruptible(run: Callable[[], int], is_quiet: bool = False) -> int:
+    """Run a command, and return its exit status: 130 after Ctrl-C.
+
+    Args:
+        is_quiet: print nothing about signals; another process of the run does.
+    """
+    _state.is_quiet = is_quiet
     if threading.current_thread() is not threading.main_thread():
         return run()
     with _watched():
@@ -148,7 +162,8 @@ def _watch(reader: int) -> None:
                     is_first = _state.requests in (1, ALL_OF_THEM)
                     _state.requests -= 1
                     if is_first and number != signal.SIGHUP and not _state.is_quiet:
-                        os.write(2, ACKNOWLEDGED)
+                        how = HOW_TO_STOP_NOW if not _state.requests else b""
+                        os.write(2, ACKNOWLEDGED + how + b"\n")
                 else:
                     # an import can swallow the exception that the main thread raises for it
                     if number != signal.SIGINT:

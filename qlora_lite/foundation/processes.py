@@ -10,13 +10,19 @@ alone prints and writes files.
 Methods marked collective are called by every process, in the same order.
 """
 
+import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from qlora_lite.foundation.errors import DeviceError
+from qlora_lite.foundation.interrupts import ignore_signals
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +30,19 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _WAIT_SECONDS = 2.0
-"""How long a process waits for the error of the main one before it prints its own."""
+"""How long a process waits for what the others publish."""
 
 
 class PeerError(Exception):
     """Another process of the run failed. It prints the error; this one only ends."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a process of the run ended."""
+
+    status: int
+    message: str
 
 
 @dataclass(frozen=True)
@@ -41,8 +55,8 @@ class Processes:
     """Number of this process on its machine: its card."""
     store: Any = None
     """Key-value store of all processes, for error messages. None in a single process."""
-    launcher: int | None = None
-    """Process id of the launcher."""
+    launchers: tuple[int, ...] = ()
+    """Process ids of the launcher: the parent of this process, and the parent of that."""
 
     @property
     def is_main(self) -> bool:
@@ -51,7 +65,7 @@ class Processes:
     @property
     def is_orphan(self) -> bool:
         """Whether the launcher is gone."""
-        return self.launcher is not None and os.getppid() != self.launcher
+        return bool(self.launchers) and _ancestors(len(self.launchers)) != self.launchers
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """The items of this process; the shares of all processes are disjoint."""
@@ -109,21 +123,59 @@ class Processes:
         """Return when every process has called this. Collective."""
         self.any(False)
 
-    def publish(self, error: str) -> bool:
-        """Tell the others about an error. Returns whether this process should print it: the same
-        error of every process is printed once, by the main one."""
+    def publish(self, status: int, message: str) -> None:
+        """Tell the other processes, and torchrun, how this one ends."""
+        record_for_torchrun(message)
+        if self.store is not None:
+            with suppress(Exception):  # the store ends with the process that has it
+                self.store.set(f"failed/{self.rank}", json.dumps([status, message]))
+
+    def is_printed_by_main(self, message: str) -> bool:
+        """Whether the main process fails with the same message, and prints it."""
+        if self.store is None or self.is_main:
+            return False
+        failure = _until(lambda: self._failure_of(0))
+        return failure is not None and failure.message == message
+
+    def failure_of_another(self) -> Failure | None:
+        """How the process ended whose end is the cause of a `PeerError`; None if it did not say."""
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        return _until(lambda: next(filter(None, map(self._failure_of, others)), None))
+
+    def lost(self) -> list[int] | None:
+        """The processes that are gone, found by the others, after a `PeerError`. None in all of
+        these but the first, which reports it."""
+        try:
+            self.store.set(f"here/{self.rank}", "")
+            _until(lambda: len(self._here()) >= self.world - 1 or None, 5 * _WAIT_SECONDS)
+            here = self._here()
+        except Exception:  # the main process has the store, or the launcher
+            here = list(range(1, self.world))
+        return [n for n in range(self.world) if n not in here] if self.rank == min(here) else None
+
+    def _here(self) -> list[int]:
+        return [rank for rank in range(self.world) if self.store.check([f"here/{rank}"])]
+
+    def let_others_read(self, seconds: float = _WAIT_SECONDS) -> None:
+        """Call before a failed process ends: the others stop waiting for it, and read why."""
         if self.store is None:
-            return True
-        with suppress(Exception):  # the store ends with the process that has it
-            self.store.set(f"error/{self.rank}", error)
-            if self.is_main:
-                return True
-            end = time.monotonic() + _WAIT_SECONDS
-            while time.monotonic() < end:
-                if self.store.check(["error/0"]):
-                    return bool(self.store.get("error/0").decode() != error)
-                time.sleep(0.05)
-        return True
+            return
+        leaving = threading.Thread(target=_disconnect, daemon=True)
+        leaving.start()
+        with suppress(Exception):
+            self.store.set(f"ended/{self.rank}", "")
+            if self.is_main:  # often the store ends with it
+                ended = [f"ended/{rank}" for rank in range(self.world)]
+                _until(lambda: self.store.check(ended) or None, seconds)
+        leaving.join(timeout=seconds / 2)
+
+    def _failure_of(self, rank: int) -> Failure | None:
+        try:
+            if self.store.check([f"failed/{rank}"]):
+                return Failure(*json.loads(self.store.get(f"failed/{rank}")))
+        except Exception:  # the store is gone
+            pass
+        return None
 
 
 _current = Processes()
@@ -139,23 +191,40 @@ def is_launched() -> bool:
     return os.environ.get("WORLD_SIZE", "1") not in ("", "1") and "RANK" in os.environ
 
 
+def is_launched_as_other() -> bool:
+    """Whether a launcher started this process, and not as the main one."""
+    return is_launched() and os.environ["RANK"] != "0"
+
+
 @contextmanager
 def joined() -> Iterator[Processes]:
-    """Join the processes that a launcher started. Without a launcher this does nothing."""
+    """Join the processes that a launcher started. Without a launcher this does nothing.
+
+    Raises:
+        DeviceError: if the others are not found.
+    """
     if not is_launched() or _current.world > 1:
         yield _current
         return
     import torch
     import torch.distributed as dist
 
-    store, rank, world = next(dist.rendezvous("env://"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     has_card = torch.cuda.is_available()
     if has_card:
         torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if has_card else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    _set(Processes(rank, world, local_rank, dist.PrefixStore("qlora_lite", store), os.getppid()))
+    try:
+        store, rank, world = next(dist.rendezvous("env://"))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    except (ValueError, RuntimeError) as error:
+        raise DeviceError(
+            f"the processes of this run did not find each other: {str(error).splitlines()[0]}. "
+            "Start all of them with one launcher, which sets RANK, WORLD_SIZE, LOCAL_RANK, "
+            "MASTER_ADDR and MASTER_PORT"
+        ) from error
+    named = dist.PrefixStore("qlora_lite", store)
+    _set(Processes(rank, world, local_rank, named, _launchers()))
     try:
         yield _current
     except SystemExit as end:  # how a command ends
@@ -166,10 +235,16 @@ def joined() -> Iterator[Processes]:
 
 
 def _leave() -> None:
+    _current.wait()
+    _disconnect()
+
+
+def _disconnect() -> None:
     import torch.distributed as dist
 
-    _current.wait()
-    dist.destroy_process_group()
+    with suppress(Exception):
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _set(processes: Processes) -> None:
@@ -177,23 +252,70 @@ def _set(processes: Processes) -> None:
     _current = processes
 
 
+def _launchers() -> tuple[int, ...]:
+    """The process ids of the launcher. Under deepspeed that is a command and its child, which goes
+    on when the command is killed."""
+    with suppress(OSError):
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+        return _ancestors(2 if b"deepspeed.launcher.launch" in command else 1)
+    return _ancestors(1)
+
+
+def _ancestors(count: int) -> tuple[int, ...]:
+    """The parent of this process, and the parent of that, on Linux."""
+    ids = [os.getppid()]
+    with suppress(OSError, IndexError):
+        while len(ids) < count:
+            after_name = Path(f"/proc/{ids[-1]}/stat").read_text().rpartition(")")[2]
+            ids.append(int(after_name.split()[1]))
+    return tuple(ids)
+
+
 def end_process(status: int) -> NoReturn:
     """Exit. With several processes the interpreter is not unloaded: threads of the communication
     library crash in that ("terminate called without an active exception")."""
     if not is_launched():
         sys.exit(status)
+    ignore_signals()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
-    if status and _current.is_main:
-        time.sleep(_WAIT_SECONDS / 2)  # the others read its error from its store
+    if status:
+        _current.let_others_read()
     os._exit(status)
+
+
+def record_for_torchrun(message: str) -> None:
+    """Make the table with which torchrun ends show the message."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        more = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": more}}))
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective operation failed because another process is gone."""
+    if _current.world == 1 or not isinstance(error, RuntimeError):
+        return False
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 @contextmanager
 def _noticing_lost_peers() -> Iterator[None]:
-    """A collective operation fails when another process is gone."""
     try:
         yield
     except RuntimeError as error:
-        raise PeerError(f"another process is gone ({str(error).splitlines()[0]})") from error
+        if is_lost_peer(error):
+            raise PeerError(str(error).splitlines()[0]) from error
+        raise
+
+
+def _until(read: Callable[[], T | None], seconds: float = _WAIT_SECONDS) -> T | None:
+    """The first result of `read` that is not None; None after so many seconds."""
+    end = time.monotonic() + seconds
+    while (result := read()) is None and time.monotonic() < end:
+        time.sleep(0.05)
+    return result
