@@ -18,7 +18,7 @@ from torch import nn
 
 from qlora_lite.foundation.errors import DeviceError, RecipeError
 from qlora_lite.foundation.files import read_object
-from qlora_lite.offload.settings import ZeRO, ZeRO3
+from qlora_lite.offload.settings import ZeRO
 
 _OURS = (
     "train_batch_size",
@@ -26,6 +26,14 @@ _OURS = (
     "gradient_accumulation_steps",
 )
 """Batch sizes are in tokens here, and set by `optim.tokens_per_step`."""
+
+_PASSED_ON = (
+    *("aio", "communication_data_type", "prescale_gradients", "gradient_predivide_factor"),
+    *("comms_logger", "flops_profiler", "memory_breakdown", "wall_clock_breakdown"),
+    *("steps_per_print", "dump_state"),
+)
+"""Sections of a file, besides zero_optimization, that DeepSpeed gets as they are. It ignores names
+that it does not know, and others would do what the recipe does."""
 
 MAX_BUCKET_NUMBERS = 50_000_000
 """Numbers of a communication bucket. DeepSpeed allocates it whole, in fp32."""
@@ -117,6 +125,13 @@ def _with_file(
         value = own.pop(name, None)
         is_off = isinstance(value, dict) and not value.get("enabled", False)
         _refuse(path, name, None if is_off else value, None, "base.compute")
+    for name in ("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"):
+        _refuse(path, name, own.pop(name, None), config[name], "optim")
+    if unknown := sorted(own.keys() - set(_PASSED_ON)):
+        raise RecipeError(
+            f"offload.config={path} has {unknown[0]}, which is not passed on to DeepSpeed. "
+            f"Allowed: zero_optimization, {', '.join(sorted(_PASSED_ON))}"
+        )
     given = {name: value for name, value in section.items() if value != "auto"}
     return {**config, **own, "zero_optimization": config["zero_optimization"] | given}
 
@@ -132,22 +147,27 @@ def _refuse(path: Path, name: str, given: Any, ours: Any, setting: str) -> None:
     )
 
 
-def require_available(offload: ZeRO) -> None:
-    """Check that DeepSpeed and what these settings need are installed.
+def require_available(config: dict[str, Any]) -> None:
+    """Check that DeepSpeed and what a configuration needs are installed.
 
     Raises:
         DeviceError: naming the missing package.
         RecipeError: if a folder does not exist.
     """
+    zero = config["zero_optimization"]
     if importlib.util.find_spec("deepspeed") is None:
-        raise DeviceError(f"offload={offload.kind} needs DeepSpeed: pip install deepspeed")
-    if "nvme" not in offload.places:
+        raise DeviceError(f"offload=zero{zero['stage']} needs DeepSpeed: pip install deepspeed")
+    sections = [zero.get(name) for name in ("offload_optimizer", "offload_param")]
+    on_disk = [s for s in sections if isinstance(s, dict) and s.get("device") == "nvme"]
+    if not on_disk:
         return
-    assert isinstance(offload, ZeRO3)
-    if offload.nvme_path is not None and not Path(offload.nvme_path).is_dir():
-        raise RecipeError(
-            f"offload.nvme_path={offload.nvme_path} is not a folder. Create it on a fast disk"
-        )
+    for section in on_disk:
+        path = section.get("nvme_path")
+        if path is None or not Path(path).is_dir():
+            raise RecipeError(
+                f"offload.nvme_path={path} is not a folder. Create it on a fast disk, and set "
+                "offload.nvme_path, or nvme_path in your DeepSpeed file"
+            )
     if shutil.which("g++") is None or shutil.which("ninja") is None:
         raise DeviceError(
             "offload to nvme compiles a small library, and there is no g++ or no ninja. "
@@ -183,6 +203,23 @@ def start(device: torch.device) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     backend = "gloo" if device.type == "cpu" else "nccl"
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def require_valid(config: dict[str, Any], path: str) -> None:
+    """Check the section zero_optimization with DeepSpeed's own model of it.
+
+    Raises:
+        RecipeError: naming the key and what is wrong.
+    """
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**config["zero_optimization"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise RecipeError(f"offload.config={path}: {key}: {first['msg']}") from None
 
 
 def _silence() -> None:

@@ -9,7 +9,13 @@ from qlora_lite.foundation.errors import RecipeError
 from qlora_lite.memory.formulas import FP32
 from qlora_lite.memory.zero_terms import ZeroShape
 from qlora_lite.offload.settings import NoOffload
-from qlora_lite.offload.zero import configuration, partitioner, require_available, start
+from qlora_lite.offload.zero import (
+    configuration,
+    partitioner,
+    require_available,
+    require_valid,
+    start,
+)
 from qlora_lite.recipe import Recipe
 from qlora_lite.run.setup import RunSetup
 
@@ -26,9 +32,11 @@ def start_offload(setup: RunSetup) -> Callable[[nn.Module], None] | None:
     if isinstance(offload, NoOffload):
         return None
     require_compatible(setup.recipe, setup.rule.compute)
-    require_available(offload)
     config = configuration(offload, setup.recipe.optim.max_grad_norm, setup.rule.device)
+    require_available(config)
     start(setup.rule.device)
+    if offload.config is not None:
+        require_valid(config, offload.config)
     return partitioner(config) if offload.stage == 3 else None
 
 

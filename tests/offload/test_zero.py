@@ -8,7 +8,7 @@ import torch
 from qlora_lite.foundation.errors import DeviceError, RecipeError
 from qlora_lite.offload import zero
 from qlora_lite.offload.settings import ZeRO2, ZeRO3
-from qlora_lite.offload.zero import configuration, require_available
+from qlora_lite.offload.zero import configuration, require_available, require_valid
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda")
 
@@ -72,6 +72,9 @@ def test_an_own_file_may_repeat_the_recipe_or_leave_it_to_us(tmp_path, value):
         ({"fp16": {"enabled": True}}, "base.compute"),
         ({"zero_optimization": {"stage": 3}}, "3.*2 .offload"),
         ({"zero_optimization": 2}, "zero_optimization"),
+        ({"zero_force_ds_cpu_optimizer": True}, "True, and the recipe has False"),
+        ({"zero_optimisation": {"stage": 2}}, "Allowed: zero_optimization"),
+        ({"activation_checkpointing": {}}, "not passed on"),
     ],
 )
 def test_what_contradicts_the_recipe_is_refused_with_both_values(tmp_path, value, ours):
@@ -83,11 +86,38 @@ def test_what_contradicts_the_recipe_is_refused_with_both_values(tmp_path, value
 def test_a_disk_needs_a_folder_and_the_library_for_it(tmp_path, monkeypatch):
     monkeypatch.setattr(zero.shutil, "which", lambda name: f"/usr/bin/{name}")
     missing = ZeRO3(parameters="nvme", nvme_path=str(tmp_path / "missing"))
+    on_disk = configuration(ZeRO3(parameters="nvme", nvme_path=str(tmp_path)), 1.0, CPU)
     with pytest.raises(RecipeError, match="nvme_path"):
-        require_available(missing)
+        require_available(configuration(missing, 1.0, CPU))
     monkeypatch.setattr(zero, "_has_libaio", lambda: False)
     with pytest.raises(DeviceError, match="libaio-dev"):
-        require_available(ZeRO3(parameters="nvme", nvme_path=str(tmp_path)))
+        require_available(on_disk)
     monkeypatch.setattr(zero.shutil, "which", lambda name: None)
     with pytest.raises(DeviceError, match="ninja"):
-        require_available(ZeRO3(parameters="nvme", nvme_path=str(tmp_path)))
+        require_available(on_disk)
+
+
+@pytest.mark.parametrize("path", [None, "/no/such/folder"])
+def test_an_own_file_that_uses_a_disk_needs_the_same(tmp_path, path):
+    section = {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": path}}
+    config = configuration(own(tmp_path, zero_optimization=section), 1.0, CPU)
+    with pytest.raises(RecipeError, match="nvme_path"):
+        require_available(config)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"reduce_bucket": 5}, "zero_optimization.reduce_bucket"),
+        ({"offload_optimizer": {"device": "disk"}}, "zero_optimization.offload_optimizer.device"),
+    ],
+)
+def test_a_section_that_deepspeed_does_not_accept_is_refused(tmp_path, section, message):
+    file = own(tmp_path, zero_optimization={"stage": 2} | section)
+    with pytest.raises(RecipeError, match=message):
+        require_valid(configuration(file, 1.0, CPU), str(file.config))
+
+
+def test_our_own_section_is_one_that_deepspeed_accepts():
+    for offload in (ZeRO2(optimizer="cpu"), ZeRO3(parameters="nvme", nvme_path="/disk")):
+        require_valid(configuration(offload, 1.0, CARD), "ours")
