@@ -49,7 +49,7 @@ def main(recipe: "Recipe") -> None:
         from qlora_lite.recipe import vary
 
         if processes > 1:
-            raise typer.Exit(start_processes(processes, [sys.argv[0], *_without_count()]))
+            raise typer.Exit(start_processes(processes, [sys.argv[0], *without_count()]))
         train_recipe(*vary(recipe, settings or []), extend)
 
     def run() -> None:
@@ -61,7 +61,7 @@ def main(recipe: "Recipe") -> None:
     end_process(interruptible(lambda: status_of(run), is_launched_as_other()))
 
 
-def _without_count() -> list[str]:
+def without_count() -> list[str]:
     """The words of this command without `--processes N`."""
     words = iter(sys.argv[1:])
     kept = []

@@ -67,7 +67,15 @@ def start_processes(count: int, command: Sequence[str]) -> int:
     first process that failed.
 
     Ctrl-C and SIGTERM reach every process, which then have time to save.
+
+    Raises:
+        RecipeError: if a launcher started this process.
     """
+    if is_launched():
+        raise RecipeError(
+            f"got --processes {count} under a launcher, which starts the processes itself. "
+            "Use one of the two"
+        )
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
