@@ -201,6 +201,8 @@ def start(device: torch.device) -> None:
             port = free.getsockname()[1]
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        # torchrun with one process: its store has another port, and connecting to it would hang
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     backend = "gloo" if device.type == "cpu" else "nccl"
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
