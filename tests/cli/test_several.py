@@ -63,7 +63,12 @@ def test_a_count_that_is_none_has_status_2(recipe, count):
 
 
 def test_all_that_end_well_have_status_0_and_one_thread_per_core():
-    process = start("import os; print(os.environ['RANK'], os.environ['OMP_NUM_THREADS'])")
+    code = (
+        "import os\n"
+        "words = os.environ['RANK'], os.environ['OMP_NUM_THREADS']\n"
+        "os.write(1, (' '.join(words) + '\\n').encode())"
+    )
+    process = start(code)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, sorted(out.splitlines()), err) == (0, ["0 1", "1 1"], "")
 
@@ -86,9 +91,12 @@ def test_a_killed_process_is_named_in_one_line():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_launcher_reaches_every_process_and_ends_with_130(number):
     code = (
-        "import signal, sys, time\n"
-        "for n in (2, 15): signal.signal(n, lambda n, frame: (print('saved'), sys.exit(130)))\n"
-        "print('ready', flush=True)\n"
+        "import os, signal, sys, time\n"
+        "def save(number, frame):\n"
+        "    os.write(1, b'saved\\n')\n"
+        "    sys.exit(130)\n"
+        "for n in (2, 15): signal.signal(n, save)\n"
+        "os.write(1, b'ready\\n')\n"
         "time.sleep(60)"
     )
     process = start(code)
