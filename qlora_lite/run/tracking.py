@@ -1,6 +1,7 @@
 """Send metrics to experiment trackers, through accelerate. By default there is no tracker."""
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,11 +38,24 @@ def tracking(recipe: Recipe, directory: Path, processes: Processes) -> Iterator[
     if not recipe.tracking or not processes.is_main:
         yield lambda values, step: None
         return
-    accelerator = Accelerator(
-        cpu=recipe.device == "cpu", log_with=list(recipe.tracking), project_dir=directory
-    )
+    with _without_launcher():
+        accelerator = Accelerator(cpu=True, log_with=list(recipe.tracking), project_dir=directory)
     accelerator.init_trackers(directory.name)
     try:
         yield lambda values, step: accelerator.log(values, step=step)
     finally:
-        accelerator.end_training()
+        for tracker in accelerator.trackers:
+            tracker.finish()  # `end_training` would also end the communication of the processes
+
+
+@contextmanager
+def _without_launcher() -> Iterator[None]:
+    """Hide the variables of a launcher: with them accelerate sets up communication, DeepSpeed and
+    the number of threads, in this process alone."""
+    names = [n for n in os.environ if n.startswith("ACCELERATE_")]
+    names += ["RANK", "LOCAL_RANK", "WORLD_SIZE"]
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ |= hidden

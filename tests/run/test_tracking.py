@@ -1,9 +1,12 @@
 """Experiment trackers."""
 
 import pytest
+import torch
+from torch import distributed
 
 from qlora_lite.foundation.errors import RecipeError
-from qlora_lite.run.tracking import require_trackers
+from qlora_lite.foundation.processes import Processes
+from qlora_lite.run.tracking import require_trackers, tracking
 from qlora_lite.run.training import run_recipe
 from tests.end_to_end.small_run import recipe_in
 
@@ -24,3 +27,22 @@ def test_a_tracker_that_is_not_installed_is_an_error_before_the_run_starts(folde
         run_recipe(recipe_in(folder, "untracked", 'tracking=["wandb"]'))
     assert not (folder / "untracked").exists()
     require_trackers(["tensorboard"])
+
+
+def test_trackers_leave_the_communication_of_the_processes_alone(folder, monkeypatch):
+    pytest.importorskip("tensorboard")
+    recipe = recipe_in(folder, "one-of-several", 'tracking=["tensorboard"]')
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    threads = torch.get_num_threads()
+    try:
+        with tracking(recipe, folder, Processes(world=2)) as track:
+            track({"loss": 1.0}, 1)
+        assert distributed.is_initialized()
+        assert torch.get_num_threads() == threads
+    finally:
+        distributed.destroy_process_group()
