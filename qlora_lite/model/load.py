@@ -10,6 +10,7 @@ finished model, host memory holds only one chunk.
 
 import copy
 import ctypes
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -188,13 +189,14 @@ class _Loading:
 
     def run(self, progress: Progress | None, installed: Callable[[nn.Module], None] | None) -> None:
         total, done, trimmed = self.checkpoint.num_bytes, 0, 0
+        unread = Counter(_owner(place) for place in self.places.values())
         for name in self.checkpoint.names:
             if name in self.places:
                 place = self.places[name]
                 self._install(name, place)
-                module = self.model.get_submodule(place.name.rpartition(".")[0])
-                if installed is not None and not any(p.is_meta for p in module.parameters()):
-                    installed(module)
+                unread[_owner(place)] -= 1
+                if installed is not None and self._is_complete(_owner(place), unread):
+                    installed(self.model.get_submodule(_owner(place)))
             done += self.checkpoint.info(name).num_bytes
             if done - trimmed > TRIM_EVERY_BYTES:
                 _trim_free_memory()
@@ -211,6 +213,14 @@ class _Loading:
         self.model.config.dtype = self.rule.compute
         left = [n for n, p in self.model.named_parameters() if p.is_meta]
         assert not left, f"no value for {left}"
+
+    def _is_complete(self, path: str, unread: Counter[str]) -> bool:
+        """Whether a module and all inside it have their values. Experts have them only after many
+        tensors, but memory for all after the first."""
+        prefix = f"{path}." if path else ""
+        if unread[path] or any(n for p, n in unread.items() if p.startswith(prefix)):
+            return False
+        return not any(p.is_meta for p in self.model.get_submodule(path).parameters())
 
     def _match(self) -> dict[str, Place]:
         shapes = {p.name: p.shape for p in self.facts.shape.parameters}
@@ -311,6 +321,11 @@ class _Loading:
             module = self._unquantised(shared.data, bias, source)
             self.model.set_submodule(path, module)
         setattr(module, leaf, shared)
+
+
+def _owner(place: Place) -> str:
+    """Path of the module that has the parameter."""
+    return place.name.rpartition(".")[0]
 
 
 def _trim_free_memory() -> None:

@@ -200,6 +200,23 @@ def test_progress_counts_all_bytes(tiny_llama):
     assert seen[-1] == (loaded.checkpoint.num_bytes, loaded.checkpoint.num_bytes)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2", "gpt2"])
+def test_a_module_is_announced_once_with_all_of_its_values(tmp_path, family):
+    """So that they can be moved away: nothing is written into it afterwards."""
+    base = Base(model=str(save_tiny(tmp_path / "base", family)), quant=FP32())
+    values: dict[nn.Parameter, torch.Tensor] = {}
+
+    def move_away(module):
+        for parameter in module.parameters():
+            values[parameter] = values.get(parameter, parameter.data)
+            parameter.data = torch.empty(0)
+
+    model = load_base(base, choose("cpu", "fp32"), installed=move_away).model
+    expected = load_base(base, choose("cpu", "fp32")).model
+    for name, parameter in model.named_parameters():
+        assert_close(values[parameter], expected.get_parameter(name), rtol=0, atol=0)
+
+
 def test_a_split_is_applied_to_its_layers_and_not_to_the_head(tiny_llama):
     seen = []
 
