@@ -62,7 +62,9 @@ def linear_cross_entropy(
     loss_of = _loss_of(logits_of, extra)
     if torch.is_grad_enabled() and not head_is_trained:
         return _FrozenHeadLoss.apply(*rows, loss_of, chunk_tokens)
-    losses = [hidden.sum().float() * 0.0]  # the loss of a batch without trained tokens is 0
+    if not len(rows[1]):
+        return _zero(hidden, logits_of)
+    losses = []
     for chunk in _chunks(rows, chunk_tokens):
         if torch.is_grad_enabled():
             losses.append(checkpoint(loss_of, *chunk, use_reentrant=False))
@@ -100,6 +102,13 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_loss.to(gradient.dtype), None, None, None, None
+
+
+def _zero(hidden: Tensor, logits_of: LogitsOf) -> Tensor:
+    """The loss of a batch without trained tokens. The head has a gradient of zeros: ZeRO sums the
+    gradients of all processes, and each must have the same ones, in the same order."""
+    first = hidden.reshape(-1, hidden.shape[-1])[:1]
+    return logits_of(first).float().logsumexp(-1).sum() * 0.0
 
 
 def _trained_rows(hidden: Tensor, targets: Tensor, extra_inputs: Tensor | None) -> Rows:

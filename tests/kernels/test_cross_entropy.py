@@ -116,6 +116,16 @@ def test_a_batch_without_trained_tokens_has_no_loss_and_no_gradient():
     assert not states.grad.any()
 
 
+def test_without_trained_tokens_a_trained_head_has_a_gradient_of_zeros():
+    states, weight, targets = case(5)
+    targets.fill_(IGNORE_INDEX)
+    loss = linear_cross_entropy(states, targets, lambda h: h @ weight.T, head_is_trained=True)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+    assert torch.equal(states.grad, torch.zeros_like(states))
+
+
 def test_the_value_under_no_grad_is_the_same():
     states, weight, targets = case(33)
     with torch.no_grad():
