@@ -16,7 +16,6 @@ from qlora_lite.offload.zero import (
     require_valid,
     start,
 )
-from qlora_lite.recipe import Recipe
 from qlora_lite.run.setup import RunSetup
 
 
@@ -31,7 +30,7 @@ def start_offload(setup: RunSetup) -> Callable[[nn.Module], None] | None:
     offload = setup.recipe.offload
     if isinstance(offload, NoOffload):
         return None
-    require_compatible(setup.recipe, setup.rule.compute)
+    require_compatible(setup)
     config = configuration(offload, setup.recipe.optim.max_grad_norm, setup.rule.device)
     require_available(config)
     start(setup.rule.device)
@@ -64,12 +63,13 @@ def zero_shape(setup: RunSetup, num_trained: int) -> ZeroShape | None:
     )
 
 
-def require_compatible(recipe: Recipe, compute: torch.dtype) -> None:
+def require_compatible(setup: RunSetup) -> None:
     """Check the settings that ZeRO does not support.
 
     Raises:
         RecipeError: naming the setting and the nearest one that works.
     """
+    recipe, compute = setup.recipe, setup.rule.compute
     kind = recipe.offload.kind
     if compute is torch.float16:
         raise RecipeError(
@@ -90,4 +90,11 @@ def require_compatible(recipe: Recipe, compute: torch.dtype) -> None:
         raise RecipeError(
             f"got optim.rounding=stochastic, and offload={kind} trains adapters in fp32, which "
             "need no rounding. Use optim.rounding=master"
+        )
+    heads = [spec.path for spec in setup.adapter.specs if spec.kind == "head"]
+    if kind == "zero3" and heads:
+        raise RecipeError(
+            f"adapter.targets includes the head ({heads[0]}), and offload=zero3 divides its weight "
+            "among the processes, which backward would need whole. Use offload=zero2, or "
+            f"adapter.train_modules='[\"{heads[0]}\"]'"
         )

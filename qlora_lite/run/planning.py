@@ -113,7 +113,7 @@ def check_settings(setup: RunSetup) -> list[str]:
     require_possible_head(recipe.base, setup.facts)
     check_files(setup)
     if recipe.offload.kind != "none":
-        require_compatible(recipe, setup.rule.compute)
+        require_compatible(setup)
     notes = [*_check_context(setup), *_check_ranks(setup), *_unquantised_experts(setup)]
     if getattr(setup.facts.config.get_text_config(), "output_router_logits", False):
         notes.append(

@@ -75,12 +75,12 @@ def plan_stages(setup: RunSetup, processes: int) -> list[Stage]:
     free = available_bytes(torch.device("cpu")) if has_host else None
     stages = []
     for setting, offload in STAGES.items():
-        recipe = setup.recipe.model_copy(update={"offload": offload})
+        changed = replace(setup, recipe=setup.recipe.model_copy(update={"offload": offload}))
         plan, problem = None, ""
         try:
             if not isinstance(offload, NoOffload):
-                require_compatible(recipe, setup.rule.compute)
-            plan = plan_memory(replace(setup, recipe=recipe), processes=processes)
+                require_compatible(changed)
+            plan = plan_memory(changed, processes=processes)
         except RecipeError as error:
             problem = str(error)
         stages.append(Stage(setting, plan, problem, processes, on_cpu, free))
