@@ -11,6 +11,8 @@ import torch
 
 from qlora_lite.foundation import device as devices
 from qlora_lite.foundation.device import DTYPES, NAMES, DeviceRule
+from qlora_lite.foundation.errors import DeviceError
+from qlora_lite.foundation.processes import current
 from qlora_lite.kernels.product import has_onednn
 from qlora_lite.kernels.speed import bf16_speedup, has_bf16_units, onednn_speedup
 from qlora_lite.recipe import Recipe
@@ -69,9 +71,14 @@ def rule_of_run(recipe: Recipe, folder: RunFolder, device: str | None = None) ->
 
     Raises:
         RunError: if the record is damaged.
-        DeviceError: as `device.choose`.
+        DeviceError: as `device.choose`; or if one card is named for several processes.
     """
     recipe = recipe.model_copy(update={"device": device or recipe.device})
+    if current().world > 1 and ":" in recipe.device:
+        raise DeviceError(
+            f"got device={recipe.device} for {current().world} processes, and each uses a card of "
+            "its own. Use device=cuda, and CUDA_VISIBLE_DEVICES to choose cards"
+        )
     recorded = folder.computing
     rule = devices.choose(recipe.device, recipe.base.compute)
     if rule.device.type != "cpu" or recorded is None or recorded.device != "cpu":

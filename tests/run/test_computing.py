@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 
+from qlora_lite.foundation.errors import DeviceError
+from qlora_lite.foundation.processes import Processes
 from qlora_lite.foundation.watcher import Watcher
 from qlora_lite.kernels.speed import has_bf16_units
 from qlora_lite.model.frozen import FrozenLinear
@@ -199,3 +201,10 @@ def test_an_older_processor_computes_as_recorded_and_says_that_it_is_slow(in_bf1
     assert "(base.compute=auto: no bf16 units here" in new
     assert compute == "torch.bfloat16"
     assert sum("this processor has no bf16 units" in note for note in notes) == 1
+
+
+def test_one_card_for_several_processes_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(computing, "current", lambda: Processes(world=2))
+    recipe = recipe_in(folder, "one-card", "device=cuda:1")
+    with pytest.raises(DeviceError, match="device=cuda,"):
+        rule_of_run(recipe, RunFolder(folder / "one-card"))
