@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qlora_lite.adapters.method import ParameterGroup
 from qlora_lite.foundation.errors import DeviceError
 from qlora_lite.memory.formulas import States
+from qlora_lite.training.moments import as_bitsandbytes, as_torch
 from qlora_lite.training.settings import Rounding
 
 
@@ -39,7 +40,7 @@ class AdamW:
         rounding: Rounding,
     ) -> None:
         self.rounding = rounding
-        self.is_paged = states == "paged_8bit"
+        self.is_8bit, self.is_paged = states != "32bit", states == "paged_8bit"
         self.names = [name for group in groups for name in group.names]
         self.parameters = [p for group in groups for p in group.parameters]
         self.fp32_copies = [
@@ -122,7 +123,8 @@ class AdamW:
         return flat
 
     def load_state_dict(self, flat: dict[str, Any]) -> None:
-        """Load what `state_dict` returned."""
+        """Load what `state_dict` returned, also that of an optimizer with other `states`."""
+        flat = as_bitsandbytes(flat) if self.is_8bit else as_torch(flat)
         by_name = dict(
             zip(self.names, zip(self.parameters, self.fp32_copies, strict=True), strict=True)
         )

@@ -34,6 +34,7 @@ from qlora_lite.adapters.attach import AttachedAdapter
 from qlora_lite.adapters.method import ParameterGroup, StepInfo
 from qlora_lite.foundation.partitioned import full_shape
 from qlora_lite.foundation.processes import Processes
+from qlora_lite.training.moments import as_torch
 from qlora_lite.training.settings import Optim
 
 T = TypeVar("T")
@@ -128,9 +129,11 @@ class ZeroEngine:
         self.engine, *_ = deepspeed.initialize(model=root, optimizer=self.adam, config=config)
         self.zero = self.engine.optimizer
         if self.stage == 3:
+            # those below the persistence threshold of an own configuration are marked already
             for parameter in self.parameters:
-                parameter.ds_persist = True  # type: ignore[attr-defined]
-                self.zero.persistent_parameters.append(parameter)
+                if not parameter.ds_persist:  # type: ignore[attr-defined]
+                    parameter.ds_persist = True  # type: ignore[attr-defined]
+                    self.zero.persistent_parameters.append(parameter)
         self._gather()
         self._make_states()
 
@@ -178,6 +181,7 @@ class ZeroEngine:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what `state_dict` returned, or that of another engine. Collective."""
+        state = as_torch(state)
         for name, parameter in zip(self.names, self.parameters, strict=True):
             # without a master, the parameter itself has the value
             self.write(parameter, state.get(f"{name}:master", parameter.detach().clone()))
