@@ -9,7 +9,7 @@ Trained parameters are fp32 and whole in every process: under stage 3 they are e
 divided, so methods, checkpoints and exports read plain parameters.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -89,11 +89,16 @@ def _adamw(tensor: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor]
 
 
 class _Root(nn.Module):
-    """What DeepSpeed takes for the model: its forward runs any function."""
+    """What DeepSpeed takes for the model: its forward runs any function.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        replaced: frozen modules that run while the adapter is turned off.
+    """
+
+    def __init__(self, model: nn.Module, replaced: Iterable[nn.Module]) -> None:
         super().__init__()
         self.model = model
+        self.replaced = nn.ModuleList(replaced)
 
     def forward(self, compute: Callable[[], T]) -> T:
         return compute()
@@ -122,7 +127,7 @@ class ZeroEngine:
         self.parameters = [p for group in groups for p in group.parameters]
         self.lr_factors = [group.lr_factor for group in groups]
         self._is_resting = [False] * len(self.parameters)
-        root = _Root(model)
+        root = _Root(model, attached.frozen_modules.values())
         if self.stage == 3:
             deepspeed.zero.Init(module=root, config_dict_or_path=config)
         self.adam = FlatAdamW(_flat_groups(groups, optim.weight_decay), optim.betas, optim.eps)
