@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from qlora_lite.adapters.method import Requirement
 from qlora_lite.foundation.errors import RecipeError
 from qlora_lite.memory.formulas import FP32
 from qlora_lite.memory.zero_terms import ZeroShape
@@ -91,10 +92,26 @@ def require_compatible(setup: RunSetup) -> None:
             f"got optim.rounding=stochastic, and offload={kind} trains adapters in fp32, which "
             "need no rounding. Use optim.rounding=master"
         )
-    heads = [spec.path for spec in setup.adapter.specs if spec.kind == "head"]
-    if kind == "zero3" and heads:
+    if kind == "zero3":
+        _require_head_in_forward_only(setup)
+
+
+def _require_head_in_forward_only(setup: RunSetup) -> None:
+    """Check that backward does not compute logits again with a frozen head: it is gathered in
+    forward only, and processes have different numbers of chunks.
+
+    Raises:
+        RecipeError: if it would.
+    """
+    head, adapter = setup.facts.shape.head.module, setup.adapter
+    if any(spec.path == head for spec in adapter.specs):
         raise RecipeError(
-            f"adapter.targets includes the head ({heads[0]}), and offload=zero3 divides its weight "
-            "among the processes, which backward would need whole. Use offload=zero2, or "
-            f"adapter.train_modules='[\"{heads[0]}\"]'"
+            f"adapter.targets includes the head ({head}), whose weight offload=zero3 divides among "
+            f"the processes. Use offload=zero2, or adapter.train_modules='[\"{head}\"]'"
+        )
+    if head in adapter.full_modules and Requirement.TEACHER_OUTPUT in setup.method.requires:
+        raise RecipeError(
+            f"adapter={setup.recipe.adapter.kind} compares with the frozen head, which "
+            f"offload=zero3 divides among the processes, and {head} is trained. Use offload=zero2, "
+            f"or leave {head} out of adapter.train_modules"
         )

@@ -6,6 +6,7 @@ training. The reference is the same recipe in this process.
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from qlora_lite.run.training import run_recipe
 from tests.end_to_end.several import train_in_processes
 from tests.end_to_end.small_run import recipe_in, small_recipe, write_rows
 from tests.properties.cases import CASES
+from tests.tiny import save_tiny
 
 STAGES = {
     "plain": (),
@@ -33,6 +35,12 @@ SHORT = (
 
 LORA = (*SHORT, "adapter.dtype=fp32")
 """With dropout; in fp32, as under ZeRO."""
+
+HEAD = (
+    *("optim.tokens_per_step=192", "evaluation.samples=1", 'adapter.train_modules=["lm_head"]'),
+)
+"""Three micro-batches per step, one more than processes have; modules that are replaced, and run
+while the adapter is off."""
 
 METHODS = ("adalora", "xgblora", "mora, restarted", "dora")
 """In the ordinary suite, of all cases: budget and gates, resting layers, restarts and matrices of
@@ -59,6 +67,9 @@ def recipes(folder):
     found["norms"] = recipe_in(folder, "norms-zero3", *LORA, *trained)
     best = ("evaluation.patience=2", "offload=zero3")
     found["best"] = recipe_in(folder, "best-zero3", *LORA, *best)
+    found["head"] = recipe_in(folder, "head-zero3", *LORA, *HEAD, "offload=zero3")
+    if find_spec("tensorboard"):
+        found["zero1"] = found["zero1"].but('tracking=["tensorboard"]')
     return found
 
 
@@ -153,6 +164,11 @@ def test_early_stopping_restores_the_best_adapter_when_the_base_is_divided(
     assert_same(folder / "best-zero3", one_process("best", "evaluation.patience=2"))
 
 
+def test_a_trained_head_is_the_same_when_the_base_is_divided(folder, two_processes, one_process):
+    assert two_processes["head"] is None
+    assert_same(folder / "head-zero3", one_process("head", *HEAD))
+
+
 @pytest.mark.parametrize("stage", ["plain", "zero2", "zero3"])
 def test_a_run_of_one_process_continues_in_two(folder, two_processes, one_process, stage):
     assert two_processes[f"resumed-{stage}"] is None
@@ -194,6 +210,18 @@ def test_every_method_is_the_same_under_every_stage(tmp_path, folder, stage):
     for name in CASES:
         run_recipe(method_recipe(tmp_path, name, f"{name}-one"))
         assert_same(tmp_path / f"{name}-{stage}", tmp_path / f"{name}-one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "mixtral"])
+def test_other_architectures_can_be_divided(tmp_path, folder, family):
+    """A tied head and transposed weights; biases; experts in one tensor."""
+    save_tiny(tmp_path / "base", family, tied=family == "gpt2")
+    shutil.copy(folder / "train.jsonl", tmp_path)
+    two = recipe_in(tmp_path, "two", *LORA, "offload=zero3")
+    assert train_in_processes(2, {family: two.to_dict()}, tmp_path) == {family: None}
+    run_recipe(recipe_in(tmp_path, "one", *LORA))
+    assert_same(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow
