@@ -1,5 +1,6 @@
 """The batches of each step: reproducible, of bounded size, every row once per epoch."""
 
+import dataclasses
 from collections import Counter
 from functools import partial
 
@@ -10,11 +11,14 @@ from qlora_lite.data import batches as module
 from qlora_lite.data.batches import (
     Batches,
     evaluation_batches,
+    share_of,
     split_micro_batches,
 )
+from qlora_lite.data.collate import filler
 from qlora_lite.data.examples import Examples, ExamplesBuilder
 from qlora_lite.data.packing import pack_in_windows
 from qlora_lite.foundation.errors import DataError
+from qlora_lite.foundation.processes import Processes
 from tests.data.random_rows import random_examples
 
 
@@ -198,3 +202,13 @@ def test_without_rows_training_is_refused_and_evaluation_is_empty():
     with pytest.raises(DataError, match="no rows"):
         batches(empty)
     assert list(evaluation_batches(empty, max_tokens=64, micro_batch_tokens=64)) == []
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_every_process_has_as_many_batches_and_each_row_is_in_one(count):
+    whole = [dataclasses.replace(filler(), rows=[number]) for number in range(count)]
+    shares = [share_of(whole, Processes(rank, 2)) for rank in range(2)]
+    assert {len(share) for share in shares} == {(count + 1) // 2}
+    assert sorted(row for share in shares for batch in share for row in batch.rows) == [
+        *range(count)
+    ]
