@@ -73,7 +73,9 @@ def finish(finished: FinishedTraining) -> RunOutcome:
     processes = finished.engine.processes
     finished.attached.train(False)
     logged = [event.get("peak_bytes", 0) for event in metrics.read(finished.folder.metrics)]
-    peak = max([peak_bytes(finished.loaded.causal.device), *logged])  # of every process of the run
+    peak = max(
+        [peak_bytes(finished.loaded.causal.device), *logged]
+    )  # also of earlier starts of the run
     shown = list(finished.data.heldout)[: finished.recipe.evaluation.samples]
     samples = finished.engine.forward(lambda: _samples(finished, shown))
     outcome = RunOutcome(_scores(finished), samples, peak)
