@@ -100,9 +100,12 @@ Offload = Annotated[NoOffload | ZeRO1 | ZeRO2 | ZeRO3, Field(discriminator="kind
 def with_kind(value: Any) -> Any:
     """`"zero3"` as `{"kind": "zero3"}`; of a DeepSpeed file alone, the kind is its stage."""
     value = value.model_dump() if isinstance(value, NoOffload) else kind_of_name(value)
-    if isinstance(value, dict) and value.get("config") and value.get("kind", "none") == "none":
-        return {**value, "kind": f"zero{_stage_of(Path(value['config']))}"}
-    return value
+    if not isinstance(value, dict) or value.get("kind", "none") != "none":
+        return value
+    config = value.get("config")
+    if not isinstance(config, str):
+        return value
+    return {**value, "kind": f"zero{_stage_of(Path(config))}"}
 
 
 def _stage_of(path: Path) -> int:

@@ -58,3 +58,8 @@ def test_an_own_file_without_a_stage_is_refused(recipe, tmp_path, config):
 def test_what_a_stage_does_not_have_is_refused(recipe, changes, message):
     with pytest.raises(RecipeError, match=message):
         recipe.but(*changes)
+
+
+def test_a_config_that_is_not_a_path_is_refused(recipe):
+    with pytest.raises(RecipeError, match="offload.config"):
+        recipe.but("offload.config=3")

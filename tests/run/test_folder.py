@@ -281,7 +281,7 @@ def test_a_recipe_edited_after_training_is_not_used(finished, folder, tmp_path):
 MAY_DIFFER = {
     *("base.model", "base.revision", "base.trust_remote_code"),
     *("data.train", "data.heldout", "adapter.start", "device"),
-    *("output", "budget", "tracking", "checkpoints", "evaluation.samples"),
+    *("output", "budget", "tracking", "checkpoints", "evaluation.samples", "offload"),
     *("optim.steps", "optim.epochs"),
 }
 """Settings that do not change what was trained, whose files are checked by their contents, or that

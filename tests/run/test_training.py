@@ -200,7 +200,7 @@ def test_a_loss_that_is_not_finite_stops_at_once_and_shows_rows(folder):
 
     _broken_base(folder, "nan", change)
     recipe = recipe_in(folder, "run-nan", base="nan").but("data.heldout_share=0")
-    with pytest.raises(TrainingError, match=r"the loss is nan(.|\n)*\[\[it is"):
+    with pytest.raises(TrainingError, match=r"the first loss is nan(.|\n)*\[\[it is"):
         run_recipe(recipe)
 
 
