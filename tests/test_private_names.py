@@ -189,6 +189,16 @@ TABLE: dict[str, tuple[tuple[str, ...], Callable[[], object]]] = {
             bitsandbytes.functional.quantize_blockwise(torch.ones(256), blocksize=256)[1].absmax
         ),
     ),
+    "bitsandbytes.functional.dequantize_blockwise": (
+        ("qlora_lite/training/moments.py",),
+        lambda: _takes(
+            bitsandbytes.functional.dequantize_blockwise,
+            torch.zeros(256, dtype=torch.uint8),
+            absmax=torch.ones(1),
+            code=torch.ones(256),
+            blocksize=256,
+        ),
+    ),
     "bitsandbytes.functional.int8_vectorwise_quant": (
         ("qlora_lite/model/quantise.py",),
         lambda: len(bitsandbytes.functional.int8_vectorwise_quant(torch.ones(2, 4).half())) == 3,

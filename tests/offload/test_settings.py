@@ -61,5 +61,5 @@ def test_what_a_stage_does_not_have_is_refused(recipe, changes, message):
 
 
 def test_a_config_that_is_not_a_path_is_refused(recipe):
-    with pytest.raises(RecipeError, match="offload.config"):
+    with pytest.raises(RecipeError, match=r"offload\.config"):
         recipe.but("offload.config=3")
