@@ -8,8 +8,10 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -188,11 +190,14 @@ def _has_libaio() -> bool:
 
 def start(device: torch.device) -> None:
     """Make DeepSpeed use the processes that we have joined, or this one alone."""
-    _silence()
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
+    with without_stderr():
+        import deepspeed
 
+    # only errors: the rest describes its own start
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed|deepspeed")
     # its shared-memory communication is compiled at the first use, and aborts without a compiler
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
@@ -224,11 +229,19 @@ def require_valid(config: dict[str, Any], path: str) -> None:
         raise RecipeError(f"offload.config={path}: {key}: {first['msg']}") from None
 
 
-def _silence() -> None:
-    """Leave only errors of DeepSpeed: the rest describes its own start."""
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed|deepspeed")
+@contextmanager
+def without_stderr() -> Iterator[None]:
+    """Send what this process and its children write to stderr nowhere: when it starts, DeepSpeed
+    calls the linker to see which libraries there are."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def partitioner(config: dict[str, Any]) -> Callable[[nn.Module], None]:

@@ -24,6 +24,7 @@ PLAIN = ["optim.steps=30", "optim.micro_batch_tokens=128", "adapter.dtype=fp32"]
 SETTINGS = [*PLAIN, "offload=zero2"]
 """Adapters in fp32, as under ZeRO."""
 STEP = "training step"
+LINKER = ("/usr/bin/ld:", "collect2:")
 
 
 def free_port() -> str:
@@ -42,7 +43,7 @@ def deepspeed(*words: str) -> list[str]:
 
 
 def accelerate(*words: str) -> list[str]:
-    options = ["--use_deepspeed", "--cpu", "--num_processes=2", "--num_machines=1"]
+    options = ["--use_deepspeed", "--num_processes=2", "--num_machines=1"]
     options += ["--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={free_port()}"]
     return [f"{BIN}/accelerate", "launch", *options, "-m", "qlora_lite", *words]
 
@@ -117,7 +118,8 @@ def test_it_trains_what_one_process_trains_and_one_of_them_prints(
     assert out.count("adapter: ") == out.count(f"{STEP} 1/30") == 1
     assert "Traceback" not in err
     if launcher is processes:
-        assert err == ""
+        # DeepSpeed asks the linker for libaio, which this machine may not have
+        assert not [line for line in err.splitlines() if not line.startswith(LINKER)], err
 
 
 @each_launcher
