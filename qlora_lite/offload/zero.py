@@ -1,6 +1,7 @@
 """DeepSpeed behind a few functions: settings to its configuration, start, partitioning.
 
-`deepspeed` is imported only here and in `training/zero_engine.py`, when a run asks for it.
+Only a run that asks for it imports `deepspeed`: here, in `training/zero_engine.py`, and in
+`foundation/partitioned.py`.
 """
 
 import importlib.util
@@ -192,14 +193,16 @@ def start(device: torch.device) -> None:
     """Make DeepSpeed use the processes that we have joined, or this one alone."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with without_stderr():
+    with _without_stderr():  # it asks the linker which libraries there are
         import deepspeed
+
+        # its shared-memory communication is compiled at the first use, and aborts without a
+        # compiler
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     # only errors: the rest describes its own start
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed|deepspeed")
-    # its shared-memory communication is compiled at the first use, and aborts without a compiler
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -230,9 +233,8 @@ def require_valid(config: dict[str, Any], path: str) -> None:
 
 
 @contextmanager
-def without_stderr() -> Iterator[None]:
-    """Send what this process and its children write to stderr nowhere: when it starts, DeepSpeed
-    calls the linker to see which libraries there are."""
+def _without_stderr() -> Iterator[None]:
+    """Drop what this process and its children write to stderr."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

@@ -22,7 +22,7 @@ from qlora_lite.model.causal import CausalModel
 from qlora_lite.model.checkpointing import before_each_layer, enable_checkpointing
 from qlora_lite.model.probes import probe
 from qlora_lite.offload.settings import NoOffload
-from qlora_lite.offload.zero import configuration, without_stderr
+from qlora_lite.offload.zero import configuration
 from qlora_lite.recipe import Recipe
 from qlora_lite.run.loading import LoadedModel
 from qlora_lite.run.setup import RunSetup
@@ -191,14 +191,13 @@ def make_engine(setup: RunSetup, loaded: LoadedModel, processes: Processes) -> E
     assert attached is not None
     if isinstance(recipe.offload, NoOffload):
         return TorchEngine(_optimizer(setup, attached), setup.rule.compute, processes)
+    from qlora_lite.training.zero_engine import ZeroEngine
+
     config = configuration(
         recipe.offload, recipe.optim.max_grad_norm, setup.rule.device, attached.num_parameters
     )
-    with without_stderr():
-        from qlora_lite.training.zero_engine import ZeroEngine
-
-        model = loaded.base.model
-        engine = ZeroEngine(model, attached, recipe.optim, config, processes)
+    model = loaded.base.model
+    engine = ZeroEngine(model, attached, recipe.optim, config, processes)
     if recipe.offload.stage == 3:
         behaviour = engine.forward(
             lambda: probe(

@@ -24,7 +24,6 @@ PLAIN = ["optim.steps=30", "optim.micro_batch_tokens=128", "adapter.dtype=fp32"]
 SETTINGS = [*PLAIN, "offload=zero2"]
 """Adapters in fp32, as under ZeRO."""
 STEP = "training step"
-LINKER = ("/usr/bin/ld:", "collect2:")
 
 
 def free_port() -> str:
@@ -118,8 +117,7 @@ def test_it_trains_what_one_process_trains_and_one_of_them_prints(
     assert out.count("adapter: ") == out.count(f"{STEP} 1/30") == 1
     assert "Traceback" not in err
     if launcher is processes:
-        # DeepSpeed asks the linker for libaio, which this machine may not have
-        assert not [line for line in err.splitlines() if not line.startswith(LINKER)], err
+        assert err == ""
 
 
 @each_launcher
